@@ -1,0 +1,105 @@
+//! Identifiers and units of the system as types: nothing here does IO.
+//!
+//! A number that means something has a type, so that a page number cannot be passed where an
+//! epoch is wanted. All of them are plain values: `Copy`, ordered, and serialisable because they
+//! appear on the wire, on disk and in `--json`.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Bytes of a block, the addressing unit of a volume (S003-02).
+pub const BLOCK_BYTES: u64 = 512;
+/// Bytes of a sub-block, the unit of checksum and of snapshot sharing.
+pub const SUB_BLOCK_BYTES: u32 = 4096;
+/// Bytes of a chunk, a slot of the page store.
+pub const CHUNK_BYTES: u32 = 65_536;
+/// Blocks of a page unless the volume says otherwise (S003-02).
+pub const DEFAULT_PAGE_BLOCKS: u32 = 8192;
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident($inner:ty)) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub $inner);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({})"), self.0)
+            }
+        }
+    };
+}
+
+id!(
+    /// A volume, unique in its cluster and never used again after a delete.
+    VolumeId(u64)
+);
+id!(
+    /// A snapshot of one volume; grows with every snapshot of that volume. 0 is never used.
+    SnapshotId(u32)
+);
+id!(
+    /// Index of a page in its volume.
+    PageNo(u32)
+);
+id!(
+    /// The fencing number of a volume's routing table; grows with every change of it.
+    Epoch(u32)
+);
+id!(
+    /// Number of a node in its cluster; 0 is "no node".
+    NodeNo(u16)
+);
+id!(
+    /// Position of a record in a store's log, counted in records from 1.
+    Lsn(u64)
+);
+id!(
+    /// Revision of the registry: the index of the last change applied.
+    Revision(u64)
+);
+id!(
+    /// One run of the snapshot procedure; chosen at random by the coordinator.
+    TicketId(u64)
+);
+
+/// Where a byte of a volume lies: its page and the offset in that page (S003-03).
+#[must_use]
+pub fn locate(offset_bytes: u64, page_blocks: u32) -> (u64, u64) {
+    let page_bytes = u64::from(page_blocks) * BLOCK_BYTES;
+    (offset_bytes / page_bytes, offset_bytes % page_bytes)
+}
+
+/// Number of pages of a volume of `size_bytes`; the last one may be partly used.
+#[must_use]
+pub fn page_count(size_bytes: u64, page_blocks: u32) -> u64 {
+    size_bytes.div_ceil(u64::from(page_blocks) * BLOCK_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// S003-03: block 93847 of a volume with pages of 8192 blocks is on page 11, offset 3735.
+    #[test]
+    fn block_93847_is_on_page_11() {
+        let (page, offset) = locate(93_847 * BLOCK_BYTES, DEFAULT_PAGE_BLOCKS);
+        assert_eq!((page, offset), (11, 3735 * BLOCK_BYTES));
+        assert_eq!(locate(8191 * BLOCK_BYTES, DEFAULT_PAGE_BLOCKS).0, 0);
+        assert_eq!(locate(8192 * BLOCK_BYTES, DEFAULT_PAGE_BLOCKS).0, 1);
+    }
+
+    #[test]
+    fn a_partial_last_page_counts() {
+        assert_eq!(page_count(1, DEFAULT_PAGE_BLOCKS), 1);
+        assert_eq!(page_count(4 << 20, DEFAULT_PAGE_BLOCKS), 1);
+        assert_eq!(page_count((4 << 20) + 1, DEFAULT_PAGE_BLOCKS), 2);
+    }
+}

@@ -1,0 +1,5 @@
+//! `blockd`: partitioned block volumes layered across peer servers.
+
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
+
+pub mod id;
