@@ -1,0 +1,224 @@
+//! Administration: what `blockctl` asks of a server and what it answers.
+//!
+//! The values travel as postcard in the payload of an `admin` frame (see `io::wire`) and are
+//! printed by `blockctl --json` as they are. Adding a variant at the end keeps older peers
+//! readable; anything else takes a new protocol version.
+
+use crate::id::{Epoch, NodeNo, Revision, SnapshotId, VolumeId};
+use serde::{Deserialize, Serialize};
+
+/// A request to any server of the group; each is carried out by the server that receives it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AdminRequest {
+    /// Makes this server, which belongs to no cluster, the first node of a new cluster.
+    ClusterDefine { name: String },
+    ClusterStatus,
+    /// Defines the server at `address` (peer address) as a node, and brings it online if asked.
+    NodeDefine {
+        address: String,
+        name: Option<String>,
+        online: bool,
+    },
+    NodeList,
+    VolumeCreate(VolumeCreate),
+    VolumeList,
+    VolumeShow {
+        name: String,
+    },
+    VolumeResize {
+        name: String,
+        size_bytes: u64,
+        allow_shrink: bool,
+    },
+    VolumeRename {
+        name: String,
+        new_name: String,
+    },
+    VolumeDelete {
+        name: String,
+    },
+    /// One point in time over all targets (S003-29).
+    SnapshotCreate {
+        targets: Vec<SnapshotName>,
+    },
+    SnapshotList {
+        volume: Option<String>,
+    },
+    SnapshotDelete {
+        target: SnapshotName,
+    },
+    RouteShow {
+        volume: String,
+    },
+    Version,
+    /// What a client needs to open `VOL` or `VOL@SNAP` and go straight to the owners.
+    Open {
+        volume: String,
+        snapshot: Option<String>,
+    },
+    /// Sent by the server that defines a node to the server that is to become it.
+    Join(JoinOffer),
+}
+
+/// `VOL@SNAP`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotName {
+    pub volume: String,
+    pub snapshot: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeCreate {
+    pub name: String,
+    pub size_bytes: u64,
+    /// Empty means every node of the cluster.
+    pub servers: Vec<NodeNo>,
+    /// A power of two from 1 to 2^20 (S003-02).
+    pub page_blocks: u32,
+    /// The filesystem that `blockctl` will make on it; recorded, not made, by the server.
+    pub format: Option<String>,
+}
+
+/// The identity that a joining server takes on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoinOffer {
+    pub cluster_name: String,
+    pub cluster_id: String,
+    pub number: NodeNo,
+    pub name: String,
+    /// The address under which the others reach the joining server.
+    pub address: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AdminReply {
+    Done,
+    Cluster(ClusterStatus),
+    Node(NodeInfo),
+    Nodes(Vec<NodeInfo>),
+    Volume(VolumeInfo),
+    Volumes(Vec<VolumeInfo>),
+    Snapshots(Vec<SnapshotInfo>),
+    Route(RouteInfo),
+    Version(VersionInfo),
+    Open(OpenInfo),
+    Joined { unique_id: String },
+    /// The request was understood and refused, with the reason and what to do about it.
+    Refused(AdminError),
+}
+
+/// Why a request was refused: a kind for programs and a sentence for people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct AdminError {
+    pub kind: AdminErrorKind,
+    pub message: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AdminErrorKind {
+    /// The request makes no sense whatever the state (bad name, size zero).
+    Invalid,
+    NotFound,
+    Exists,
+    /// It would be right at another time (snapshot exists, hold in progress).
+    Conflict,
+    /// A server or the registry's majority cannot be reached.
+    Unavailable,
+    Internal,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterStatus {
+    pub name: String,
+    pub id: String,
+    /// The node that answered.
+    pub answered_by: NodeNo,
+    /// 1: readable, not confirmed by a majority; 2: writable (document 004).
+    pub phase: u8,
+    pub leader: Option<NodeNo>,
+    pub revision: Revision,
+    pub nodes: Vec<NodeInfo>,
+    pub volume_count: u64,
+    pub snapshot_count: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeInfo {
+    pub number: NodeNo,
+    pub name: String,
+    pub unique_id: String,
+    pub peer_address: String,
+    pub nbd_address: String,
+    pub registry_server: bool,
+    /// Whether the answering server reaches it now.
+    pub reachable: bool,
+    /// Bytes in allocated chunks, and free bytes of the file system below; `None` if unreachable.
+    pub allocated_bytes: Option<u64>,
+    pub free_bytes: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeInfo {
+    pub id: VolumeId,
+    pub name: String,
+    pub size_bytes: u64,
+    pub page_blocks: u32,
+    pub epoch: Epoch,
+    pub format: Option<String>,
+    pub created_unix_s: u64,
+    pub owners: Vec<NodeNo>,
+    /// Over all owners; `None` if one of them cannot be reached.
+    pub allocated_bytes: Option<u64>,
+    pub snapshot_count: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotInfo {
+    pub volume: String,
+    pub name: String,
+    pub id: SnapshotId,
+    pub size_bytes: u64,
+    pub created_unix_ms: u64,
+    /// What the snapshot shows and what only it holds; `None` if an owner cannot be reached.
+    pub referenced_bytes: Option<u64>,
+    pub unique_bytes: Option<u64>,
+}
+
+/// S003-05: the pages of one volume that each server holds, run-length encoded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteInfo {
+    pub volume: String,
+    pub epoch: Epoch,
+    pub page_blocks: u32,
+    pub page_count: u64,
+    pub runs: Vec<RouteRun>,
+    /// CRC32 of the runs: equal on every server for one (volume, epoch) (S003-06).
+    pub table_crc: u32,
+}
+
+/// `page_count` pages from `first_page` on belong to `owner`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteRun {
+    pub first_page: u32,
+    pub page_count: u32,
+    pub owner: NodeNo,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VersionInfo {
+    pub server: String,
+    pub protocol: u8,
+    pub node: NodeNo,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenInfo {
+    pub volume: VolumeInfo,
+    /// Set for `VOL@SNAP`: the target is read-only and has the size of that moment.
+    pub snapshot: Option<SnapshotId>,
+    pub size_bytes: u64,
+    pub route: RouteInfo,
+    /// Peer addresses of the owners.
+    pub nodes: Vec<(NodeNo, String)>,
+}
