@@ -2,5 +2,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
-pub mod id;
 pub mod admin;
+pub mod id;
+pub mod io;
+pub mod limits;

@@ -1,0 +1,5 @@
+//! The only code that touches sockets, files and time. It knows bytes and messages, no policy.
+
+pub mod framed;
+pub mod link;
+pub mod wire;
