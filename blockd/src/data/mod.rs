@@ -1,0 +1,3 @@
+//! The path of a byte, top to bottom.
+
+pub mod page_store;
