@@ -323,8 +323,8 @@ impl Target {
 impl From<StoreError> for DataError {
     fn from(error: StoreError) -> Self {
         match error {
-            StoreError::NoSpace { .. } => Self::NoSpace,
-            StoreError::NoSuchSnapshot { .. } => Self::Gone,
+            StoreError::NoSpace => Self::NoSpace,
+            StoreError::UnknownSnapshot { .. } | StoreError::VolumeDeleted { .. } => Self::Gone,
             other => Self::Damaged(other.to_string()),
         }
     }

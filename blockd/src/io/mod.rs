@@ -1,5 +1,6 @@
 //! The only code that touches sockets, files and time. It knows bytes and messages, no policy.
 
+pub mod disk;
 pub mod framed;
 pub mod link;
 pub mod wire;
