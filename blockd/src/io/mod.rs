@@ -1,0 +1,3 @@
+//! The only code that touches sockets, files and time.
+
+pub mod raft;
