@@ -21,8 +21,6 @@ pub const FORWARD_DEADLINE_MS: u64 = 30_000;
 /// Milliseconds between two tries of a forwarded request.
 pub const FORWARD_RETRY_MS: u64 = 20;
 
-/// Milliseconds for which a snapshot may hold the writes of a volume (S003-28, U-08).
-pub const HOLD_MAX_MS: u64 = 500;
 /// Milliseconds after which a snapshot that is still pending belongs to a dead coordinator.
 pub const SNAPSHOT_PENDING_MAX_MS: u64 = 60_000;
 
@@ -31,13 +29,42 @@ pub const CLIENT_REPLAY_BYTES: usize = 64 << 20;
 /// Bytes of one part of a client request.
 pub const REQUEST_PART_BYTES: u32 = 32 << 20;
 
-/// Largest volume in bytes: 2^32 pages of the default size, less than 2^63 for `off_t` users.
-pub const VOLUME_MAX_BYTES: u64 = 1 << 53;
-/// Bytes of a page at most: 2^20 blocks (S003-02).
-pub const PAGE_MAX_BLOCKS: u32 = 1 << 20;
-/// Pages of a volume at most: page numbers are 32 bits.
-pub const VOLUME_MAX_PAGES: u64 = u32::MAX as u64;
+/// Characters (all ASCII, so bytes) of the name of a cluster, node, volume or snapshot. Short
+/// enough for an NBD export name `VOL@SNAP` (4096 bytes) and a file name (255 bytes).
+pub const NAME_CHARS_MAX: usize = 128;
+/// Bytes of any other text in a registry object: addresses, site and format names.
+pub const REGISTRY_TEXT_BYTES_MAX: usize = 255;
+/// Blocks of a page (S003-02): a power of two from 1 to this.
+pub const PAGE_BLOCKS_MAX: u32 = 1 << 20;
+/// Pages of a volume; 64 TiB with pages of 4 MiB. The flat table costs 2 bytes a page.
+pub const VOLUME_PAGES_MAX: u32 = 1 << 24;
+/// Runs that a freshly spread routing table has at the most, so that a volume record stays small.
+pub const ROUTE_RUNS_TARGET: u32 = 1024;
+/// Runs of a routing table after any number of resizes; 8 bytes or so each in the registry.
+pub const ROUTE_RUNS_MAX: usize = 8192;
+/// Servers that hold pages of one volume.
+pub const VOLUME_OWNERS_MAX: usize = 1024;
+/// Expectations and changes of one registry transaction, each.
+pub const TRANSACTION_STEPS_MAX: usize = 1024;
+/// Bytes of one encoded registry transaction; several of them fit one message.
+pub const TRANSACTION_BYTES_MAX: usize = 1 << 20;
+/// Bytes of one message between registry servers.
+pub const REGISTRY_MESSAGE_BYTES_MAX: usize = 4 << 20;
+/// Bytes of a registry snapshot in one message.
+pub const REGISTRY_SNAPSHOT_CHUNK_BYTES: u64 = 1 << 20;
+/// Bytes of a whole registry snapshot, the bound of what a receiver buffers.
+pub const REGISTRY_SNAPSHOT_BYTES_MAX: usize = 256 << 20;
+/// Outcomes of transactions that the registry remembers, so that a repeated proposal is executed once.
+pub const REGISTRY_OUTCOMES_KEPT: usize = 4096;
+/// Decided tickets that a participant of the snapshot procedure remembers.
+pub const SNAPSHOT_TICKETS_KEPT: usize = 64;
+/// Milliseconds for which a snapshot may hold the writes of a volume, unless the operator says otherwise (S003-28).
+pub const SNAPSHOT_HOLD_MAX_MS: u64 = 500;
 
-const _: () = assert!(FORWARD_DEADLINE_MS > HOLD_MAX_MS, "a hold must not fail a forwarded write");
-const _: () = assert!(SNAPSHOT_PENDING_MAX_MS > 4 * HOLD_MAX_MS);
+const _: () = assert!(FORWARD_DEADLINE_MS > SNAPSHOT_HOLD_MAX_MS, "a hold must not fail a forwarded write");
+const _: () = assert!(SNAPSHOT_PENDING_MAX_MS > 4 * SNAPSHOT_HOLD_MAX_MS);
 const _: () = assert!(REQUEST_PART_BYTES < crate::io::wire::MAX_PAYLOAD_BYTES);
+const _: () = assert!(ROUTE_RUNS_TARGET as usize <= ROUTE_RUNS_MAX);
+const _: () = assert!(NAME_CHARS_MAX <= REGISTRY_TEXT_BYTES_MAX);
+const _: () = assert!(2 * TRANSACTION_BYTES_MAX <= REGISTRY_MESSAGE_BYTES_MAX);
+const _: () = assert!(2 * REGISTRY_SNAPSHOT_CHUNK_BYTES <= REGISTRY_MESSAGE_BYTES_MAX as u64);

@@ -3,4 +3,5 @@
 pub mod disk;
 pub mod framed;
 pub mod link;
+pub mod raft;
 pub mod wire;

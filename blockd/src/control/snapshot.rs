@@ -1,0 +1,1 @@
+//! The procedure `hold` of a distributed snapshot (document 003, FIG. 7) as two state machines.

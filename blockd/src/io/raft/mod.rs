@@ -1,0 +1,1 @@
+//! Agreement on the order of registry transactions: openraft over one redb file.

@@ -1,0 +1,3 @@
+//! The place that sees data, control and io together.
+
+pub mod registry;
