@@ -24,10 +24,13 @@ pub const FORWARD_RETRY_MS: u64 = 20;
 /// Milliseconds after which a snapshot that is still pending belongs to a dead coordinator.
 pub const SNAPSHOT_PENDING_MAX_MS: u64 = 60_000;
 
+/// Milliseconds between two sweeps of what the registry does not have.
+pub const SWEEP_INTERVAL_MS: u64 = 10_000;
+
 /// Bytes of unflushed writes that the client library keeps for a replay, before it flushes.
 pub const CLIENT_REPLAY_BYTES: usize = 64 << 20;
-/// Bytes of one part of a client request.
-pub const REQUEST_PART_BYTES: u32 = 32 << 20;
+/// Bytes of one part of a request: the largest NBD request that is accepted.
+pub const REQUEST_PART_BYTES: u32 = 64 << 20;
 
 /// Characters (all ASCII, so bytes) of the name of a cluster, node, volume or snapshot. Short
 /// enough for an NBD export name `VOL@SNAP` (4096 bytes) and a file name (255 bytes).

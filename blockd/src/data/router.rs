@@ -4,15 +4,7 @@
 //! publishes a new one when the registry has changed. Clients use the same code, so that they go
 //! straight to the owner. Nothing here does IO, waits, or knows a clock.
 
-use crate::id::{BLOCK_BYTES, Epoch, NodeNo, PageNo, VolumeId};
-
-/// `page_count` pages from `first_page` on belong to `owner`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
-    pub first_page: u32,
-    pub page_count: u32,
-    pub owner: NodeNo,
-}
+use crate::id::{BLOCK_BYTES, Epoch, NodeNo, PageNo, RouteRun, VolumeId};
 
 /// Where the pages of one volume are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,7 +14,7 @@ pub struct RoutingTable {
     pub size_bytes: u64,
     page_bytes: u64,
     /// Sorted and without gaps from page 0 on.
-    runs: Vec<Run>,
+    runs: Vec<RouteRun>,
     owners: Vec<NodeNo>,
 }
 
@@ -55,7 +47,7 @@ impl RoutingTable {
         epoch: Epoch,
         size_bytes: u64,
         page_blocks: u32,
-        runs: Vec<Run>,
+        runs: Vec<RouteRun>,
     ) -> Result<Self, BadTable> {
         let page_bytes = u64::from(page_blocks) * BLOCK_BYTES;
         let mut next = 0;
@@ -81,6 +73,19 @@ impl RoutingTable {
         })
     }
 
+    /// A table without pages: every request is outside it.
+    #[must_use]
+    pub fn empty(volume: VolumeId) -> Self {
+        Self {
+            volume,
+            epoch: Epoch(0),
+            size_bytes: 0,
+            page_bytes: BLOCK_BYTES,
+            runs: vec![],
+            owners: vec![],
+        }
+    }
+
     /// The servers that own at least one page (S003-23), in order of their numbers.
     #[must_use]
     pub fn owners(&self) -> &[NodeNo] {
@@ -88,7 +93,7 @@ impl RoutingTable {
     }
 
     #[must_use]
-    pub fn runs(&self) -> &[Run] {
+    pub fn runs(&self) -> &[RouteRun] {
         &self.runs
     }
 
@@ -98,7 +103,7 @@ impl RoutingTable {
         self.run_of(u64::from(page.0)).map(|run| run.owner)
     }
 
-    fn run_of(&self, page: u64) -> Option<&Run> {
+    fn run_of(&self, page: u64) -> Option<&RouteRun> {
         let after = self
             .runs
             .partition_point(|run| u64::from(run.first_page) <= page);
@@ -136,6 +141,12 @@ impl RoutingTable {
     #[must_use]
     pub fn spans_pages(&self, offset_bytes: u64, len_bytes: u64) -> bool {
         offset_bytes % self.page_bytes + len_bytes > self.page_bytes
+    }
+
+    /// Bytes of a page; at most 512 MiB, so that it fits the 32 bits of an offset.
+    #[must_use]
+    pub fn page_bytes(&self) -> u32 {
+        u32::try_from(self.page_bytes).unwrap_or(u32::MAX)
     }
 
     /// Whether a range lies in one page of this volume.
@@ -182,7 +193,7 @@ mod tests {
     use super::*;
 
     fn table() -> RoutingTable {
-        let run = |first_page, page_count, owner| Run {
+        let run = |first_page, page_count, owner| RouteRun {
             first_page,
             page_count,
             owner: NodeNo(owner),
@@ -213,7 +224,7 @@ mod tests {
 
     #[test]
     fn gaps_overlaps_and_short_tables_are_refused() {
-        let run = |first_page, page_count| Run {
+        let run = |first_page, page_count| RouteRun {
             first_page,
             page_count,
             owner: NodeNo(1),

@@ -2,6 +2,7 @@
 
 pub mod disk;
 pub mod framed;
+pub mod host;
 pub mod link;
 pub mod raft;
 pub mod wire;

@@ -39,8 +39,8 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 pub const HEADER_BYTES: usize = 64;
 /// The protocol version that this code speaks.
 pub const VERSION: u8 = 1;
-/// Largest payload of one frame: a 32 MiB request part plus its run list.
-pub const MAX_PAYLOAD_BYTES: u32 = (32 << 20) + (64 << 10);
+/// Largest payload of one frame: a 64 MiB request part plus its run list.
+pub const MAX_PAYLOAD_BYTES: u32 = (64 << 20) + (1 << 20);
 const MAGIC: u16 = 0x4b42;
 const REPLY_BIT: u8 = 0x80;
 const HOLE_BIT: u32 = 1 << 31;

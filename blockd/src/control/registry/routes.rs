@@ -5,16 +5,7 @@ use crate::limits::{PAGE_BLOCKS_MAX, ROUTE_RUNS_MAX, ROUTE_RUNS_TARGET, VOLUME_P
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Pages next to each other that have one owner.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
-pub struct RouteRun {
-    /// First page of the run.
-    pub first_page: u32,
-    /// Pages in the run, at least 1.
-    pub page_count: u32,
-    /// The server that orders the writes of these pages.
-    pub owner: NodeNo,
-}
+pub use crate::id::RouteRun;
 
 /// Why a routing table cannot be made or is no routing table.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error, Serialize, Deserialize)]
