@@ -59,6 +59,8 @@ pub const REGISTRY_SNAPSHOT_CHUNK_BYTES: u64 = 1 << 20;
 pub const REGISTRY_SNAPSHOT_BYTES_MAX: usize = 256 << 20;
 /// Outcomes of transactions that the registry remembers, so that a repeated proposal is executed once.
 pub const REGISTRY_OUTCOMES_KEPT: usize = 4096;
+/// Times that a registry update is built again after a conflict.
+pub const REGISTRY_UPDATE_TRIES: u32 = 32;
 /// Decided tickets that a participant of the snapshot procedure remembers.
 pub const SNAPSHOT_TICKETS_KEPT: usize = 64;
 /// Milliseconds for which a snapshot may hold the writes of a volume, unless the operator says otherwise (S003-28).

@@ -5,6 +5,7 @@
 //! handle that a program uses.
 
 pub mod change;
+mod machine;
 mod name;
 mod object;
 pub mod routes;
@@ -12,6 +13,7 @@ mod state;
 mod transaction;
 
 pub use change::{ChangeError, VolumeSpec};
+pub use machine::{Command, Machine};
 pub use name::{NameError, check_name, split_volume_name};
 pub use object::{
     ClusterRecord, Key, NodeRecord, Object, SnapshotRecord, SnapshotState, UniqueId, VolumeRecord,
