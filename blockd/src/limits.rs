@@ -73,3 +73,4 @@ const _: () = assert!(ROUTE_RUNS_TARGET as usize <= ROUTE_RUNS_MAX);
 const _: () = assert!(NAME_CHARS_MAX <= REGISTRY_TEXT_BYTES_MAX);
 const _: () = assert!(2 * TRANSACTION_BYTES_MAX <= REGISTRY_MESSAGE_BYTES_MAX);
 const _: () = assert!(2 * REGISTRY_SNAPSHOT_CHUNK_BYTES <= REGISTRY_MESSAGE_BYTES_MAX as u64);
+pub const SNAPSHOT_HOLD_CAP_MS: u64 = 10_000;

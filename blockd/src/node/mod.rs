@@ -58,6 +58,12 @@ pub(crate) struct Member {
 }
 
 impl Node {
+    /// Free bytes of the file system below the state directory; 0 if it cannot be asked.
+    pub(crate) fn free_bytes(&self) -> u64 {
+        let asked = rustix::fs::statvfs(&self.config.state);
+        asked.map_or(0, |fs| fs.f_bavail.saturating_mul(fs.f_frsize))
+    }
+
     pub(crate) fn member(&self) -> Option<Rc<Member>> {
         self.member.get().cloned()
     }

@@ -193,7 +193,7 @@ async fn handle(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
             request.answer(Status::Ok, bytes::Bytes::from(answer).into())
         }
         Kind::Snapshot => member.participant.answer(&member, &request).await,
-        _ => match execute(&member, &spans, &request).await {
+        _ => match execute(&node, &member, &spans, &request).await {
             Ok((frame_flags, payload)) => {
                 let mut reply = request.answer(Status::Ok, payload);
                 reply.flags = frame_flags;
@@ -208,7 +208,7 @@ async fn handle(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
 
 type Executed = Result<(u16, Payload), DataError>;
 
-async fn execute(member: &Member, spans: &Spans, request: &Frame) -> Executed {
+async fn execute(node: &Node, member: &Member, spans: &Spans, request: &Frame) -> Executed {
     let owner = member.owner();
     let volume = request.volume;
     let snapshot = Some(request.snapshot).filter(|id| *id != SnapshotId(0));
@@ -238,7 +238,7 @@ async fn execute(member: &Member, spans: &Spans, request: &Frame) -> Executed {
             Ok((0, Payload::default()))
         }
         Kind::VolumeDrop => drop_pages(member, request).await,
-        Kind::Usage => Ok((0, encode_control(&usage(member, volume, snapshot)?))),
+        Kind::Usage => Ok((0, encode_control(&usage(node, member, volume, snapshot)?))),
         Kind::Hello | Kind::Admin | Kind::Registry | Kind::Snapshot => {
             Err(DataError::Malformed("not a request for an owner"))
         }
@@ -350,6 +350,7 @@ fn unavailable(error: super::registry::RegistryError) -> DataError {
 }
 
 fn usage(
+    node: &Node,
     member: &Member,
     volume: VolumeId,
     snapshot: Option<SnapshotId>,
@@ -358,7 +359,7 @@ fn usage(
     let totals = store.usage();
     let mut usage = Usage {
         allocated_bytes: totals.allocated_bytes,
-        free_bytes: totals.free_bytes,
+        free_bytes: node.free_bytes(),
         ..Usage::default()
     };
     if volume != VolumeId(0) {

@@ -12,6 +12,7 @@ use crate::io::host;
 use crate::io::link::Peers;
 use crate::io::wire::{Frame, Kind, Status};
 use bytes::Bytes;
+use nbd_server::{Listener, ServeOptions, Shutdown};
 use std::cell::{OnceCell, RefCell};
 use std::fs;
 use std::io;
@@ -82,33 +83,42 @@ fn start_control() -> Result<(Handle, oneshot::Sender<()>), ServeError> {
 
 async fn run(config: Config, control: Handle) -> Result<(), ServeError> {
     let peer_listener = listen("peer protocol", config.listen).await?;
-    let mut nbd = nbd_server::Server::new();
-    for address in &config.nbd_listen {
-        nbd.listen_tcp(*address).await.map_err(|source| ServeError::Listen {
-            what: "NBD",
-            address: address.to_string(),
-            source,
-        })?;
-    }
-    if let Some(path) = &config.nbd_unix {
-        nbd.listen_unix(path).map_err(|source| ServeError::Listen {
-            what: "NBD",
-            address: path.display().to_string(),
-            source,
-        })?;
-    }
+    let nbd_listeners = nbd_listeners(&config)?;
     let node = start(config, control).await?;
     tokio::task::spawn_local(peer_server::accept(Rc::clone(&node), peer_listener));
     tokio::task::spawn_local(sweep::run(Rc::clone(&node)));
+    let (stop, stopped) = Shutdown::new();
+    tokio::task::spawn_local(async move {
+        stop_signal().await;
+        tracing::info!("stopping");
+        stop.give();
+    });
+    let options = ServeOptions {
+        shutdown: stopped,
+        ..ServeOptions::default()
+    };
     let exports = nbd::NbdExports(Rc::clone(&node));
-    let serving = nbd.serve(exports, stop_signal());
     tracing::info!(listen = %node.config.listen, "ready");
-    serving.await;
-    tracing::info!("stopping");
+    nbd_server::Server::new(exports, options).run(nbd_listeners).await;
     if let Some(member) = node.member() {
         member.registry.shutdown().await;
     }
     Ok(node.store.close().await?)
+}
+
+fn nbd_listeners(config: &Config) -> Result<Vec<Listener>, ServeError> {
+    let failed = |address: String| {
+        move |source| ServeError::Listen {
+            what: "NBD",
+            address,
+            source,
+        }
+    };
+    let tcp = config.nbd_listen.iter();
+    let tcp = tcp.map(|at| Listener::bind_tcp(*at).map_err(failed(at.to_string())));
+    let unix = config.nbd_unix.iter();
+    let unix = unix.map(|at| Listener::bind_unix(at).map_err(failed(at.display().to_string())));
+    tcp.chain(unix).collect()
 }
 
 async fn stop_signal() {
