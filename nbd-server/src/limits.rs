@@ -45,6 +45,8 @@ pub const LISTEN_BACKLOG: u32 = 1024;
 pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a connection may hold payload bytes without any progress of its socket while others wait for the budget.
 pub const STALL_DEADLINE: Duration = Duration::from_secs(30);
+/// Silence on a TCP connection after which the kernel asks whether the peer still lives.
+pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 /// How long a stopping server waits for requests in flight before it drops them.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
