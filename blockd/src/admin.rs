@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AdminRequest {
     /// Makes this server, which belongs to no cluster, the first node of a new cluster.
-    ClusterDefine { name: String },
+    ClusterDefine {
+        name: String,
+    },
     ClusterStatus,
     /// Defines the server at `address` (peer address) as a node, and brings it online if asked.
     NodeDefine {

@@ -66,7 +66,10 @@ pub const SNAPSHOT_TICKETS_KEPT: usize = 64;
 /// Milliseconds for which a snapshot may hold the writes of a volume, unless the operator says otherwise (S003-28).
 pub const SNAPSHOT_HOLD_MAX_MS: u64 = 500;
 
-const _: () = assert!(FORWARD_DEADLINE_MS > SNAPSHOT_HOLD_MAX_MS, "a hold must not fail a forwarded write");
+const _: () = assert!(
+    FORWARD_DEADLINE_MS > SNAPSHOT_HOLD_MAX_MS,
+    "a hold must not fail a forwarded write"
+);
 const _: () = assert!(SNAPSHOT_PENDING_MAX_MS > 4 * SNAPSHOT_HOLD_MAX_MS);
 const _: () = assert!(REQUEST_PART_BYTES < crate::io::wire::MAX_PAYLOAD_BYTES);
 const _: () = assert!(ROUTE_RUNS_TARGET as usize <= ROUTE_RUNS_MAX);

@@ -113,7 +113,10 @@ impl Client {
     /// # Errors
     /// [`ClientError::Unreachable`] when none answers before the deadline.
     pub async fn connect(servers: &[String], options: ClientOptions) -> Result<Self, ClientError> {
-        let servers: Vec<String> = servers.iter().map(|server| with_peer_port(server)).collect();
+        let servers: Vec<String> = servers
+            .iter()
+            .map(|server| with_peer_port(server))
+            .collect();
         let requester = random_u64().map_err(|error| ClientError::Unreachable {
             servers: servers.join(", "),
             reason: error.to_string(),

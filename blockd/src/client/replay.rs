@@ -60,7 +60,11 @@ impl Replay {
 
     /// Notes the verifier that came with a connection or an answer of an owner.
     pub(super) fn heard(&mut self, node: NodeNo, verifier: u64) {
-        if self.verifiers.insert(node, verifier).is_some_and(|before| before != verifier) {
+        if self
+            .verifiers
+            .insert(node, verifier)
+            .is_some_and(|before| before != verifier)
+        {
             self.lost = !self.changes.is_empty();
         }
     }
@@ -77,7 +81,11 @@ impl Replay {
 
     /// Everything acknowledged before `mark` is durable.
     pub(super) fn flushed(&mut self, mark: u64) {
-        while self.changes.front().is_some_and(|(number, ..)| *number < mark) {
+        while self
+            .changes
+            .front()
+            .is_some_and(|(number, ..)| *number < mark)
+        {
             if let Some((_, _, change)) = self.changes.pop_front() {
                 self.buffered_bytes -= change.buffered_bytes();
             }
@@ -93,7 +101,8 @@ impl Replay {
     pub(super) fn begin(&mut self) -> Vec<(u64, Change)> {
         self.lost = false;
         let all = self.changes.iter();
-        all.map(|(_, offset, change)| (*offset, change.clone())).collect()
+        all.map(|(_, offset, change)| (*offset, change.clone()))
+            .collect()
     }
 }
 

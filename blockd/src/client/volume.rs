@@ -119,12 +119,19 @@ impl Volume {
     pub async fn read(&self, offset_bytes: u64, len_bytes: u32) -> Result<Bytes, ClientError> {
         let snapshot = self.opened().info.snapshot;
         let io = PartIo::Read(snapshot);
-        let ended = self.run("read", offset_bytes, u64::from(len_bytes), &io).await?;
+        let ended = self
+            .run("read", offset_bytes, u64::from(len_bytes), &io)
+            .await?;
         let mut runs = Vec::new();
         for (part, reply) in ended {
             let decoded = decode_runs(reply, part.len_bytes);
             runs.extend(decoded.map_err(|_| {
-                failed("read", offset_bytes, u64::from(len_bytes), IoErrorKind::Damaged)
+                failed(
+                    "read",
+                    offset_bytes,
+                    u64::from(len_bytes),
+                    IoErrorKind::Damaged,
+                )
             })?);
         }
         if let [Run::Data(_)] = runs.as_slice()
@@ -151,7 +158,8 @@ impl Volume {
         while at < data.len() {
             let end = data.len().min(at + REQUEST_PART_BYTES as usize);
             let change = Change::Write(data.slice(at..end));
-            self.change("write", offset_bytes + at as u64, change).await?;
+            self.change("write", offset_bytes + at as u64, change)
+                .await?;
             at = end;
         }
         Ok(())
@@ -262,7 +270,11 @@ impl Volume {
         if info.volume.id != before.info.volume.id {
             return Err(failed("refresh", 0, 0, IoErrorKind::Gone));
         }
-        let mut opened = self.shared.opened.write().unwrap_or_else(PoisonError::into_inner);
+        let mut opened = self
+            .shared
+            .opened
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         *opened = Arc::new(Opened::new(info));
         Ok(())
     }
@@ -275,7 +287,10 @@ impl Volume {
         len: u64,
         io: &PartIo,
     ) -> Result<Vec<(Part, Frame)>, ClientError> {
-        if offset.checked_add(len).is_none_or(|end| end > self.size_bytes()) {
+        if offset
+            .checked_add(len)
+            .is_none_or(|end| end > self.size_bytes())
+        {
             return Err(failed(what, offset, len, IoErrorKind::OutOfRange));
         }
         let mut patience = self.patience(what, offset, len);
@@ -306,11 +321,15 @@ impl Volume {
         let opened = self.opened();
         let parts: Vec<Part> = opened.table.parts(offset, len).collect();
         if parts.len() < 2 || !io.changes() {
-            let tries = parts.iter().map(|part| self.try_part(&opened, *part, io, None));
+            let tries = parts
+                .iter()
+                .map(|part| self.try_part(&opened, *part, io, None));
             return try_join_all(tries).await;
         }
         let span = self.begin_span(&opened, &parts).await?;
-        let tries = parts.iter().map(|part| self.try_part(&opened, *part, io, Some(span)));
+        let tries = parts
+            .iter()
+            .map(|part| self.try_part(&opened, *part, io, Some(span)));
         let ended: Result<Vec<_>, _> = join_all(tries).await.into_iter().collect();
         if ended.is_err() {
             self.cancel_span(&opened, span).await;
@@ -365,12 +384,7 @@ impl Volume {
     }
 
     /// One request to one owner, after a look at its verifier.
-    async fn call(
-        &self,
-        opened: &Opened,
-        node: NodeNo,
-        request: Frame,
-    ) -> Result<Frame, TryError> {
+    async fn call(&self, opened: &Opened, node: NodeNo, request: Frame) -> Result<Frame, TryError> {
         let address = opened.addresses.get(&node);
         let address = address.ok_or(DataError::Unavailable(format!("node {node} is unknown")))?;
         let link = self.shared.client.shared.peers.link(address).await?;
@@ -385,7 +399,11 @@ impl Volume {
     fn heard(&self, node: NodeNo, verifier: u64) -> Result<(), TryError> {
         let mut replay = self.replay_buffer();
         replay.heard(node, verifier);
-        if replay.is_lost() { Err(TryError::Lost) } else { Ok(()) }
+        if replay.is_lost() {
+            Err(TryError::Lost)
+        } else {
+            Ok(())
+        }
     }
 
     /// Sends all unflushed changes again, in order, with nothing else in flight.
@@ -400,7 +418,8 @@ impl Volume {
         };
         tracing::warn!(changes = changes.len(), volume = %self.shared.name, "replaying");
         for (offset, change) in changes {
-            self.try_parts(offset, change.len_bytes(), &io_of(&change)).await?;
+            self.try_parts(offset, change.len_bytes(), &io_of(&change))
+                .await?;
         }
         Ok(())
     }
@@ -426,7 +445,12 @@ fn io_of(change: &Change) -> PartIo {
     }
 }
 
-fn failed(what: &'static str, offset_bytes: u64, len_bytes: u64, reason: IoErrorKind) -> ClientError {
+fn failed(
+    what: &'static str,
+    offset_bytes: u64,
+    len_bytes: u64,
+    reason: IoErrorKind,
+) -> ClientError {
     ClientError::Io {
         what,
         offset_bytes,

@@ -51,7 +51,11 @@ pub fn request(
             fua,
         } => {
             frame.flags |= if *fua { flags::FUA } else { 0 };
-            frame.flags |= if *keep_allocated { flags::KEEP_ALLOCATED } else { 0 };
+            frame.flags |= if *keep_allocated {
+                flags::KEEP_ALLOCATED
+            } else {
+                0
+            };
         }
     }
     frame

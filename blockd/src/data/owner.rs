@@ -64,6 +64,22 @@ impl Drop for Executing {
     }
 }
 
+/// Counts a write that waits at the gate, also when the wait is given up.
+struct Waiting<'a>(&'a Cell<u32>);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a Cell<u32>) -> Self {
+        count.set(count.get() + 1);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
+
 impl VolumeState {
     #[must_use]
     pub fn table(&self) -> Rc<RoutingTable> {
@@ -122,9 +138,9 @@ impl VolumeState {
             if let Ok(executing) = self.try_execute() {
                 return executing;
             }
-            self.waiting.set(self.waiting.get() + 1);
+            let waiting = Waiting::new(&self.waiting);
             changed.await;
-            self.waiting.set(self.waiting.get() - 1);
+            drop(waiting);
         }
     }
 }
@@ -199,11 +215,7 @@ impl Owner {
     }
 
     /// S003-06: a server with an older table refuses to serve and catches up first.
-    async fn catch_up(
-        &self,
-        volume: VolumeId,
-        epoch: Epoch,
-    ) -> Result<Rc<VolumeState>, DataError> {
+    async fn catch_up(&self, volume: VolumeId, epoch: Epoch) -> Result<Rc<VolumeState>, DataError> {
         let has_epoch = |owner: &Self| {
             let volume = owner.volume(volume);
             volume.is_some_and(|volume| volume.table.borrow().epoch >= epoch)
@@ -254,7 +266,11 @@ impl Owner {
         span: Option<&Executing>,
     ) -> Result<(), DataError> {
         let state = self.admit(volume, at).await?;
-        let gate = if span.is_some() { None } else { Some(state.execute().await) };
+        let gate = if span.is_some() {
+            None
+        } else {
+            Some(state.execute().await)
+        };
         let store_at = at.in_store(volume);
         self.store.write(store_at, data, at.epoch).await?;
         drop(gate);
@@ -277,7 +293,11 @@ impl Owner {
         span: Option<&Executing>,
     ) -> Result<(), DataError> {
         let state = self.admit(volume, at).await?;
-        let gate = if span.is_some() { None } else { Some(state.execute().await) };
+        let gate = if span.is_some() {
+            None
+        } else {
+            Some(state.execute().await)
+        };
         let store_at = at.in_store(volume);
         self.store.zero(store_at, keep_allocated, at.epoch).await?;
         drop(gate);

@@ -119,9 +119,15 @@ impl Volume {
     ///
     /// # Errors
     /// [`DataError`].
-    pub async fn read(&self, offset_bytes: u64, len_bytes: u32) -> Result<Vec<ReadPart>, DataError> {
+    pub async fn read(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u32,
+    ) -> Result<Vec<ReadPart>, DataError> {
         let io = PartIo::Read(self.snapshot_id());
-        let replies = self.all_parts(offset_bytes, u64::from(len_bytes), &io).await?;
+        let replies = self
+            .all_parts(offset_bytes, u64::from(len_bytes), &io)
+            .await?;
         let mut data = Vec::new();
         for reply in replies {
             match reply {
@@ -316,7 +322,9 @@ impl Volume {
         let table = self.state.table();
         let parts: Vec<Part> = table.parts(offset, len).collect();
         let span = self.begin_span(&table, &parts).await?;
-        let tries = parts.iter().map(|part| self.try_part(&table, *part, io, Some(&span)));
+        let tries = parts
+            .iter()
+            .map(|part| self.try_part(&table, *part, io, Some(&span)));
         let ended = join_all(tries).await;
         match ended.into_iter().find_map(Result::err) {
             None => Ok(()),
@@ -327,11 +335,7 @@ impl Volume {
         }
     }
 
-    async fn begin_span(
-        &self,
-        table: &RoutingTable,
-        parts: &[Part],
-    ) -> Result<Span, ForwardError> {
+    async fn begin_span(&self, table: &RoutingTable, parts: &[Part]) -> Result<Span, ForwardError> {
         let group = &self.group;
         let id = group.next_span.replace(group.next_span.get() + 1);
         let mut counts: HashMap<NodeNo, u32> = HashMap::new();

@@ -137,10 +137,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameStream<S> {
 ///
 /// # Errors
 /// [`ConnectionError`] when the stream breaks or carries something that is no frame.
-pub async fn serve<S, H, F>(
-    mut frames: FrameStream<S>,
-    handler: H,
-) -> Result<(), ConnectionError>
+pub async fn serve<S, H, F>(mut frames: FrameStream<S>, handler: H) -> Result<(), ConnectionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
     H: Fn(Frame) -> F,

@@ -26,7 +26,9 @@ pub fn random_u64() -> io::Result<u64> {
 #[must_use]
 pub fn unix_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+    now.map_or(0, |since| {
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    })
 }
 
 /// The id of this boot of the machine; a new one after every start of the kernel.

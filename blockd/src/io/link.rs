@@ -193,7 +193,10 @@ async fn say_hello(
         .send(request)
         .await
         .map_err(|error| lost(error.to_string()))?;
-    let reply = frames.next().await.map_err(|error| lost(error.to_string()))?;
+    let reply = frames
+        .next()
+        .await
+        .map_err(|error| lost(error.to_string()))?;
     let reply = reply.ok_or_else(|| lost("closed during the hello".to_owned()))?;
     if reply.status != Status::Ok {
         return Err(LinkError::Refused {
@@ -359,3 +362,6 @@ impl Slot {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

@@ -180,7 +180,11 @@ impl Payload {
 
 impl From<Bytes> for Payload {
     fn from(bytes: Bytes) -> Self {
-        Self(if bytes.is_empty() { vec![] } else { vec![bytes] })
+        Self(if bytes.is_empty() {
+            vec![]
+        } else {
+            vec![bytes]
+        })
     }
 }
 
@@ -382,7 +386,11 @@ pub fn encode_runs(runs: Vec<Run>) -> (u16, Payload) {
     let mut list = BytesMut::with_capacity(4 + 4 * runs.len());
     list.put_u32_le(u32::try_from(runs.len()).unwrap_or(u32::MAX));
     for run in &runs {
-        let hole = if matches!(run, Run::Hole(_)) { HOLE_BIT } else { 0 };
+        let hole = if matches!(run, Run::Hole(_)) {
+            HOLE_BIT
+        } else {
+            0
+        };
         list.put_u32_le(run.len_bytes() | hole);
     }
     let mut pieces = vec![list.freeze()];
@@ -472,3 +480,6 @@ pub fn decode_extents(reply: Frame, len_bytes: u32) -> Result<Vec<(u32, bool)>, 
         false => Err(WireError::Runs),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -46,7 +46,9 @@ pub enum ConfigError {
     Read { path: PathBuf, reason: String },
     #[error("configuration file {path}: {reason}")]
     Syntax { path: PathBuf, reason: String },
-    #[error("{key}: {value:?} is no ADDR[:PORT] (examples: 127.0.0.1, 10.0.0.1:10808, [::1]:10808)")]
+    #[error(
+        "{key}: {value:?} is no ADDR[:PORT] (examples: 127.0.0.1, 10.0.0.1:10808, [::1]:10808)"
+    )]
     Address { key: &'static str, value: String },
     #[error("{key}: {value} is outside its limits: {limits}")]
     Limit {
@@ -147,7 +149,11 @@ fn parse_address(key: &'static str, text: &str, port: u16) -> Result<SocketAddr,
 pub fn with_peer_port(server: &str) -> String {
     match server.parse::<IpAddr>() {
         Ok(ip) => SocketAddr::new(ip, PEER_PORT).to_string(),
-        Err(_) if server.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok()) => {
+        Err(_)
+            if server
+                .rsplit_once(':')
+                .is_some_and(|(_, port)| port.parse::<u16>().is_ok()) =>
+        {
             server.to_owned()
         }
         Err(_) => format!("{server}:{PEER_PORT}"),
@@ -177,12 +183,23 @@ mod tests {
 
     #[test]
     fn unknown_keys_and_bad_values_are_named() {
-        assert!(file("lisen = 'x'").unwrap_err().to_string().contains("lisen"));
+        assert!(
+            file("lisen = 'x'")
+                .unwrap_err()
+                .to_string()
+                .contains("lisen")
+        );
         for (text, key) in [
             ("listen = 'host:port:x'", "listen"),
             ("listen = '0.0.0.0'", "listen"),
-            ("listen = '127.0.0.1'\nnbd_listen = ['nonsense']", "nbd_listen"),
-            ("listen = '127.0.0.1'\nsnapshot_hold_max_ms = 0", "snapshot_hold_max_ms"),
+            (
+                "listen = '127.0.0.1'\nnbd_listen = ['nonsense']",
+                "nbd_listen",
+            ),
+            (
+                "listen = '127.0.0.1'\nsnapshot_hold_max_ms = 0",
+                "snapshot_hold_max_ms",
+            ),
             ("", "listen"),
         ] {
             let error = file(text).unwrap().resolve(PathBuf::new()).unwrap_err();

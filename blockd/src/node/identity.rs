@@ -20,21 +20,21 @@ const FORMAT: u32 = 1;
 
 /// The identity of a server, kept in its state directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Identity {
+pub(crate) struct Identity {
     /// 128 random bits in hex; made once.
-    pub unique_id: String,
-    pub cluster: Option<Membership>,
+    pub(crate) unique_id: String,
+    pub(crate) cluster: Option<Membership>,
 }
 
 /// The cluster that a server belongs to, and as which node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Membership {
-    pub name: String,
-    pub id: String,
-    pub number: NodeNo,
-    pub node_name: String,
+pub(crate) struct Membership {
+    pub(crate) name: String,
+    pub(crate) id: String,
+    pub(crate) number: NodeNo,
+    pub(crate) node_name: String,
     /// Peer address under which the others know this node.
-    pub address: String,
+    pub(crate) address: String,
 }
 
 /// Why the identity cannot be read or written.
@@ -48,7 +48,9 @@ pub enum IdentityError {
     },
     #[error("{path} is of format {found}, this blockd reads {FORMAT}: use a newer blockd")]
     Newer { path: PathBuf, found: u32 },
-    #[error("{path} is damaged ({reason}): restore it from a copy, or start with an empty directory")]
+    #[error(
+        "{path} is damaged ({reason}): restore it from a copy, or start with an empty directory"
+    )]
     Damaged { path: PathBuf, reason: String },
 }
 
@@ -57,7 +59,7 @@ impl Identity {
     ///
     /// # Errors
     /// [`IdentityError`].
-    pub fn open(state: &Path) -> Result<Self, IdentityError> {
+    pub(crate) fn open(state: &Path) -> Result<Self, IdentityError> {
         let path = state.join("node");
         match fs::read_to_string(&path) {
             Ok(text) => Self::parse(&path, &text),
@@ -109,7 +111,7 @@ impl Identity {
     ///
     /// # Errors
     /// [`IdentityError::Io`].
-    pub fn save(&self, state: &Path) -> Result<(), IdentityError> {
+    pub(crate) fn save(&self, state: &Path) -> Result<(), IdentityError> {
         let failed = |action, path: &Path| {
             let path = path.to_owned();
             move |source| IdentityError::Io {
@@ -156,18 +158,33 @@ mod tests {
     #[test]
     fn format_1_is_read() {
         let body = r#"{"unique_id":"00ff","cluster":null}"#;
-        let text = format!("blockd-node 1 a3a47e7b\n{body}");
+        let text = format!("blockd-node 1 dc0c4840\n{body}");
         let read = Identity::parse(Path::new("node"), &text);
-        assert_eq!(format!("{:08x}", crc32fast::hash(body.as_bytes())), "a3a47e7b");
+        assert_eq!(
+            format!("{:08x}", crc32fast::hash(body.as_bytes())),
+            "dc0c4840"
+        );
         assert_eq!(read.unwrap().unique_id, "00ff");
     }
 
     #[test]
     fn newer_and_damaged_files_are_refused_with_the_reason() {
         let parse = |text| Identity::parse(Path::new("node"), text).unwrap_err();
-        assert!(matches!(parse("blockd-node 2 0\n{}"), IdentityError::Newer { found: 2, .. }));
-        for text in ["", "x", "blockd-node 1 00000000\n{}", "other 1 0\n{}", "blockd-node x 0\n"] {
-            assert!(matches!(parse(text), IdentityError::Damaged { .. }), "{text}");
+        assert!(matches!(
+            parse("blockd-node 2 0\n{}"),
+            IdentityError::Newer { found: 2, .. }
+        ));
+        for text in [
+            "",
+            "x",
+            "blockd-node 1 00000000\n{}",
+            "other 1 0\n{}",
+            "blockd-node x 0\n",
+        ] {
+            assert!(
+                matches!(parse(text), IdentityError::Damaged { .. }),
+                "{text}"
+            );
         }
     }
 }

@@ -90,8 +90,9 @@ impl Member {
         });
         let tables = tables.collect();
         let nodes = state.nodes();
-        let addresses: HashMap<_, _> =
-            nodes.map(|node| (node.number, node.peer_address.clone())).collect();
+        let addresses: HashMap<_, _> = nodes
+            .map(|node| (node.number, node.peer_address.clone()))
+            .collect();
         self.group.publish_addresses(addresses);
         self.owner().publish(tables);
     }

@@ -27,7 +27,9 @@ pub(crate) struct NbdExport {
 impl NbdExports {
     fn member(&self) -> Result<Rc<Member>, OpenError> {
         self.0.member().ok_or_else(|| {
-            OpenError::Policy("this server belongs to no cluster yet; use blockctl node define".into())
+            OpenError::Policy(
+                "this server belongs to no cluster yet; use blockctl node define".into(),
+            )
         })
     }
 }
@@ -56,7 +58,8 @@ impl Exports for NbdExports {
 
     async fn open(&self, name: &str) -> Result<NbdExport, OpenError> {
         let member = self.member()?;
-        let unknown = || OpenError::Unknown(format!("there is no volume or snapshot {name:?}").into());
+        let unknown =
+            || OpenError::Unknown(format!("there is no volume or snapshot {name:?}").into());
         if let Some(export) = open_in(&member, name)? {
             export.volume.learn_verifiers().await;
             return Ok(export);
@@ -141,7 +144,10 @@ impl Export for NbdExport {
         len: u64,
         flags: ZeroFlags,
     ) -> Result<(), ExportError> {
-        let zeroed = self.volume.zero(offset, len, flags.no_hole, flags.fua).await;
+        let zeroed = self
+            .volume
+            .zero(offset, len, flags.no_hole, flags.fua)
+            .await;
         zeroed.map_err(refuse)
     }
 

@@ -10,7 +10,9 @@ use crate::data::owner::{Executing, Target};
 use crate::id::{SnapshotId, VolumeId};
 use crate::io::framed::{FrameStream, serve};
 use crate::io::link::{Hello, Welcome, decode_control, encode_control};
-use crate::io::wire::{self, Frame, Kind, Payload, Run, Status, encode_extents, encode_runs, flags};
+use crate::io::wire::{
+    self, Frame, Kind, Payload, Run, Status, encode_extents, encode_runs, flags,
+};
 use crate::limits::{PEER_CONNECTIONS, PEER_HELLO_MS, REQUEST_PART_BYTES};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -70,7 +72,10 @@ pub(crate) async fn accept(node: Rc<Node>, listener: TcpListener) {
     }
 }
 
-async fn connection(node: Rc<Node>, stream: TcpStream) -> Result<(), crate::io::framed::ConnectionError> {
+async fn connection(
+    node: Rc<Node>,
+    stream: TcpStream,
+) -> Result<(), crate::io::framed::ConnectionError> {
     stream.set_nodelay(true)?;
     let mut frames = FrameStream::new(stream);
     let limit = Duration::from_millis(PEER_HELLO_MS);
@@ -85,7 +90,9 @@ async fn connection(node: Rc<Node>, stream: TcpStream) -> Result<(), crate::io::
     };
     let Some((end, ended)) = node.connections.supersede(&hello).await else {
         let text = "a later connection of this requester is open already";
-        return Ok(frames.send(request.refuse(Status::Unavailable, text)).await?);
+        return Ok(frames
+            .send(request.refuse(Status::Unavailable, text))
+            .await?);
     };
     frames.send(welcome(&node, &request)).await?;
     let spans = Spans::default();
@@ -247,7 +254,9 @@ async fn execute(node: &Node, member: &Member, spans: &Spans, request: &Frame) -
 
 fn target(request: &Frame) -> Result<Target, DataError> {
     if request.len_bytes > REQUEST_PART_BYTES || request.len_bytes == 0 {
-        return Err(DataError::Malformed("a part of 0 bytes or more than 64 MiB"));
+        return Err(DataError::Malformed(
+            "a part of 0 bytes or more than 64 MiB",
+        ));
     }
     Ok(untested_target(request))
 }

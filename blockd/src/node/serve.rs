@@ -99,7 +99,9 @@ async fn run(config: Config, control: Handle) -> Result<(), ServeError> {
     };
     let exports = nbd::NbdExports(Rc::clone(&node));
     tracing::info!(listen = %node.config.listen, "ready");
-    nbd_server::Server::new(exports, options).run(nbd_listeners).await;
+    nbd_server::Server::new(exports, options)
+        .run(nbd_listeners)
+        .await;
     if let Some(member) = node.member() {
         member.registry.shutdown().await;
     }
@@ -122,9 +124,10 @@ fn nbd_listeners(config: &Config) -> Result<Vec<Listener>, ServeError> {
 }
 
 async fn stop_signal() {
-    let (Ok(mut term), Ok(mut int)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
+    let (Ok(mut term), Ok(mut int)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) else {
         return std::future::pending().await;
     };
     tokio::select! {
@@ -134,11 +137,13 @@ async fn stop_signal() {
 }
 
 async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, ServeError> {
-    TcpListener::bind(address).await.map_err(|source| ServeError::Listen {
-        what,
-        address: address.to_string(),
-        source,
-    })
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| ServeError::Listen {
+            what,
+            address: address.to_string(),
+            source,
+        })
 }
 
 /// Opens the state directory and, if the server is a member, its registry.
@@ -159,7 +164,10 @@ async fn start(config: Config, control: Handle) -> Result<Rc<Node>, ServeError> 
     let peers = Peers::new(
         host::random_u64().map_err(ServeError::Random)?,
         membership.as_ref().map(|cluster| cluster.id.clone()),
-        membership.as_ref().map(|cluster| cluster.number).unwrap_or_default(),
+        membership
+            .as_ref()
+            .map(|cluster| cluster.number)
+            .unwrap_or_default(),
     );
     let node = Rc::new(Node {
         verifier: verifier(&identity.unique_id),
@@ -196,7 +204,8 @@ impl Node {
         identity.cluster = Some(membership.clone());
         identity.save(&self.config.state)?;
         *self.identity.borrow_mut() = identity;
-        self.peers.set_identity(membership.id.clone(), membership.number);
+        self.peers
+            .set_identity(membership.id.clone(), membership.number);
         self.start_member(membership).await
     }
 
@@ -205,7 +214,11 @@ impl Node {
         membership: Membership,
     ) -> Result<Rc<Member>, ServeError> {
         let registry = self.open_registry(&membership).await?;
-        let owner = Rc::new(Owner::new(membership.number, self.store.clone(), self.verifier));
+        let owner = Rc::new(Owner::new(
+            membership.number,
+            self.store.clone(),
+            self.verifier,
+        ));
         let group = Rc::new(Group::new(owner, Arc::clone(&self.peers)));
         let member = Rc::new(Member {
             membership,
@@ -230,9 +243,9 @@ impl Node {
         let peers = Peers::new(requester, Some(membership.id.clone()), membership.number);
         let transport = transport(Arc::new(peers));
         let (number, address) = (membership.number, membership.address.clone());
-        let opened = self.control.spawn(async move {
-            open(&directory, number, address, transport).await
-        });
+        let opened = self
+            .control
+            .spawn(async move { open(&directory, number, address, transport).await });
         let stopped = |_| RegistryError::Stopped("the control thread has ended".to_owned());
         Ok(opened.await.map_err(stopped)??)
     }
@@ -244,7 +257,14 @@ async fn open(
     address: String,
     transport: RaftTransport,
 ) -> Result<Registry, RegistryError> {
-    Registry::open(directory, number, address, transport, RegistryOptions::default()).await
+    Registry::open(
+        directory,
+        number,
+        address,
+        transport,
+        RegistryOptions::default(),
+    )
+    .await
 }
 
 /// Registry messages travel in frames of the peer protocol.
@@ -254,7 +274,10 @@ fn transport(peers: Arc<Peers>) -> RaftTransport {
         Box::pin(async move {
             let mut request = Frame::request(Kind::Registry, VolumeId(0));
             request.payload = Bytes::from(message).into();
-            let reply = peers.call(&address, request).await.map_err(io::Error::other)?;
+            let reply = peers
+                .call(&address, request)
+                .await
+                .map_err(io::Error::other)?;
             match reply.status {
                 Status::Ok => Ok(reply.payload.into_bytes().to_vec()),
                 _ => Err(io::Error::other(reply.text())),

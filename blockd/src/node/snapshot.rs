@@ -51,7 +51,9 @@ pub(super) async fn create(
         (Verdict::Committed, records) => {
             let state = member.registry.state();
             let infos = records.iter().map(|record| info(member, &state, record));
-            Ok(AdminReply::Snapshots(join_all(infos).await.into_iter().flatten().collect()))
+            Ok(AdminReply::Snapshots(
+                join_all(infos).await.into_iter().flatten().collect(),
+            ))
         }
         (Verdict::Aborted(why), _) => Err(refused(
             AdminErrorKind::Conflict,
@@ -187,10 +189,7 @@ async fn discard(member: &Member, records: &[SnapshotRecord]) -> Option<Coordina
 }
 
 /// Committed snapshots with their sizes.
-pub(super) async fn list(
-    member: &Member,
-    volume: Option<&str>,
-) -> Result<AdminReply, AdminError> {
+pub(super) async fn list(member: &Member, volume: Option<&str>) -> Result<AdminReply, AdminError> {
     catch_up(member).await?;
     let state = member.registry.state();
     let volumes: Vec<&VolumeRecord> = match volume {
@@ -218,8 +217,14 @@ async fn info(
         id: record.id,
         size_bytes: record.size_bytes,
         created_unix_ms: record.created_unix_ms,
-        referenced_bytes: usages.iter().map(|usage| usage.map(|u| u.referenced_bytes)).sum(),
-        unique_bytes: usages.iter().map(|usage| usage.map(|u| u.unique_bytes)).sum(),
+        referenced_bytes: usages
+            .iter()
+            .map(|usage| usage.map(|u| u.referenced_bytes))
+            .sum(),
+        unique_bytes: usages
+            .iter()
+            .map(|usage| usage.map(|u| u.unique_bytes))
+            .sum(),
     })
 }
 

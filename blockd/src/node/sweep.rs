@@ -18,7 +18,9 @@ pub(crate) async fn run(node: Rc<Node>) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        let Some(member) = node.member() else { continue };
+        let Some(member) = node.member() else {
+            continue;
+        };
         let state = member.registry.state();
         if has_garbage(&member, &state)
             && let Ok(confirmed) = member.registry.barrier().await
@@ -50,7 +52,11 @@ async fn sweep_store(member: &Member, confirmed: &RegistryState) {
         for snapshot in store.snapshots(volume) {
             if confirmed.snapshot(volume, snapshot).is_none() {
                 let dropped = store.delete_snapshot(volume, snapshot).await;
-                log(dropped, "snapshot", &format_args!("{snapshot} of volume {volume}"));
+                log(
+                    dropped,
+                    "snapshot",
+                    &format_args!("{snapshot} of volume {volume}"),
+                );
             }
         }
     }

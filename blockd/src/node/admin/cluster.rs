@@ -143,9 +143,17 @@ pub(super) async fn define_node(
     let address = with_peer_port(&address);
     let them = match ask(node, &address, AdminRequest::Identify).await? {
         AdminReply::Identity(identity) => identity,
-        _ => return Err(internal("the server answered something else than its identity")),
+        _ => {
+            return Err(internal(
+                "the server answered something else than its identity",
+            ));
+        }
     };
-    if let Some((name, id)) = them.cluster.as_ref().filter(|c| c.1 != member.membership.id) {
+    if let Some((name, id)) = them
+        .cluster
+        .as_ref()
+        .filter(|c| c.1 != member.membership.id)
+    {
         let text = format!(
             "the server at {address} belongs to another cluster, {name} ({id}); to move it, give \
              it an empty state directory"
@@ -210,7 +218,9 @@ pub(super) async fn status(node: &Rc<Node>, member: &Member) -> Answer {
         tracing::debug!(%error, "cluster status without a majority");
     }
     let (state, status) = (member.registry.state(), member.registry.status());
-    let snapshots = state.volumes().map(|v| state.snapshots(v.id).count() as u64);
+    let snapshots = state
+        .volumes()
+        .map(|v| state.snapshots(v.id).count() as u64);
     Ok(AdminReply::Cluster(ClusterStatus {
         name: member.membership.name.clone(),
         id: member.membership.id.clone(),

@@ -71,9 +71,10 @@ async fn dispatch(node: &Rc<Node>, request: AdminRequest) -> Answer {
         AdminRequest::Version
         | AdminRequest::Identify
         | AdminRequest::Join(_)
-        | AdminRequest::ClusterDefine { .. } => {
-            Err(refused(AdminErrorKind::Internal, "request already answered"))
-        }
+        | AdminRequest::ClusterDefine { .. } => Err(refused(
+            AdminErrorKind::Internal,
+            "request already answered",
+        )),
     }
 }
 
@@ -93,7 +94,10 @@ pub(super) fn refused(kind: AdminErrorKind, message: impl Into<String>) -> Admin
 }
 
 pub(super) fn no_volume(name: &str) -> AdminError {
-    refused(AdminErrorKind::NotFound, format!("there is no volume {name:?}"))
+    refused(
+        AdminErrorKind::NotFound,
+        format!("there is no volume {name:?}"),
+    )
 }
 
 /// Makes this server's copy of the registry at least as new as every change acknowledged so far,

@@ -19,12 +19,18 @@ use crate::node::Member;
 use futures_util::future::join_all;
 
 fn record(state: &RegistryState, name: &str) -> Result<VolumeRecord, AdminError> {
-    state.volume_by_name(name).cloned().ok_or_else(|| no_volume(name))
+    state
+        .volume_by_name(name)
+        .cloned()
+        .ok_or_else(|| no_volume(name))
 }
 
 fn check_size(size_bytes: u64) -> Result<(), AdminError> {
     match size_bytes {
-        0 => Err(refused(AdminErrorKind::Invalid, "a volume of 0 bytes: give a size, as in 4GiB")),
+        0 => Err(refused(
+            AdminErrorKind::Invalid,
+            "a volume of 0 bytes: give a size, as in 4GiB",
+        )),
         bytes if bytes % BLOCK_BYTES != 0 => {
             let text = format!("{bytes} bytes are no multiple of the block of {BLOCK_BYTES} bytes");
             Err(refused(AdminErrorKind::Invalid, text))
@@ -112,7 +118,10 @@ fn check_shrink(
         return Err(refused(AdminErrorKind::Conflict, text));
     }
     let larger = |bytes| bytes > size_bytes;
-    match state.snapshots(before.id).find(|snapshot| larger(snapshot.size_bytes)) {
+    match state
+        .snapshots(before.id)
+        .find(|snapshot| larger(snapshot.size_bytes))
+    {
         None => Ok(()),
         Some(snapshot) => {
             let text = format!(
@@ -182,8 +191,7 @@ fn route_info(record: &VolumeRecord) -> Result<RouteInfo, AdminError> {
     let runs = record.routes.clone();
     let (id, size) = (record.id, record.size_bytes);
     let table = RoutingTable::new(id, record.epoch, size, record.page_blocks, runs);
-    let table =
-        table.map_err(|error| refused(AdminErrorKind::Internal, error.to_string()))?;
+    let table = table.map_err(|error| refused(AdminErrorKind::Internal, error.to_string()))?;
     Ok(RouteInfo {
         volume: record.name.clone(),
         epoch: record.epoch,
@@ -208,7 +216,10 @@ pub(super) async fn open(member: &Member, name: &str, snapshot: Option<&str>) ->
         snapshot: taken.map(|(id, _)| id),
         size_bytes: taken.map_or(record.size_bytes, |(_, size_bytes)| size_bytes),
         route: route_info(&record)?,
-        nodes: owners(&record.routes).into_keys().filter_map(address).collect(),
+        nodes: owners(&record.routes)
+            .into_keys()
+            .filter_map(address)
+            .collect(),
         volume: info_without_usage(member, &record),
     }))
 }
@@ -232,7 +243,9 @@ pub(in crate::node) fn find_snapshot(
 async fn info(member: &Member, record: &VolumeRecord) -> VolumeInfo {
     let nodes = owners(&record.routes).into_keys();
     let usages = join_all(nodes.map(|node| member.usage(node, record.id, None))).await;
-    let allocated = usages.into_iter().map(|usage| usage.map(|usage| usage.allocated_bytes));
+    let allocated = usages
+        .into_iter()
+        .map(|usage| usage.map(|usage| usage.allocated_bytes));
     VolumeInfo {
         allocated_bytes: allocated.sum(),
         ..info_without_usage(member, record)
