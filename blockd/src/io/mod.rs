@@ -1,3 +1,4 @@
 //! The only code that touches sockets, files and time.
 
 pub mod disk;
+pub mod sim_disk;
