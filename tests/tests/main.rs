@@ -2,23 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-#[path = "system/routing.rs"]
-mod routing;
 #[path = "system/nbd_clients.rs"]
 mod nbd_clients;
-#[path = "system/snapshots.rs"]
-mod snapshots;
-#[path = "system/snapshot_kills.rs"]
-mod snapshot_kills;
-#[path = "system/crash.rs"]
-mod crash;
-#[path = "system/restart.rs"]
-mod restart;
-#[path = "system/bad_requests.rs"]
-mod bad_requests;
-#[path = "system/bad_state.rs"]
-mod bad_state;
-#[path = "system/full_disk.rs"]
-mod full_disk;
-#[path = "system/hostile_peers.rs"]
-mod hostile_peers;
+#[path = "system/routing.rs"]
+mod routing;
