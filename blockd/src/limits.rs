@@ -38,3 +38,8 @@ const _: () = assert!(ROUTE_RUNS_TARGET as usize <= ROUTE_RUNS_MAX);
 const _: () = assert!(NAME_CHARS_MAX <= REGISTRY_TEXT_BYTES_MAX);
 const _: () = assert!(2 * TRANSACTION_BYTES_MAX <= REGISTRY_MESSAGE_BYTES_MAX);
 const _: () = assert!(2 * REGISTRY_SNAPSHOT_CHUNK_BYTES <= REGISTRY_MESSAGE_BYTES_MAX as u64);
+/// Milliseconds for which a participant holds writes at the most, whatever the coordinator asks;
+/// well below the 30 s after which Linux calls a block request lost.
+pub const SNAPSHOT_HOLD_CAP_MS: u64 = 10_000;
+
+const _: () = assert!(SNAPSHOT_HOLD_MAX_MS <= SNAPSHOT_HOLD_CAP_MS);
