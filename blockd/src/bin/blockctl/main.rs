@@ -51,7 +51,7 @@ fn run(cli: &Cli) -> Result<(), Failure> {
 fn explain_usage(error: &clap::Error) -> ExitCode {
     let wants_json = std::env::args_os().any(|arg| arg == "--json");
     if error.use_stderr() && wants_json {
-        complain(true, "usage", error.to_string().trim_end());
+        complain(true, "usage", &usage_message(error));
     } else if error.print().is_err() {
         return ExitCode::from(EXIT_USAGE);
     }
@@ -60,6 +60,14 @@ fn explain_usage(error: &clap::Error) -> ExitCode {
     } else {
         ExitCode::SUCCESS
     }
+}
+
+/// Without clap's own prefix, and without the usage and the pointer to `--help` behind it.
+fn usage_message(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    let reason = text.split("\n\n").next().unwrap_or(text);
+    reason.trim_end().to_owned()
 }
 
 fn complain(as_json: bool, kind: &str, message: &str) {
