@@ -8,7 +8,7 @@ Usage: scripts/deps.sh [--check] SET...
 
 Installs what is missing of the sets, with apt-get (as root, or through sudo):
   build   to compile the workspace
-  run     for scripts/quickstart.sh: mount and make filesystems
+  run     for scripts/quickstart.sh: filesystems, mounts and the NBD clients it shows
   test    for scripts/test.sh
   bench   for scripts/bench.sh
 Does nothing when all is there. --check only says what is missing (exit code 1 if anything is).
@@ -22,7 +22,7 @@ packages_of() {
     case $1 in
         build) printf '%s\n' 'gcc cc' 'libc6-dev /usr/include/stdio.h' 'git git' 'jq jq' ;;
         run) printf '%s\n' 'fuse3 fusermount3' 'e2fsprogs mkfs.ext4' 'util-linux losetup' \
-            'mount mount' 'jq jq' ;;
+            'mount mount' 'jq jq' 'libnbd-bin nbdinfo' 'qemu-utils qemu-img' ;;
         test) printf '%s\n' 'fio fio' 'nbdkit nbdkit' 'libnbd-bin nbdinfo' 'nbd-client nbd-client' \
             'python3-libnbd python:nbd' 'qemu-utils qemu-nbd' 'fuse3 fusermount3' \
             'xfsprogs mkfs.xfs' 'e2fsprogs mkfs.ext4' 'util-linux losetup' 'mount mount' \
