@@ -4,14 +4,16 @@
 //! printed by `blockctl --json` as they are. Adding a variant at the end keeps older peers
 //! readable; anything else takes a new protocol version.
 
-use crate::id::{Epoch, NodeNo, Revision, SnapshotId, VolumeId};
+use crate::id::{Epoch, NodeNo, Revision, RouteRun, SnapshotId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// A request to any server of the group; each is carried out by the server that receives it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AdminRequest {
     /// Makes this server, which belongs to no cluster, the first node of a new cluster.
-    ClusterDefine { name: String },
+    ClusterDefine {
+        name: String,
+    },
     ClusterStatus,
     /// Defines the server at `address` (peer address) as a node, and brings it online if asked.
     NodeDefine {
@@ -56,6 +58,8 @@ pub enum AdminRequest {
         volume: String,
         snapshot: Option<String>,
     },
+    /// Who the server is, whether it belongs to a cluster or not.
+    Identify,
     /// Sent by the server that defines a node to the server that is to become it.
     Join(JoinOffer),
 }
@@ -102,7 +106,7 @@ pub enum AdminReply {
     Route(RouteInfo),
     Version(VersionInfo),
     Open(OpenInfo),
-    Joined { unique_id: String },
+    Identity(Identity),
     /// The request was understood and refused, with the reason and what to do about it.
     Refused(AdminError),
 }
@@ -126,6 +130,15 @@ pub enum AdminErrorKind {
     /// A server or the registry's majority cannot be reached.
     Unavailable,
     Internal,
+}
+
+/// A server, as it introduces itself to the one that defines it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    pub unique_id: String,
+    pub nbd_address: String,
+    /// Name and id of the cluster that it belongs to.
+    pub cluster: Option<(String, String)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -195,14 +208,6 @@ pub struct RouteInfo {
     pub runs: Vec<RouteRun>,
     /// CRC32 of the runs: equal on every server for one (volume, epoch) (S003-06).
     pub table_crc: u32,
-}
-
-/// `page_count` pages from `first_page` on belong to `owner`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RouteRun {
-    pub first_page: u32,
-    pub page_count: u32,
-    pub owner: NodeNo,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -70,6 +70,14 @@ id!(
     TicketId(u64)
 );
 
+/// `page_count` pages from `first_page` on belong to `owner` (S003-05, run-length encoded).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RouteRun {
+    pub first_page: u32,
+    pub page_count: u32,
+    pub owner: NodeNo,
+}
+
 /// Where a byte of a volume lies: its page and the offset in that page (S003-03).
 #[must_use]
 pub fn locate(offset_bytes: u64, page_blocks: u32) -> (u64, u64) {

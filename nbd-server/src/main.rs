@@ -1,2 +1,2 @@
-//! stub
+//! Serves a file or memory over NBD.
 fn main() {}

@@ -1,0 +1,74 @@
+//! The daemon: `blockd serve`.
+
+use anyhow::Context;
+use blockd::node::config::ConfigFile;
+use blockd::node::serve;
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+/// Serves partitioned block volumes: NBD to clients, the peer protocol to other servers.
+#[derive(Parser)]
+#[command(name = "blockd", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs a server until SIGTERM.
+    Serve(Serve),
+}
+
+#[derive(clap::Args)]
+struct Serve {
+    /// State directory: identity, registry and page store of this server. Made if missing.
+    #[arg(long, value_name = "DIR")]
+    state: PathBuf,
+    /// Address of the peer protocol (port 10808 unless given).
+    #[arg(long, value_name = "ADDR[:PORT]")]
+    listen: Option<String>,
+    /// Address of NBD (port 10809 unless given); may be repeated. Default: that of --listen.
+    #[arg(long, value_name = "ADDR[:PORT]")]
+    nbd_listen: Vec<String>,
+    /// NBD on a unix socket, too.
+    #[arg(long, value_name = "PATH")]
+    nbd_unix: Option<PathBuf>,
+    /// Configuration file (TOML); options given here win over it.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_env("BLOCKD_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    let Command::Serve(arguments) = Arguments::parse().command;
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Serve) -> anyhow::Result<()> {
+    let file = match &arguments.config {
+        None => ConfigFile::default(),
+        Some(path) => ConfigFile::read(path)?,
+    };
+    let command_line = ConfigFile {
+        listen: arguments.listen,
+        nbd_listen: Some(arguments.nbd_listen).filter(|list| !list.is_empty()),
+        nbd_unix: arguments.nbd_unix,
+        ..ConfigFile::default()
+    };
+    let config = command_line.or(file).resolve(arguments.state)?;
+    let state = config.state.display().to_string();
+    serve(config).with_context(|| format!("server of {state}"))
+}

@@ -1,0 +1,4 @@
+//! The control plane: pure state machines. Nothing here does IO or reads a clock.
+
+pub mod registry;
+pub mod snapshot;

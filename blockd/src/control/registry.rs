@@ -1,0 +1,23 @@
+//! The registry: agreed facts as typed objects, changed by compare-and-set transactions.
+//!
+//! Pure and deterministic: every registry server applies the same transactions in the same order
+//! and has the same state. `crate::io::raft` agrees on the order, `crate::node::registry` is the
+//! handle that a program uses.
+
+pub mod change;
+mod machine;
+mod name;
+mod object;
+pub mod routes;
+mod state;
+mod transaction;
+
+pub use change::{ChangeError, VolumeSpec};
+pub use machine::{Command, Machine};
+pub use name::{NameError, check_name, split_volume_name};
+pub use object::{
+    ClusterRecord, Key, NodeRecord, Object, SnapshotRecord, SnapshotState, UniqueId, VolumeRecord,
+};
+pub use routes::{RouteError, RouteRun};
+pub use state::RegistryState;
+pub use transaction::{Outcome, Refusal, Transaction};

@@ -1,0 +1,420 @@
+//! The changes that the product makes, as transactions built from the state they were read from.
+//! Each expects what it read, so that a change in between is a conflict.
+
+use super::name::{NameError, check_name};
+use super::object::{
+    ClusterRecord, Key, NodeRecord, Object, SnapshotRecord, SnapshotState, UniqueId, VolumeRecord,
+    pages,
+};
+use super::routes::{self, RouteError};
+use super::state::RegistryState;
+use super::transaction::Transaction;
+use crate::id::{Epoch, NodeNo, SnapshotId, TicketId, VolumeId};
+
+/// Why a change is not possible in this state.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ChangeError {
+    /// The cluster is not defined yet.
+    #[error("there is no cluster yet: define it first")]
+    NoCluster,
+    /// The cluster is defined already; carries its name.
+    #[error("this is cluster {0} already")]
+    ClusterExists(String),
+    /// A node with this number, name or peer address is there.
+    #[error("node number {0} is taken by another node")]
+    NodeTaken(NodeNo),
+    /// No such node.
+    #[error("there is no node {0}")]
+    NoNode(NodeNo),
+    /// A volume of this name is there.
+    #[error("volume {0} exists already")]
+    VolumeExists(String),
+    /// No such volume.
+    #[error("there is no volume {0}")]
+    NoVolume(VolumeId),
+    /// Snapshots are left.
+    #[error("volume {0} has snapshots: delete them first")]
+    HasSnapshots(String),
+    /// A snapshot of this name is there.
+    #[error("snapshot {0}@{1} exists already")]
+    SnapshotExists(String, String),
+    /// No such snapshot.
+    #[error("volume {0} has no snapshot {1}")]
+    NoSnapshot(VolumeId, SnapshotId),
+    /// The snapshot is in another state than the change needs.
+    #[error("snapshot {1} of volume {0} is {2:?}")]
+    SnapshotState(VolumeId, SnapshotId, SnapshotState),
+    /// The routing table changed since the prepare (S003-34).
+    #[error("volume {0} changed to epoch {1} during the snapshot: try again")]
+    EpochChanged(VolumeId, Epoch),
+    /// All ids of a kind are used.
+    #[error("no number is left for a new {0}")]
+    NumbersUsedUp(&'static str),
+    /// A name.
+    #[error(transparent)]
+    Name(#[from] NameError),
+    /// A size or a list of servers.
+    #[error(transparent)]
+    Route(#[from] RouteError),
+}
+
+/// What a new volume shall be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VolumeSpec {
+    /// Name, not in use.
+    pub name: String,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// Blocks of a page, a power of two.
+    pub page_blocks: u32,
+    /// Servers that get the pages, each once.
+    pub servers: Vec<NodeNo>,
+    /// Filesystem that will be made on it, if any.
+    pub format: Option<String>,
+    /// Seconds since 1970, shown to users.
+    pub created_unix_s: u64,
+}
+
+/// Defines the cluster, once.
+///
+/// # Errors
+/// It is defined, or the name is bad.
+pub fn define_cluster(
+    state: &RegistryState,
+    name: &str,
+    id: UniqueId,
+) -> Result<Transaction, ChangeError> {
+    if let Some(cluster) = state.cluster() {
+        return Err(ChangeError::ClusterExists(cluster.name.clone()));
+    }
+    check_name(name)?;
+    let cluster = ClusterRecord {
+        name: name.to_owned(),
+        id,
+        next_volume: VolumeId(1),
+    };
+    Ok(reading(state, &[Key::Cluster]).put(Key::Cluster, Object::Cluster(cluster)))
+}
+
+/// Defines a node, or changes the addresses of the one with the same number and unique id.
+///
+/// # Errors
+/// Another node has the number, or the name is bad.
+pub fn define_node(state: &RegistryState, node: NodeRecord) -> Result<Transaction, ChangeError> {
+    check_name(&node.name)?;
+    let other = |n: &NodeRecord| {
+        (n.number == node.number) != (n.unique_id == node.unique_id)
+            || (n.number != node.number && n.name == node.name)
+    };
+    if let Some(other) = state.nodes().find(|n| other(n)) {
+        return Err(ChangeError::NodeTaken(other.number));
+    }
+    let key = Key::Node(node.number);
+    Ok(reading(state, &[Key::Cluster, key.clone()]).put(key, Object::Node(node)))
+}
+
+/// Creates a volume and gives its record.
+///
+/// # Errors
+/// The name is taken or bad, a server is no node, or the size is out of its limits.
+pub fn create_volume(
+    state: &RegistryState,
+    spec: &VolumeSpec,
+) -> Result<(Transaction, VolumeRecord), ChangeError> {
+    check_name(&spec.name)?;
+    let mut cluster = state.cluster().ok_or(ChangeError::NoCluster)?.clone();
+    if state.volume_by_name(&spec.name).is_some() {
+        return Err(ChangeError::VolumeExists(spec.name.clone()));
+    }
+    let volume = new_volume(state, spec, cluster.next_volume)?;
+    let next = cluster.next_volume.0.checked_add(1);
+    cluster.next_volume = VolumeId(next.ok_or(ChangeError::NumbersUsedUp("volume"))?);
+    let name = Key::VolumeName(spec.name.clone());
+    let transaction = reading(state, &[Key::Cluster, name.clone()])
+        .put(Key::Cluster, Object::Cluster(cluster))
+        .put(name, Object::VolumeName(volume.id))
+        .put(Key::Volume(volume.id), Object::Volume(volume.clone()));
+    Ok((transaction, volume))
+}
+
+fn new_volume(
+    state: &RegistryState,
+    spec: &VolumeSpec,
+    id: VolumeId,
+) -> Result<VolumeRecord, ChangeError> {
+    known(state, &spec.servers)?;
+    let page_count = pages(spec.size_bytes, spec.page_blocks)?;
+    Ok(VolumeRecord {
+        id,
+        name: spec.name.clone(),
+        size_bytes: spec.size_bytes,
+        page_blocks: spec.page_blocks,
+        epoch: Epoch(1),
+        routes: routes::spread(page_count, &spec.servers, id.0)?,
+        format: spec.format.clone(),
+        created_unix_s: spec.created_unix_s,
+        next_snapshot: SnapshotId(1),
+    })
+}
+
+/// Gives a volume another name.
+///
+/// # Errors
+/// There is no such volume, or the name is taken or bad.
+pub fn rename_volume(
+    state: &RegistryState,
+    id: VolumeId,
+    name: &str,
+) -> Result<Transaction, ChangeError> {
+    check_name(name)?;
+    let volume = state.volume(id).ok_or(ChangeError::NoVolume(id))?;
+    if state.volume_by_name(name).is_some() {
+        return Err(ChangeError::VolumeExists(name.to_owned()));
+    }
+    let old = Key::VolumeName(volume.name.clone());
+    let new = Key::VolumeName(name.to_owned());
+    let renamed = VolumeRecord {
+        name: name.to_owned(),
+        ..volume.clone()
+    };
+    Ok(reading(state, &[Key::Volume(id), old.clone(), new.clone()])
+        .remove(old)
+        .put(new, Object::VolumeName(id))
+        .put(Key::Volume(id), Object::Volume(renamed)))
+}
+
+/// Changes the size; new pages are spread over `servers`, cut pages are gone. A new epoch.
+///
+/// # Errors
+/// There is no such volume, or the size or the servers are not possible.
+pub fn resize_volume(
+    state: &RegistryState,
+    id: VolumeId,
+    size_bytes: u64,
+    servers: &[NodeNo],
+) -> Result<(Transaction, VolumeRecord), ChangeError> {
+    let mut volume = state.volume(id).ok_or(ChangeError::NoVolume(id))?.clone();
+    let (before, after) = (volume.page_count(), pages(size_bytes, volume.page_blocks)?);
+    if after > before {
+        known(state, servers)?;
+        volume.routes = routes::extend(&volume.routes, after, servers)?;
+    } else {
+        volume.routes = routes::cut(&volume.routes, after);
+    }
+    volume.size_bytes = size_bytes;
+    volume.epoch = next_epoch(volume.epoch)?;
+    let transaction = reading(state, &[Key::Volume(id)]);
+    let object = Object::Volume(volume.clone());
+    Ok((transaction.put(Key::Volume(id), object), volume))
+}
+
+/// Deletes a volume without snapshots.
+///
+/// # Errors
+/// There is no such volume or it has snapshots.
+pub fn delete_volume(state: &RegistryState, id: VolumeId) -> Result<Transaction, ChangeError> {
+    let volume = state.volume(id).ok_or(ChangeError::NoVolume(id))?;
+    if state.snapshots(id).next().is_some() {
+        return Err(ChangeError::HasSnapshots(volume.name.clone()));
+    }
+    let name = Key::VolumeName(volume.name.clone());
+    let transaction = reading(state, &[Key::Volume(id), name.clone()]);
+    Ok(transaction.remove(Key::Volume(id)).remove(name))
+}
+
+/// Begins a snapshot of each volume under one ticket: the records are pending, so invisible.
+///
+/// # Errors
+/// A volume is not there, or a name is taken or bad.
+pub fn begin_snapshots(
+    state: &RegistryState,
+    wanted: &[(VolumeId, String)],
+    ticket: TicketId,
+    created_unix_ms: u64,
+) -> Result<(Transaction, Vec<SnapshotRecord>), ChangeError> {
+    let mut transaction = Transaction::new();
+    let mut records = Vec::new();
+    for (id, name) in wanted {
+        let record = new_snapshot(state, *id, name, ticket, created_unix_ms)?;
+        transaction = with_snapshot(state, transaction, &record)?;
+        records.push(record);
+    }
+    Ok((transaction, records))
+}
+
+fn new_snapshot(
+    state: &RegistryState,
+    id: VolumeId,
+    name: &str,
+    ticket: TicketId,
+    created_unix_ms: u64,
+) -> Result<SnapshotRecord, ChangeError> {
+    check_name(name)?;
+    let volume = state.volume(id).ok_or(ChangeError::NoVolume(id))?;
+    if state.get(&Key::SnapshotName(id, name.to_owned())).is_some() {
+        return Err(ChangeError::SnapshotExists(
+            volume.name.clone(),
+            name.to_owned(),
+        ));
+    }
+    Ok(SnapshotRecord {
+        volume: id,
+        id: volume.next_snapshot,
+        name: name.to_owned(),
+        ticket,
+        state: SnapshotState::Pending,
+        size_bytes: volume.size_bytes,
+        epoch: volume.epoch,
+        created_unix_ms,
+        owners: routes::owners(&volume.routes).into_keys().collect(),
+    })
+}
+
+fn with_snapshot(
+    state: &RegistryState,
+    transaction: Transaction,
+    record: &SnapshotRecord,
+) -> Result<Transaction, ChangeError> {
+    let volume = state
+        .volume(record.volume)
+        .ok_or(ChangeError::NoVolume(record.volume))?;
+    let next = volume.next_snapshot.0.checked_add(1);
+    let next = SnapshotId(next.ok_or(ChangeError::NumbersUsedUp("snapshot"))?);
+    let volume = VolumeRecord {
+        next_snapshot: next,
+        ..volume.clone()
+    };
+    let [key, name, snapshot] = snapshot_keys(record);
+    let transaction = expecting(
+        state,
+        transaction,
+        &[key.clone(), name.clone(), snapshot.clone()],
+    );
+    Ok(transaction
+        .put(key, Object::Volume(volume))
+        .put(name, Object::SnapshotName(record.id))
+        .put(snapshot, Object::Snapshot(record.clone())))
+}
+
+/// Makes the pending snapshots visible, all or none, if no routing table changed meanwhile.
+///
+/// # Errors
+/// One is gone or not pending, or a volume has another epoch.
+pub fn commit_snapshots(
+    state: &RegistryState,
+    begun: &[SnapshotRecord],
+) -> Result<Transaction, ChangeError> {
+    let mut transaction = Transaction::new();
+    for record in begun {
+        let now = in_state(state, record.volume, record.id, SnapshotState::Pending)?;
+        let volume = state
+            .volume(record.volume)
+            .ok_or(ChangeError::NoVolume(record.volume))?;
+        if volume.epoch != now.epoch {
+            return Err(ChangeError::EpochChanged(volume.id, volume.epoch));
+        }
+        let [key, _, snapshot] = snapshot_keys(now);
+        let committed = SnapshotRecord {
+            state: SnapshotState::Committed,
+            ..now.clone()
+        };
+        transaction = expecting(state, transaction, &[key, snapshot.clone()])
+            .put(snapshot, Object::Snapshot(committed));
+    }
+    Ok(transaction)
+}
+
+/// Removes those of the snapshots that are still pending; empty if there are none.
+#[must_use]
+pub fn abort_snapshots(state: &RegistryState, begun: &[SnapshotRecord]) -> Transaction {
+    let pending =
+        |r: &&SnapshotRecord| in_state(state, r.volume, r.id, SnapshotState::Pending).is_ok();
+    let keys = begun.iter().filter(pending).map(snapshot_keys);
+    keys.fold(Transaction::new(), |transaction, [_, name, snapshot]| {
+        expecting(state, transaction, std::slice::from_ref(&snapshot))
+            .remove(snapshot)
+            .remove(name)
+    })
+}
+
+/// Hides a committed snapshot, so that its owners can drop their parts.
+///
+/// # Errors
+/// It is not there or not committed.
+pub fn delete_snapshot(
+    state: &RegistryState,
+    volume: VolumeId,
+    id: SnapshotId,
+) -> Result<Transaction, ChangeError> {
+    let record = in_state(state, volume, id, SnapshotState::Committed)?;
+    let [_, name, snapshot] = snapshot_keys(record);
+    let deleting = SnapshotRecord {
+        state: SnapshotState::Deleting,
+        ..record.clone()
+    };
+    Ok(reading(state, std::slice::from_ref(&snapshot))
+        .remove(name)
+        .put(snapshot, Object::Snapshot(deleting)))
+}
+
+/// Removes the record of a snapshot whose parts are dropped everywhere.
+///
+/// # Errors
+/// It is not there or not being deleted.
+pub fn forget_snapshot(
+    state: &RegistryState,
+    volume: VolumeId,
+    id: SnapshotId,
+) -> Result<Transaction, ChangeError> {
+    let record = in_state(state, volume, id, SnapshotState::Deleting)?;
+    let [_, _, snapshot] = snapshot_keys(record);
+    Ok(reading(state, std::slice::from_ref(&snapshot)).remove(snapshot))
+}
+
+fn in_state(
+    state: &RegistryState,
+    volume: VolumeId,
+    id: SnapshotId,
+    want: SnapshotState,
+) -> Result<&SnapshotRecord, ChangeError> {
+    let record = state
+        .snapshot(volume, id)
+        .ok_or(ChangeError::NoSnapshot(volume, id))?;
+    if record.state == want {
+        Ok(record)
+    } else {
+        Err(ChangeError::SnapshotState(volume, id, record.state))
+    }
+}
+
+fn snapshot_keys(record: &SnapshotRecord) -> [Key; 3] {
+    let name = Key::SnapshotName(record.volume, record.name.clone());
+    [
+        Key::Volume(record.volume),
+        name,
+        Key::Snapshot(record.volume, record.id),
+    ]
+}
+
+fn known(state: &RegistryState, servers: &[NodeNo]) -> Result<(), ChangeError> {
+    let unknown = servers.iter().find(|server| state.node(**server).is_none());
+    unknown.map_or(Ok(()), |server| Err(ChangeError::NoNode(*server)))
+}
+
+fn next_epoch(epoch: Epoch) -> Result<Epoch, ChangeError> {
+    epoch
+        .0
+        .checked_add(1)
+        .map(Epoch)
+        .ok_or(ChangeError::NumbersUsedUp("epoch"))
+}
+
+fn reading(state: &RegistryState, keys: &[Key]) -> Transaction {
+    expecting(state, Transaction::new(), keys)
+}
+
+fn expecting(state: &RegistryState, transaction: Transaction, keys: &[Key]) -> Transaction {
+    keys.iter().fold(transaction, |t, key| {
+        t.expect(key.clone(), state.revision_of(key))
+    })
+}

@@ -1,0 +1,8 @@
+//! The path of a byte, top to bottom: volume, router, forward or owner, page store.
+
+pub mod error;
+pub mod forward;
+pub mod owner;
+pub mod page_store;
+pub mod router;
+pub mod volume;

@@ -1,0 +1,351 @@
+//! The owner: what a server does with requests for pages that it owns.
+//!
+//! Every request passes the same three gates, whether it came from a local NBD connection or from
+//! a peer: the routing epoch must match (S003-18), the page must be ours, and a write must not
+//! run while a snapshot holds the volume (S003-36). The owner executes, and knows nothing of who
+//! coordinates a snapshot or decides a routing table.
+//!
+//! Invariant: while a volume is held and its executing count is zero, no write of it reaches the
+//! page store.
+
+use super::error::DataError;
+use super::page_store::{PageAt, PageStore, ReadPart, StoreError};
+use super::router::{EpochVerdict, RoutingTable, judge_epoch};
+use crate::id::{Epoch, NodeNo, PageNo, SnapshotId, VolumeId};
+use crate::limits::FORWARD_DEADLINE_MS;
+use bytes::Bytes;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout_at};
+
+/// A range in a page, at the routing epoch under which the requester sent it here.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    pub page: PageNo,
+    pub offset_bytes: u32,
+    pub len_bytes: u32,
+    pub epoch: Epoch,
+}
+
+/// What this server knows of one volume; lives as long as the volume does.
+pub struct VolumeState {
+    pub id: VolumeId,
+    table: RefCell<Rc<RoutingTable>>,
+    /// Writes and spans that passed the hold gate and have not finished.
+    executing: Cell<u32>,
+    held: Cell<bool>,
+    /// Writes that wait at the gate.
+    waiting: Cell<u32>,
+    changed: Notify,
+}
+
+/// The part of a server that executes requests for its own pages.
+pub struct Owner {
+    pub me: NodeNo,
+    pub store: PageStore,
+    /// The write verifier: changes when acknowledged, unflushed writes may have been lost.
+    pub verifier: u64,
+    volumes: RefCell<HashMap<VolumeId, Rc<VolumeState>>>,
+    tables_changed: Notify,
+}
+
+/// A write, or a span of writes, that passed the gate; it has finished when this is dropped.
+pub struct Executing(Rc<VolumeState>);
+
+impl Drop for Executing {
+    fn drop(&mut self) {
+        self.0.executing.set(self.0.executing.get() - 1);
+        if self.0.executing.get() == 0 && self.0.held.get() {
+            self.0.changed.notify_waiters();
+        }
+    }
+}
+
+/// Counts a write that waits at the gate, also when the wait is given up.
+struct Waiting<'a>(&'a Cell<u32>);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a Cell<u32>) -> Self {
+        count.set(count.get() + 1);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
+
+impl VolumeState {
+    #[must_use]
+    pub fn table(&self) -> Rc<RoutingTable> {
+        Rc::clone(&self.table.borrow())
+    }
+
+    /// Begins to hold new writes (S003-36).
+    pub fn hold(&self) {
+        self.held.set(true);
+    }
+
+    /// Lets held writes go on (S003-28).
+    pub fn release(&self) {
+        self.held.set(false);
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until no write executes; only meaningful while held.
+    pub async fn quiet(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.executing.get() == 0 {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    #[must_use]
+    pub fn executing(&self) -> u32 {
+        self.executing.get()
+    }
+
+    /// Writes that a hold keeps waiting now.
+    #[must_use]
+    pub fn waiting(&self) -> u32 {
+        self.waiting.get()
+    }
+
+    /// Passes the gate at once, or says that the volume is held.
+    ///
+    /// # Errors
+    /// [`DataError::Held`].
+    pub fn try_execute(self: &Rc<Self>) -> Result<Executing, DataError> {
+        if self.held.get() {
+            return Err(DataError::Held);
+        }
+        self.executing.set(self.executing.get() + 1);
+        Ok(Executing(Rc::clone(self)))
+    }
+
+    /// Passes the gate when nothing holds the volume; a hold is bounded by its deadline.
+    pub async fn execute(self: &Rc<Self>) -> Executing {
+        loop {
+            let changed = self.changed.notified();
+            if let Ok(executing) = self.try_execute() {
+                return executing;
+            }
+            let waiting = Waiting::new(&self.waiting);
+            changed.await;
+            drop(waiting);
+        }
+    }
+}
+
+impl Owner {
+    #[must_use]
+    pub fn new(me: NodeNo, store: PageStore, verifier: u64) -> Self {
+        Self {
+            me,
+            store,
+            verifier,
+            volumes: RefCell::default(),
+            tables_changed: Notify::new(),
+        }
+    }
+
+    /// Takes over the routing tables of the registry; volumes that are not among them are gone.
+    pub fn publish(&self, tables: Vec<RoutingTable>) {
+        let mut volumes = self.volumes.borrow_mut();
+        let mut next = HashMap::with_capacity(tables.len());
+        for table in tables {
+            let state = match volumes.remove(&table.volume) {
+                Some(state) => state,
+                None => Rc::new(VolumeState::new(&table)),
+            };
+            if *state.table.borrow().as_ref() != table {
+                *state.table.borrow_mut() = Rc::new(table);
+            }
+            next.insert(state.id, state);
+        }
+        *volumes = next;
+        drop(volumes);
+        self.tables_changed.notify_waiters();
+    }
+
+    /// The volume's state, if the published tables have it.
+    #[must_use]
+    pub fn volume(&self, id: VolumeId) -> Option<Rc<VolumeState>> {
+        self.volumes.borrow().get(&id).map(Rc::clone)
+    }
+
+    /// Waits until `ready` says so after a publication, or the deadline has passed.
+    pub async fn await_tables(&self, deadline: Instant, ready: impl Fn(&Self) -> bool) -> bool {
+        loop {
+            let changed = self.tables_changed.notified();
+            if ready(self) {
+                return true;
+            }
+            if timeout_at(deadline, changed).await.is_err() {
+                return ready(self);
+            }
+        }
+    }
+
+    /// Admits a request for a page: right epoch, ours, inside the page.
+    async fn admit(&self, volume: VolumeId, at: Target) -> Result<Rc<VolumeState>, DataError> {
+        let state = match self.volume(volume) {
+            Some(state) if state.table.borrow().epoch >= at.epoch => state,
+            _ => self.catch_up(volume, at.epoch).await?,
+        };
+        let table = state.table.borrow();
+        if judge_epoch(table.epoch, at.epoch) != EpochVerdict::Serve
+            || table.owner(at.page) != Some(self.me)
+        {
+            return Err(DataError::Stale(table.epoch));
+        }
+        if !table.holds(at.offset_bytes, at.len_bytes) {
+            return Err(DataError::OutOfRange);
+        }
+        drop(table);
+        Ok(state)
+    }
+
+    /// S003-06: a server with an older table refuses to serve and catches up first.
+    async fn catch_up(&self, volume: VolumeId, epoch: Epoch) -> Result<Rc<VolumeState>, DataError> {
+        let has_epoch = |owner: &Self| {
+            let volume = owner.volume(volume);
+            volume.is_some_and(|volume| volume.table.borrow().epoch >= epoch)
+        };
+        let deadline = Instant::now() + Duration::from_millis(FORWARD_DEADLINE_MS / 10);
+        self.await_tables(deadline, has_epoch).await;
+        self.volume(volume).ok_or(DataError::Gone)
+    }
+
+    /// Reads a range of one page.
+    ///
+    /// # Errors
+    /// [`DataError`]; `Damaged` when the stored bytes do not match their checksum.
+    pub async fn read(
+        &self,
+        volume: VolumeId,
+        snapshot: Option<SnapshotId>,
+        at: Target,
+    ) -> Result<Vec<ReadPart>, DataError> {
+        self.admit(volume, at).await?;
+        Ok(self.store.read(at.in_store(volume), snapshot).await?)
+    }
+
+    /// Which parts of a range hold data: `(len_bytes, allocated)`.
+    ///
+    /// # Errors
+    /// [`DataError`].
+    pub async fn extents(
+        &self,
+        volume: VolumeId,
+        snapshot: Option<SnapshotId>,
+        at: Target,
+    ) -> Result<Vec<(u32, bool)>, DataError> {
+        self.admit(volume, at).await?;
+        Ok(self.store.extents(at.in_store(volume), snapshot)?)
+    }
+
+    /// Writes a range of one page; `span` is the gate already passed by a spanning request.
+    ///
+    /// # Errors
+    /// [`DataError`]; the range is unchanged, or wholly written, never in part.
+    pub async fn write(
+        &self,
+        volume: VolumeId,
+        at: Target,
+        data: Bytes,
+        fua: bool,
+        span: Option<&Executing>,
+    ) -> Result<(), DataError> {
+        let state = self.admit(volume, at).await?;
+        let gate = if span.is_some() {
+            None
+        } else {
+            Some(state.execute().await)
+        };
+        let store_at = at.in_store(volume);
+        self.store.write(store_at, data, at.epoch).await?;
+        drop(gate);
+        if fua {
+            self.store.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// Makes a range of one page read as zeros.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub async fn zero(
+        &self,
+        volume: VolumeId,
+        at: Target,
+        keep_allocated: bool,
+        fua: bool,
+        span: Option<&Executing>,
+    ) -> Result<(), DataError> {
+        let state = self.admit(volume, at).await?;
+        let gate = if span.is_some() {
+            None
+        } else {
+            Some(state.execute().await)
+        };
+        let store_at = at.in_store(volume);
+        self.store.zero(store_at, keep_allocated, at.epoch).await?;
+        drop(gate);
+        if fua {
+            self.store.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// Everything that this owner acknowledged is durable when it returns.
+    ///
+    /// # Errors
+    /// [`DataError::Damaged`] when the store has failed.
+    pub async fn flush(&self) -> Result<(), DataError> {
+        Ok(self.store.flush().await?)
+    }
+}
+
+impl VolumeState {
+    fn new(table: &RoutingTable) -> Self {
+        Self {
+            id: table.volume,
+            table: RefCell::new(Rc::new(table.clone())),
+            executing: Cell::new(0),
+            held: Cell::new(false),
+            waiting: Cell::new(0),
+            changed: Notify::new(),
+        }
+    }
+}
+
+impl Target {
+    fn in_store(self, volume: VolumeId) -> PageAt {
+        PageAt {
+            volume,
+            page: self.page,
+            offset_bytes: self.offset_bytes,
+            len_bytes: self.len_bytes,
+        }
+    }
+}
+
+impl From<StoreError> for DataError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::NoSpace => Self::NoSpace,
+            StoreError::UnknownSnapshot { .. } | StoreError::VolumeDeleted { .. } => Self::Gone,
+            other => Self::Damaged(other.to_string()),
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Requests, answers and options of the page store as plain values.
+
+use crate::id::{PageNo, VolumeId};
+use bytes::Bytes;
+use std::time::Duration;
+
+/// A byte range inside one page of one volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PageAt {
+    /// Volume of the page.
+    pub volume: VolumeId,
+    /// Page of the volume.
+    pub page: PageNo,
+    /// First byte in the page; whole blocks of 512 bytes.
+    pub offset_bytes: u32,
+    /// Length; whole blocks of 512 bytes.
+    pub len_bytes: u32,
+}
+
+/// A piece of an answered read, in the order of the bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReadPart {
+    /// Stored bytes, verified against their checksums.
+    Data(Bytes),
+    /// So many bytes that were never written, or were trimmed: zeros.
+    Hole(u32),
+}
+
+impl ReadPart {
+    /// Bytes of the volume that this piece covers.
+    #[must_use]
+    pub fn len_bytes(&self) -> usize {
+        match self {
+            ReadPart::Data(data) => data.len(),
+            ReadPart::Hole(len) => *len as usize,
+        }
+    }
+}
+
+/// How a store is laid out and when it writes by itself.
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    /// Size of the log file in bytes when the store is formatted; 1 MiB to 64 GiB, whole 64 KiB.
+    pub log_bytes: u64,
+    /// A sync starts at the latest when this much of the log is not durable.
+    pub unsynced_bytes_max: u64,
+    /// A sync starts at the latest this long after a write.
+    pub sync_interval: Duration,
+    /// Log data waiting to be copied to the slab before the copying starts.
+    pub unapplied_bytes_max: u64,
+    /// Bytes of overwritten slots that stay allocated for the next large writes.
+    pub reuse_bytes_max: u64,
+    /// Bytes of the file system that writes leave free.
+    pub free_bytes_min: u64,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        StoreOptions {
+            log_bytes: 256 << 20,
+            unsynced_bytes_max: 64 << 20,
+            sync_interval: Duration::from_secs(1),
+            unapplied_bytes_max: 32 << 20,
+            reuse_bytes_max: 128 << 20,
+            free_bytes_min: 64 << 20,
+        }
+    }
+}
+
+/// Space that one volume holds in the store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VolumeUsage {
+    /// Data bytes of the volume and of all its snapshots, in whole sub-blocks.
+    pub allocated_bytes: u64,
+}
+
+/// Space of one snapshot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SnapshotUsage {
+    /// Data bytes that a reader of the snapshot sees, shared or not.
+    pub referenced_bytes: u64,
+    /// Data bytes that deleting it would free.
+    pub unique_bytes: u64,
+}
+
+/// Totals of the store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoreUsage {
+    /// Chunk slots that hold a version.
+    pub slots_used: u64,
+    /// Slots of the slab file, used or free.
+    pub slots_total: u64,
+    /// Data bytes of all volumes.
+    pub allocated_bytes: u64,
+    /// Bytes of the log between its oldest needed record and its end.
+    pub log_used_bytes: u64,
+    /// Size of the log file.
+    pub log_bytes: u64,
+    /// Bytes of main memory that the tables take, estimated.
+    pub resident_bytes: u64,
+}

@@ -1,0 +1,505 @@
+//! A volume as an entry server sees it: bytes in, pages out, whoever owns them (S003-07 to S003-11).
+//!
+//! A request is cut at page boundaries; parts that are ours go to the [`Owner`], the others are
+//! forwarded, all at once. A request that cannot be served now (an owner restarts, a routing table
+//! is behind, a snapshot holds the volume) is tried again until `FORWARD_DEADLINE_MS`.
+//!
+//! A write over several pages is announced to all its owners before any part is sent (S003-33):
+//! an owner that has agreed does not take a snapshot before the part was executed, and one that
+//! holds already refuses, so that the whole request waits until the snapshot is taken.
+
+use super::error::DataError;
+use super::forward::{self, ForwardError, PartIo};
+use super::owner::{Executing, Owner, Target, VolumeState};
+use super::page_store::ReadPart;
+use super::router::{Part, RoutingTable};
+use crate::id::{NodeNo, SnapshotId};
+use crate::io::link::Peers;
+use crate::io::wire::{Frame, Kind, Run, decode_extents, decode_runs};
+use crate::limits::{FORWARD_DEADLINE_MS, FORWARD_RETRY_MS};
+use bytes::Bytes;
+use futures_util::future::{join_all, try_join_all};
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::{Instant, sleep};
+
+/// This server's view of the group: itself as an owner, and how to reach the others.
+pub struct Group {
+    pub owner: Rc<Owner>,
+    pub peers: Arc<Peers>,
+    addresses: RefCell<HashMap<NodeNo, String>>,
+    next_span: Cell<u64>,
+}
+
+/// One open volume or snapshot. Clones share the write verifiers of one connection.
+#[derive(Clone)]
+pub struct Volume {
+    group: Rc<Group>,
+    state: Rc<VolumeState>,
+    snapshot: Option<(SnapshotId, u64)>,
+    /// The verifier of each owner when this connection last knew all its writes to be safe.
+    verifiers: Rc<RefCell<HashMap<NodeNo, u64>>>,
+}
+
+/// What a part of a request gave.
+enum PartReply {
+    Data(Vec<ReadPart>),
+    Extents(Vec<(u32, bool)>),
+    Done,
+}
+
+impl Group {
+    #[must_use]
+    pub fn new(owner: Rc<Owner>, peers: Arc<Peers>) -> Self {
+        Self {
+            owner,
+            peers,
+            addresses: RefCell::default(),
+            next_span: Cell::new(1),
+        }
+    }
+
+    /// Takes over the peer addresses of the nodes.
+    pub fn publish_addresses(&self, addresses: HashMap<NodeNo, String>) {
+        *self.addresses.borrow_mut() = addresses;
+    }
+
+    /// The peer address of a node, if it is defined.
+    #[must_use]
+    pub fn address(&self, node: NodeNo) -> Option<String> {
+        self.addresses.borrow().get(&node).cloned()
+    }
+
+    async fn call(&self, node: NodeNo, request: Frame) -> Result<Frame, ForwardError> {
+        let address = self.address(node).ok_or_else(|| {
+            DataError::Unavailable(format!("node {node} is not defined in the registry"))
+        })?;
+        forward::call(&self.peers, &address, request).await
+    }
+}
+
+impl Volume {
+    /// Opens a volume, or with `snapshot` that snapshot and its size in bytes.
+    #[must_use]
+    pub fn new(
+        group: Rc<Group>,
+        state: Rc<VolumeState>,
+        snapshot: Option<(SnapshotId, u64)>,
+    ) -> Self {
+        Self {
+            group,
+            state,
+            snapshot,
+            verifiers: Rc::default(),
+        }
+    }
+
+    /// Size now; that of a snapshot never changes.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        match self.snapshot {
+            Some((_, size_bytes)) => size_bytes,
+            None => self.state.table().size_bytes,
+        }
+    }
+
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.snapshot.is_some()
+    }
+
+    fn snapshot_id(&self) -> Option<SnapshotId> {
+        self.snapshot.map(|(id, _)| id)
+    }
+
+    /// Reads a range; the parts cover it exactly, in order.
+    ///
+    /// # Errors
+    /// [`DataError`].
+    pub async fn read(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u32,
+    ) -> Result<Vec<ReadPart>, DataError> {
+        let io = PartIo::Read(self.snapshot_id());
+        let replies = self
+            .all_parts(offset_bytes, u64::from(len_bytes), &io)
+            .await?;
+        let mut data = Vec::new();
+        for reply in replies {
+            match reply {
+                PartReply::Data(parts) if data.is_empty() => data = parts,
+                PartReply::Data(parts) => data.extend(parts),
+                PartReply::Extents(_) | PartReply::Done => {}
+            }
+        }
+        Ok(data)
+    }
+
+    /// Allocation of a range: `(len_bytes, allocated)`, in order.
+    ///
+    /// # Errors
+    /// [`DataError`].
+    pub async fn extents(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u64,
+    ) -> Result<Vec<(u32, bool)>, DataError> {
+        let io = PartIo::Extents(self.snapshot_id());
+        let replies = self.all_parts(offset_bytes, len_bytes, &io).await?;
+        Ok(replies
+            .into_iter()
+            .flat_map(|reply| match reply {
+                PartReply::Extents(extents) => extents,
+                PartReply::Data(_) | PartReply::Done => vec![],
+            })
+            .collect())
+    }
+
+    /// Writes a range.
+    ///
+    /// # Errors
+    /// [`DataError`].
+    pub async fn write(&self, offset_bytes: u64, data: Bytes, fua: bool) -> Result<(), DataError> {
+        let len_bytes = data.len() as u64;
+        self.change(offset_bytes, len_bytes, &PartIo::Write { data, fua })
+            .await
+    }
+
+    /// Makes a range read as zeros (TRIM and WRITE_ZEROES).
+    ///
+    /// # Errors
+    /// [`DataError`].
+    pub async fn zero(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u64,
+        keep_allocated: bool,
+        fua: bool,
+    ) -> Result<(), DataError> {
+        let io = PartIo::Zero {
+            keep_allocated,
+            fua,
+        };
+        self.change(offset_bytes, len_bytes, &io).await
+    }
+
+    async fn change(&self, offset: u64, len: u64, io: &PartIo) -> Result<(), DataError> {
+        if self.is_read_only() {
+            return Err(DataError::ReadOnly);
+        }
+        if !self.state.table().spans_pages(offset, len) {
+            self.all_parts(offset, len, io).await?;
+            return Ok(());
+        }
+        self.check_range(offset, len)?;
+        let mut retry = Retry::new();
+        loop {
+            match self.try_span(offset, len, io).await {
+                Ok(()) => return Ok(()),
+                Err(error) => retry.after(&self.group.owner, &self.state, error).await?,
+            }
+        }
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<(), DataError> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size_bytes() => Ok(()),
+            _ => Err(DataError::OutOfRange),
+        }
+    }
+
+    async fn all_parts(
+        &self,
+        offset: u64,
+        len: u64,
+        io: &PartIo,
+    ) -> Result<Vec<PartReply>, DataError> {
+        self.check_range(offset, len)?;
+        let table = self.state.table();
+        let mut parts = table.parts(offset, len);
+        let Some(first) = parts.next() else {
+            return Ok(vec![]);
+        };
+        let rest: Vec<Part> = parts.collect();
+        if rest.is_empty() {
+            return Ok(vec![self.part(first, io).await?]);
+        }
+        let parts = std::iter::once(first).chain(rest);
+        try_join_all(parts.map(|part| self.part(part, io))).await
+    }
+
+    async fn part(&self, part: Part, io: &PartIo) -> Result<PartReply, DataError> {
+        let table = self.state.table();
+        let mut error = match self.try_part(&table, part, io, None).await {
+            Ok(reply) => return Ok(reply),
+            Err(error) => error,
+        };
+        let mut retry = Retry::new();
+        loop {
+            retry.after(&self.group.owner, &self.state, error).await?;
+            let table = self.state.table();
+            error = match self.try_part(&table, part, io, None).await {
+                Ok(reply) => return Ok(reply),
+                Err(error) => error,
+            };
+        }
+    }
+
+    async fn try_part(
+        &self,
+        table: &RoutingTable,
+        part: Part,
+        io: &PartIo,
+        span: Option<&Span>,
+    ) -> Result<PartReply, ForwardError> {
+        let owner = table.owner(part.page).ok_or(DataError::OutOfRange)?;
+        if owner == self.group.owner.me {
+            let executing = span.and_then(|span| span.local.as_ref());
+            return Ok(self.local_part(table, part, io, executing).await?);
+        }
+        let span_id = span.map(|span| span.id);
+        let request = forward::request(table.volume, table.epoch, &part, io, span_id);
+        let reply = self.group.call(owner, request).await?;
+        self.learn_verifier(owner, reply.aux);
+        let malformed = |_| DataError::Malformed("the owner's reply does not cover the range");
+        Ok(match io {
+            PartIo::Read(_) => {
+                let runs = decode_runs(reply, part.len_bytes).map_err(malformed)?;
+                PartReply::Data(runs.into_iter().map(ReadPart::from).collect())
+            }
+            PartIo::Extents(_) => {
+                PartReply::Extents(decode_extents(reply, part.len_bytes).map_err(malformed)?)
+            }
+            PartIo::Write { .. } | PartIo::Zero { .. } => PartReply::Done,
+        })
+    }
+
+    async fn local_part(
+        &self,
+        table: &RoutingTable,
+        part: Part,
+        io: &PartIo,
+        span: Option<&Executing>,
+    ) -> Result<PartReply, DataError> {
+        let owner = &self.group.owner;
+        let at = Target {
+            page: part.page,
+            offset_bytes: part.offset_bytes,
+            len_bytes: part.len_bytes,
+            epoch: table.epoch,
+        };
+        match io {
+            PartIo::Read(snapshot) => {
+                let parts = owner.read(table.volume, *snapshot, at).await?;
+                return Ok(PartReply::Data(parts));
+            }
+            PartIo::Extents(snapshot) => {
+                let extents = owner.extents(table.volume, *snapshot, at).await?;
+                return Ok(PartReply::Extents(extents));
+            }
+            PartIo::Write { data, fua } => {
+                let start = usize::try_from(part.at_bytes).unwrap_or(usize::MAX);
+                let data = data.slice(start..start + part.len_bytes as usize);
+                owner.write(table.volume, at, data, *fua, span).await?;
+            }
+            PartIo::Zero {
+                keep_allocated,
+                fua,
+            } => {
+                let volume = table.volume;
+                owner.zero(volume, at, *keep_allocated, *fua, span).await?;
+            }
+        }
+        Ok(PartReply::Done)
+    }
+
+    /// One try of a change that touches several pages.
+    async fn try_span(&self, offset: u64, len: u64, io: &PartIo) -> Result<(), ForwardError> {
+        let table = self.state.table();
+        let parts: Vec<Part> = table.parts(offset, len).collect();
+        let span = self.begin_span(&table, &parts).await?;
+        let tries = parts
+            .iter()
+            .map(|part| self.try_part(&table, *part, io, Some(&span)));
+        let ended = join_all(tries).await;
+        match ended.into_iter().find_map(Result::err) {
+            None => Ok(()),
+            Some(error) => {
+                self.cancel_span(&table, &span).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn begin_span(&self, table: &RoutingTable, parts: &[Part]) -> Result<Span, ForwardError> {
+        let group = &self.group;
+        let id = group.next_span.replace(group.next_span.get() + 1);
+        let mut counts: HashMap<NodeNo, u32> = HashMap::new();
+        for part in parts {
+            *counts.entry(part.owner).or_default() += 1;
+        }
+        let local = match counts.remove(&group.owner.me) {
+            Some(_) => Some(self.state.try_execute()?),
+            None => None,
+        };
+        let span = Span {
+            id,
+            local,
+            remote: counts.keys().copied().collect(),
+        };
+        let begins = counts.into_iter().map(|(node, count)| {
+            let mut request = Frame::request(Kind::SpanBegin, table.volume);
+            (request.aux, request.len_bytes, request.epoch) = (id, count, table.epoch);
+            group.call(node, request)
+        });
+        match join_all(begins).await.into_iter().find_map(Result::err) {
+            None => Ok(span),
+            Some(error) => {
+                self.cancel_span(table, &span).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a span back; an owner that never began it, or cannot be reached, has nothing to end.
+    async fn cancel_span(&self, table: &RoutingTable, span: &Span) {
+        let cancels = span.remote.iter().map(|node| {
+            let mut request = Frame::request(Kind::SpanCancel, table.volume);
+            request.aux = span.id;
+            self.group.call(*node, request)
+        });
+        for result in join_all(cancels).await {
+            if let Err(error) = result {
+                tracing::debug!(%error, span = span.id, "span not cancelled");
+            }
+        }
+    }
+
+    /// Makes every acknowledged write of the volume durable, on every owner, whatever connection
+    /// and server it came through (promise 3).
+    ///
+    /// # Errors
+    /// [`DataError`]; `Damaged` when an owner may have lost writes since the last flush.
+    pub async fn flush(&self) -> Result<(), DataError> {
+        let table = self.state.table();
+        let verifiers = join_all(table.owners().iter().map(|node| self.flush_owner(*node))).await;
+        let mut lost = None;
+        for (node, verifier) in table.owners().iter().zip(verifiers) {
+            let before = self.verifiers.borrow_mut().insert(*node, verifier?);
+            if before.is_some_and(|before| self.verifiers.borrow().get(node) != Some(&before)) {
+                lost = Some(*node);
+            }
+        }
+        match lost {
+            None => Ok(()),
+            Some(node) => Err(DataError::Damaged(format!(
+                "node {node} lost power after writes that were not flushed; they may be gone"
+            ))),
+        }
+    }
+
+    /// Learns the verifiers of the owners that answer now, as the point from which this
+    /// connection's flushes count.
+    pub async fn learn_verifiers(&self) {
+        let owners = self.state.table().owners().to_vec();
+        let replies = join_all(owners.iter().map(|node| self.try_flush(*node))).await;
+        for (node, reply) in owners.into_iter().zip(replies) {
+            if let Ok(verifier) = reply {
+                self.learn_verifier(node, verifier);
+            }
+        }
+    }
+
+    fn learn_verifier(&self, node: NodeNo, verifier: u64) {
+        self.verifiers.borrow_mut().entry(node).or_insert(verifier);
+    }
+
+    async fn flush_owner(&self, node: NodeNo) -> Result<u64, DataError> {
+        let mut retry = Retry::new();
+        loop {
+            match self.try_flush(node).await {
+                Ok(verifier) => return Ok(verifier),
+                Err(error) => retry.after(&self.group.owner, &self.state, error).await?,
+            }
+        }
+    }
+
+    async fn try_flush(&self, node: NodeNo) -> Result<u64, ForwardError> {
+        if node == self.group.owner.me {
+            self.group.owner.flush().await?;
+            return Ok(self.group.owner.verifier);
+        }
+        let request = Frame::request(Kind::Flush, self.state.id);
+        Ok(self.group.call(node, request).await?.aux)
+    }
+}
+
+/// A write over several pages that its owners have agreed to execute.
+struct Span {
+    id: u64,
+    local: Option<Executing>,
+    remote: Vec<NodeNo>,
+}
+
+/// Decides whether an error is worth another try, and waits for it.
+struct Retry {
+    deadline: Instant,
+}
+
+impl Retry {
+    fn new() -> Self {
+        Self {
+            deadline: Instant::now() + Duration::from_millis(FORWARD_DEADLINE_MS),
+        }
+    }
+
+    /// Returns after a while if the request may succeed now.
+    async fn after(
+        &mut self,
+        owner: &Owner,
+        state: &VolumeState,
+        error: ForwardError,
+    ) -> Result<(), DataError> {
+        let pause = match &error {
+            ForwardError::Link(_) | ForwardError::Data(DataError::Unavailable(_)) => {
+                Duration::from_millis(FORWARD_RETRY_MS)
+            }
+            ForwardError::Data(DataError::Stale(_) | DataError::Held) => Duration::from_millis(1),
+            ForwardError::Data(error) => return Err(error.clone()),
+        };
+        if Instant::now() + pause >= self.deadline {
+            return Err(DataError::Unavailable(error.to_string()));
+        }
+        if owner.volume(state.id).is_none() {
+            return Err(DataError::Gone);
+        }
+        if let ForwardError::Data(DataError::Stale(epoch)) = error {
+            let caught_up = |_: &Owner| state.table().epoch >= epoch;
+            owner.await_tables(self.deadline, caught_up).await;
+        }
+        sleep(pause).await;
+        Ok(())
+    }
+}
+
+impl From<Run> for ReadPart {
+    fn from(run: Run) -> Self {
+        match run {
+            Run::Data(data) => Self::Data(data),
+            Run::Hole(len_bytes) => Self::Hole(len_bytes),
+        }
+    }
+}
+
+impl From<ReadPart> for Run {
+    fn from(part: ReadPart) -> Self {
+        match part {
+            ReadPart::Data(data) => Self::Data(data),
+            ReadPart::Hole(len_bytes) => Self::Hole(len_bytes),
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! The files of a page store behind one seam, so that a simulator can stand in for the device.

@@ -1,0 +1,182 @@
+//! Frames on a byte stream: batched reading, vectored writing, and the serving loop.
+//!
+//! A connection is one task. It parses as many frames as a receive brought, polls each request
+//! once in place, keeps only those that have to wait, and sends all replies that are ready with
+//! one vectored write. Cost per request is dominated by wake-ups and system calls
+//! (`notes/block.md` B3), so neither is spent per frame.
+
+use super::wire::{self, Decoded, Frame, WireError};
+use crate::limits::{PEER_OUTPUT_BYTES, PEER_RECEIVE_BYTES, PEER_REQUESTS_IN_FLIGHT};
+use bytes::{Buf, Bytes, BytesMut};
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::io::{self, IoSlice};
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, ready};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+
+/// Pieces handed to one vectored write; the kernel takes at most 1024.
+const WRITE_PIECES: usize = 64;
+
+/// Why a connection ended before its time.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectionError {
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("peer connection: {0}")]
+    Io(#[from] io::Error),
+    #[error("the peer closed the connection in the middle of a frame")]
+    Truncated,
+}
+
+/// Reads and writes frames on a stream.
+pub struct FrameStream<S> {
+    stream: S,
+    input: BytesMut,
+    headers: BytesMut,
+    output: VecDeque<Bytes>,
+    output_bytes: usize,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> FrameStream<S> {
+    pub fn new(stream: S) -> Self {
+        Self {
+            stream,
+            input: BytesMut::new(),
+            headers: BytesMut::new(),
+            output: VecDeque::new(),
+            output_bytes: 0,
+        }
+    }
+
+    /// Queues a frame; [`Self::poll_flush`] sends it.
+    pub fn push(&mut self, frame: Frame) {
+        frame.encode_header(&mut self.headers);
+        let header = self.headers.split().freeze();
+        for piece in std::iter::once(header).chain(frame.payload.0) {
+            self.output_bytes += piece.len();
+            self.output.push_back(piece);
+        }
+    }
+
+    /// The next frame, or `None` when the peer closed between frames.
+    pub fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Option<Frame>, ConnectionError>> {
+        loop {
+            let needs = match wire::decode(&mut self.input)? {
+                Decoded::Frame(frame) => return Poll::Ready(Ok(Some(*frame))),
+                Decoded::Needs(total) => total.saturating_sub(self.input.len()),
+            };
+            if self.input.capacity() - self.input.len() < needs {
+                self.input.reserve(needs.max(PEER_RECEIVE_BYTES));
+            }
+            let read = pin!(self.stream.read_buf(&mut self.input));
+            match ready!(read.poll(cx))? {
+                0 if self.input.is_empty() => return Poll::Ready(Ok(None)),
+                0 => return Poll::Ready(Err(ConnectionError::Truncated)),
+                _ => {}
+            }
+        }
+    }
+
+    /// Ready when everything queued has been handed to the kernel.
+    pub fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.output.is_empty() {
+            let mut slices = [IoSlice::new(&[]); WRITE_PIECES];
+            let count = self.output.len().min(WRITE_PIECES);
+            for (slice, piece) in slices.iter_mut().zip(&self.output) {
+                *slice = IoSlice::new(piece);
+            }
+            let stream = Pin::new(&mut self.stream);
+            let written = ready!(stream.poll_write_vectored(cx, &slices[..count]))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.consume(written);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn consume(&mut self, mut written: usize) {
+        self.output_bytes -= written;
+        while let Some(piece) = self.output.front_mut() {
+            if piece.len() > written {
+                piece.advance(written);
+                return;
+            }
+            written -= piece.len();
+            self.output.pop_front();
+        }
+    }
+
+    /// Waits for one frame.
+    ///
+    /// # Errors
+    /// As [`Self::poll_frame`].
+    pub async fn next(&mut self) -> Result<Option<Frame>, ConnectionError> {
+        poll_fn(|cx| self.poll_frame(cx)).await
+    }
+
+    /// Sends one frame and waits until the kernel has it.
+    ///
+    /// # Errors
+    /// When the stream cannot be written.
+    pub async fn send(&mut self, frame: Frame) -> io::Result<()> {
+        self.push(frame);
+        poll_fn(|cx| self.poll_flush(cx)).await
+    }
+}
+
+/// Answers every request of a connection with `handler` until the peer closes it.
+///
+/// Requests run concurrently and complete out of order. The peer is read no further while it has
+/// `PEER_REQUESTS_IN_FLIGHT` requests open or does not take its replies.
+///
+/// # Errors
+/// [`ConnectionError`] when the stream breaks or carries something that is no frame.
+pub async fn serve<S, H, F>(mut frames: FrameStream<S>, handler: H) -> Result<(), ConnectionError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    H: Fn(Frame) -> F,
+    F: Future<Output = Frame>,
+{
+    let mut waiting = FuturesUnordered::<Pin<Box<F>>>::new();
+    let mut open = true;
+    poll_fn(|cx| {
+        loop {
+            let mut progress = false;
+            while let Poll::Ready(Some(reply)) = waiting.poll_next_unpin(cx) {
+                frames.push(reply);
+                progress = true;
+            }
+            while open
+                && waiting.len() < PEER_REQUESTS_IN_FLIGHT
+                && frames.output_bytes < PEER_OUTPUT_BYTES
+            {
+                match frames.poll_frame(cx)? {
+                    Poll::Ready(Some(request)) => {
+                        let mut answer = Box::pin(handler(request));
+                        match answer.as_mut().poll(cx) {
+                            Poll::Ready(reply) => frames.push(reply),
+                            Poll::Pending => waiting.push(answer),
+                        }
+                        progress = true;
+                    }
+                    Poll::Ready(None) => open = false,
+                    Poll::Pending => break,
+                }
+            }
+            let flushed = frames.poll_flush(cx)?.is_ready();
+            if !open && flushed && waiting.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            if !progress {
+                return Poll::Pending;
+            }
+        }
+    })
+    .await
+}

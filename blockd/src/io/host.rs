@@ -1,0 +1,38 @@
+//! What the machine says of itself: randomness, wall clock, boot.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// 128 random bits from the kernel.
+///
+/// # Errors
+/// When `/dev/urandom` cannot be read.
+pub fn random_u128() -> io::Result<u128> {
+    let mut bytes = [0; 16];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(u128::from_le_bytes(bytes))
+}
+
+/// 64 random bits from the kernel.
+///
+/// # Errors
+/// When `/dev/urandom` cannot be read.
+pub fn random_u64() -> io::Result<u64> {
+    random_u128().map(|bits| bits as u64)
+}
+
+/// Milliseconds since 1970: shown to people and used for ages, never for an order of events.
+#[must_use]
+pub fn unix_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |since| {
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    })
+}
+
+/// The id of this boot of the machine; a new one after every start of the kernel.
+#[must_use]
+pub fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
+}

@@ -1,0 +1,367 @@
+//! The requesting side of a peer connection: pipelined calls, and a pool that reconnects.
+//!
+//! A [`Link`] is one connection. When it breaks, every open call fails with
+//! [`LinkError::Lost`] and the link stays closed; [`Peers`] makes a new one for the next call.
+//! A requester names itself with a random id and counts its connections: a server that gets the
+//! next connection of an id first ends the one before, so that a request that was sent twice is
+//! never executed a second time after the answer to its repetition.
+
+use super::framed::FrameStream;
+use super::wire::{self, Frame, Kind, Status};
+use crate::id::{NodeNo, VolumeId};
+use crate::limits::{PEER_HELLO_MS, PEER_STALL_MS};
+use bytes::Bytes;
+use futures_util::task::AtomicWaker;
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::future::poll_fn;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, Interval, interval, timeout};
+
+/// First payload of a connection, in both directions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    pub min_version: u8,
+    pub max_version: u8,
+    /// Random per process; equal on all connections of one requester.
+    pub requester: u64,
+    /// Grows with every connection that this requester makes to this server.
+    pub connection: u64,
+    /// The requester's cluster, if it belongs to one or insists on one.
+    pub cluster_id: Option<String>,
+    /// The requester's node, 0 for clients.
+    pub node: NodeNo,
+}
+
+/// The server's answer to a [`Hello`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Welcome {
+    pub version: u8,
+    pub cluster_id: Option<String>,
+    pub node: NodeNo,
+    /// Changes when writes that were acknowledged but not flushed may be lost (promise 3).
+    pub verifier: u64,
+}
+
+/// Why a call got no answer.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum LinkError {
+    #[error("cannot connect to {address}: {reason}")]
+    Connect { address: String, reason: String },
+    #[error("{address} refused the connection: {reason}")]
+    Refused {
+        address: String,
+        status: u16,
+        reason: String,
+    },
+    #[error("connection to {address} lost: {reason}")]
+    Lost { address: String, reason: String },
+}
+
+/// One connection to a server; clones share it. Closes when the last clone is dropped.
+#[derive(Clone)]
+pub struct Link {
+    owner: Arc<LinkOwner>,
+}
+
+struct LinkOwner {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    address: String,
+    welcome: Welcome,
+    state: Mutex<State>,
+    waker: AtomicWaker,
+}
+
+#[derive(Default)]
+struct State {
+    outbox: Vec<Frame>,
+    open_calls: HashMap<u64, oneshot::Sender<Frame>>,
+    next_id: u64,
+    /// Set once, when the connection has ended.
+    ended: Option<String>,
+    dropped: bool,
+}
+
+impl Drop for LinkOwner {
+    fn drop(&mut self) {
+        self.shared.lock().dropped = true;
+        self.shared.waker.wake();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lost(&self, reason: &str) -> LinkError {
+        LinkError::Lost {
+            address: self.address.clone(),
+            reason: reason.to_owned(),
+        }
+    }
+}
+
+impl Link {
+    /// Connects, says hello and starts the connection's task on the current runtime.
+    ///
+    /// # Errors
+    /// [`LinkError::Connect`] or [`LinkError::Refused`] (wrong cluster or version).
+    pub async fn connect(address: &str, hello: &Hello) -> Result<Self, LinkError> {
+        let connect = |reason: String| LinkError::Connect {
+            address: address.to_owned(),
+            reason,
+        };
+        let limit = Duration::from_millis(PEER_HELLO_MS);
+        let stream = timeout(limit, TcpStream::connect(address)).await;
+        let stream = stream
+            .map_err(|_| connect("timed out".to_owned()))?
+            .map_err(|error| connect(error.to_string()))?;
+        stream
+            .set_nodelay(true)
+            .map_err(|error| connect(error.to_string()))?;
+        let mut frames = FrameStream::new(stream);
+        let welcome = timeout(limit, say_hello(&mut frames, address, hello)).await;
+        let welcome = welcome.map_err(|_| connect("no answer to the hello".to_owned()))??;
+        let shared = Arc::new(Shared {
+            address: address.to_owned(),
+            welcome,
+            state: Mutex::default(),
+            waker: AtomicWaker::new(),
+        });
+        tokio::spawn(run(frames, Arc::clone(&shared)));
+        Ok(Self {
+            owner: Arc::new(LinkOwner { shared }),
+        })
+    }
+
+    #[must_use]
+    pub fn welcome(&self) -> &Welcome {
+        &self.owner.shared.welcome
+    }
+
+    #[must_use]
+    pub fn is_ended(&self) -> bool {
+        self.owner.shared.lock().ended.is_some()
+    }
+
+    /// Sends a request and waits for its answer; answers of an error status are `Ok` here.
+    ///
+    /// # Errors
+    /// [`LinkError::Lost`] if the connection ends first: the request may or may not have been
+    /// executed, but will not be executed after the requester's next connection was welcomed.
+    pub async fn call(&self, mut request: Frame) -> Result<Frame, LinkError> {
+        let shared = &self.owner.shared;
+        let (sender, receiver) = oneshot::channel();
+        {
+            let mut state = shared.lock();
+            if let Some(reason) = &state.ended {
+                return Err(shared.lost(reason));
+            }
+            state.next_id += 1;
+            request.request_id = state.next_id;
+            state.open_calls.insert(request.request_id, sender);
+            state.outbox.push(request);
+        }
+        shared.waker.wake();
+        match receiver.await {
+            Ok(reply) => Ok(reply),
+            Err(_) => Err(shared.lost(shared.lock().ended.as_deref().unwrap_or("closed"))),
+        }
+    }
+}
+
+async fn say_hello(
+    frames: &mut FrameStream<TcpStream>,
+    address: &str,
+    hello: &Hello,
+) -> Result<Welcome, LinkError> {
+    let lost = |reason: String| LinkError::Connect {
+        address: address.to_owned(),
+        reason,
+    };
+    let mut request = Frame::request(Kind::Hello, VolumeId(0));
+    request.payload = encode_control(hello);
+    frames
+        .send(request)
+        .await
+        .map_err(|error| lost(error.to_string()))?;
+    let reply = frames
+        .next()
+        .await
+        .map_err(|error| lost(error.to_string()))?;
+    let reply = reply.ok_or_else(|| lost("closed during the hello".to_owned()))?;
+    if reply.status != Status::Ok {
+        return Err(LinkError::Refused {
+            address: address.to_owned(),
+            status: reply.status as u16,
+            reason: reply.text(),
+        });
+    }
+    decode_control(reply.payload).map_err(|error| lost(error.to_string()))
+}
+
+/// Encodes a control payload.
+#[must_use]
+pub fn encode_control<T: Serialize>(value: &T) -> wire::Payload {
+    Bytes::from(postcard::to_stdvec(value).unwrap_or_default()).into()
+}
+
+/// Decodes a control payload.
+///
+/// # Errors
+/// When the bytes are not exactly such a value.
+pub fn decode_control<T: for<'a> Deserialize<'a>>(
+    payload: wire::Payload,
+) -> Result<T, postcard::Error> {
+    match postcard::take_from_bytes(&payload.into_bytes())? {
+        (value, []) => Ok(value),
+        _ => Err(postcard::Error::DeserializeBadEncoding),
+    }
+}
+
+/// The connection's task: sends what callers queue, hands replies to them, watches for stalls.
+async fn run(mut frames: FrameStream<TcpStream>, shared: Arc<Shared>) {
+    let mut ticks = interval(Duration::from_millis(PEER_STALL_MS / 8));
+    let mut heard = Instant::now();
+    let reason = poll_fn(|cx| step(cx, &mut frames, &shared, &mut ticks, &mut heard)).await;
+    let mut state = shared.lock();
+    state.ended = Some(reason);
+    state.open_calls.clear();
+    state.outbox.clear();
+}
+
+fn step(
+    cx: &mut Context<'_>,
+    frames: &mut FrameStream<TcpStream>,
+    shared: &Shared,
+    ticks: &mut Interval,
+    heard: &mut Instant,
+) -> Poll<String> {
+    shared.waker.register(cx.waker());
+    loop {
+        let outbox = {
+            let mut state = shared.lock();
+            if state.dropped {
+                return Poll::Ready("closed by this side".to_owned());
+            }
+            std::mem::take(&mut state.outbox)
+        };
+        let queued = !outbox.is_empty();
+        outbox.into_iter().for_each(|frame| frames.push(frame));
+        if let Poll::Ready(Err(error)) = frames.poll_flush(cx) {
+            return Poll::Ready(error.to_string());
+        }
+        match frames.poll_frame(cx) {
+            Poll::Ready(Ok(Some(reply))) => {
+                *heard = Instant::now();
+                let caller = shared.lock().open_calls.remove(&reply.request_id);
+                caller.map(|caller| caller.send(reply));
+            }
+            Poll::Ready(Ok(None)) => return Poll::Ready("closed by the peer".to_owned()),
+            Poll::Ready(Err(error)) => return Poll::Ready(error.to_string()),
+            Poll::Pending if queued => {}
+            Poll::Pending => break,
+        }
+    }
+    while ticks.poll_tick(cx).is_ready() {
+        if shared.lock().open_calls.is_empty() {
+            *heard = Instant::now();
+        } else if heard.elapsed() > Duration::from_millis(PEER_STALL_MS) {
+            return Poll::Ready(format!("no answer for {} s", PEER_STALL_MS / 1000));
+        }
+    }
+    Poll::Pending
+}
+
+/// Links to any number of servers, made when needed and made again when lost.
+pub struct Peers {
+    requester: u64,
+    cluster_id: Mutex<Option<String>>,
+    node: Mutex<NodeNo>,
+    slots: Mutex<HashMap<String, Arc<Slot>>>,
+}
+
+#[derive(Default)]
+struct Slot {
+    link: Mutex<Option<Link>>,
+    /// Held while connecting, with the number of connections made so far.
+    connecting: tokio::sync::Mutex<u64>,
+}
+
+impl Peers {
+    /// `requester` must be random: it tells this process from all others.
+    #[must_use]
+    pub fn new(requester: u64, cluster_id: Option<String>, node: NodeNo) -> Self {
+        Self {
+            requester,
+            cluster_id: Mutex::new(cluster_id),
+            node: Mutex::new(node),
+            slots: Mutex::default(),
+        }
+    }
+
+    /// Sets who this requester is from now on; existing links stay as they are.
+    pub fn set_identity(&self, cluster_id: String, node: NodeNo) {
+        *lock(&self.cluster_id) = Some(cluster_id);
+        *lock(&self.node) = node;
+    }
+
+    /// The link to `address`, connecting if there is none.
+    ///
+    /// # Errors
+    /// As [`Link::connect`].
+    pub async fn link(&self, address: &str) -> Result<Link, LinkError> {
+        let slot = Arc::clone(lock(&self.slots).entry(address.to_owned()).or_default());
+        if let Some(link) = slot.live() {
+            return Ok(link);
+        }
+        let mut connections = slot.connecting.lock().await;
+        if let Some(link) = slot.live() {
+            return Ok(link);
+        }
+        *connections += 1;
+        let link = Link::connect(address, &self.hello(*connections)).await?;
+        *lock(&slot.link) = Some(link.clone());
+        Ok(link)
+    }
+
+    /// One call over the link to `address`.
+    ///
+    /// # Errors
+    /// As [`Link::connect`] and [`Link::call`].
+    pub async fn call(&self, address: &str, request: Frame) -> Result<Frame, LinkError> {
+        self.link(address).await?.call(request).await
+    }
+
+    fn hello(&self, connection: u64) -> Hello {
+        Hello {
+            min_version: wire::VERSION,
+            max_version: wire::VERSION,
+            requester: self.requester,
+            connection,
+            cluster_id: lock(&self.cluster_id).clone(),
+            node: *lock(&self.node),
+        }
+    }
+}
+
+impl Slot {
+    fn live(&self) -> Option<Link> {
+        lock(&self.link).clone().filter(|link| !link.is_ended())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

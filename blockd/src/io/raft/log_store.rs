@@ -1,0 +1,206 @@
+//! openraft's log and vote in the registry's file.
+
+use super::TypeConfig;
+use super::store::{LOG, META, Store, StoreError, bytes_of, value_of};
+use openraft::storage::{LogFlushed, LogState, RaftLogStorage};
+use openraft::{
+    AnyError, Entry, ErrorSubject, ErrorVerb, LogId, RaftLogReader, StorageError, StorageIOError,
+    Vote,
+};
+use redb::{Durability, ReadableTable};
+use std::fmt::Debug;
+use std::ops::{Bound, RangeBounds};
+use std::sync::Arc;
+
+/// Bytes of log entries that one message to another server shall carry, if it is more than one entry.
+const BATCH_BYTES: usize = 1 << 20;
+
+/// The log of one registry server. Clones share the file.
+#[derive(Clone)]
+pub struct LogStore {
+    store: Arc<Store>,
+}
+
+impl LogStore {
+    /// The log in this file.
+    #[must_use]
+    pub fn new(store: Arc<Store>) -> Self {
+        Self { store }
+    }
+}
+
+/// Runs file work on a thread that may block.
+pub(super) async fn on_disk<T: Send + 'static>(
+    store: &Arc<Store>,
+    subject: ErrorSubject<u64>,
+    verb: ErrorVerb,
+    work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StorageError<u64>> {
+    let store = Arc::clone(store);
+    let done = tokio::task::spawn_blocking(move || {
+        work(&store).map_err(|e| format!("registry file {}: {e}", store.path().display()))
+    });
+    let done = done.await.unwrap_or_else(|e| Err(e.to_string()));
+    done.map_err(|e| StorageIOError::new(subject, verb, AnyError::error(e)).into())
+}
+
+fn entry(index: u64, bytes: &[u8]) -> Result<Entry<TypeConfig>, StoreError> {
+    value_of(&format!("log entry {index}"), bytes)
+}
+
+/// Entries of the range, up to `bytes_max` bytes, but one at the least.
+fn entries(
+    store: &Store,
+    range: (Bound<u64>, Bound<u64>),
+    bytes_max: usize,
+) -> Result<Vec<Entry<TypeConfig>>, StoreError> {
+    store.read(|transaction| {
+        let table = transaction.open_table(LOG)?;
+        let (mut found, mut bytes) = (Vec::new(), 0_usize);
+        for item in table.range(range)? {
+            let (index, value) = item?;
+            bytes = bytes.saturating_add(value.value().len());
+            if bytes > bytes_max && !found.is_empty() {
+                break;
+            }
+            found.push(entry(index.value(), value.value())?);
+        }
+        Ok(found)
+    })
+}
+
+fn log_state(store: &Store) -> Result<LogState<TypeConfig>, StoreError> {
+    let purged: Option<LogId<u64>> = store.value("purged")?;
+    let last = store.read(|transaction| {
+        let table = transaction.open_table(LOG)?;
+        let last = table.last()?;
+        last.map(|(index, value)| entry(index.value(), value.value()))
+            .transpose()
+    })?;
+    let last = last.map(|entry| entry.log_id).or(purged);
+    Ok(LogState {
+        last_purged_log_id: purged,
+        last_log_id: last,
+    })
+}
+
+fn append(store: &Store, encoded: &[(u64, Vec<u8>)]) -> Result<(), StoreError> {
+    store.write(Durability::Immediate, |transaction| {
+        let mut table = transaction.open_table(LOG)?;
+        for (index, bytes) in encoded {
+            table.insert(index, bytes.as_slice())?;
+        }
+        Ok(())
+    })
+}
+
+fn truncate(store: &Store, first: u64) -> Result<(), StoreError> {
+    store.write(Durability::Immediate, |transaction| {
+        Ok(transaction
+            .open_table(LOG)?
+            .retain_in(first.., |_, _| false)?)
+    })
+}
+
+fn purge(store: &Store, last: &LogId<u64>) -> Result<(), StoreError> {
+    let purged = bytes_of("purged", last)?;
+    store.write(Durability::Immediate, |transaction| {
+        transaction
+            .open_table(META)?
+            .insert("purged", purged.as_slice())?;
+        Ok(transaction
+            .open_table(LOG)?
+            .retain_in(..=last.index, |_, _| false)?)
+    })
+}
+
+impl RaftLogReader<TypeConfig> for LogStore {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + Send>(
+        &mut self,
+        range: RB,
+    ) -> Result<Vec<Entry<TypeConfig>>, StorageError<u64>> {
+        let range = (range.start_bound().cloned(), range.end_bound().cloned());
+        let read = move |store: &Store| entries(store, range, usize::MAX);
+        on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Read, read).await
+    }
+
+    async fn limited_get_log_entries(
+        &mut self,
+        start: u64,
+        end: u64,
+    ) -> Result<Vec<Entry<TypeConfig>>, StorageError<u64>> {
+        let range = (Bound::Included(start), Bound::Excluded(end));
+        let read = move |store: &Store| entries(store, range, BATCH_BYTES);
+        on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Read, read).await
+    }
+}
+
+impl RaftLogStorage<TypeConfig> for LogStore {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, StorageError<u64>> {
+        on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Read, log_state).await
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote<u64>) -> Result<(), StorageError<u64>> {
+        let vote = *vote;
+        let save = move |store: &Store| store.set_value("vote", &vote, Durability::Immediate);
+        on_disk(&self.store, ErrorSubject::Vote, ErrorVerb::Write, save).await
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<Vote<u64>>, StorageError<u64>> {
+        let read = |store: &Store| store.value("vote");
+        on_disk(&self.store, ErrorSubject::Vote, ErrorVerb::Read, read).await
+    }
+
+    /// Not synced: the next append carries it. A loss costs nothing but a wait for the leader.
+    async fn save_committed(
+        &mut self,
+        committed: Option<LogId<u64>>,
+    ) -> Result<(), StorageError<u64>> {
+        let save = move |store: &Store| store.set_value("committed", &committed, Durability::None);
+        on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Write, save).await
+    }
+
+    async fn read_committed(&mut self) -> Result<Option<LogId<u64>>, StorageError<u64>> {
+        let read = |store: &Store| Ok(store.value("committed")?.flatten());
+        on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Read, read).await
+    }
+
+    async fn append<I>(
+        &mut self,
+        entries: I,
+        callback: LogFlushed<TypeConfig>,
+    ) -> Result<(), StorageError<u64>>
+    where
+        I: IntoIterator<Item = Entry<TypeConfig>> + Send,
+        I::IntoIter: Send,
+    {
+        let entries: Vec<_> = entries.into_iter().collect();
+        let work = move |store: &Store| {
+            let encode = |e: &Entry<TypeConfig>| Ok((e.log_id.index, bytes_of("log entry", e)?));
+            let encoded = entries
+                .iter()
+                .map(encode)
+                .collect::<Result<Vec<_>, StoreError>>()?;
+            append(store, &encoded)
+        };
+        on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Write, work).await?;
+        callback.log_io_completed(Ok(()));
+        Ok(())
+    }
+
+    async fn truncate(&mut self, log_id: LogId<u64>) -> Result<(), StorageError<u64>> {
+        let work = move |store: &Store| truncate(store, log_id.index);
+        on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Delete, work).await
+    }
+
+    async fn purge(&mut self, log_id: LogId<u64>) -> Result<(), StorageError<u64>> {
+        let work = move |store: &Store| purge(store, &log_id);
+        on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Delete, work).await
+    }
+}

@@ -1,0 +1,79 @@
+//! Every limit of the system, with its unit and reason, and the relations between them.
+
+/// Requests of one peer connection that may wait at once: several clients behind one server at a
+/// queue depth of 32 each.
+pub const PEER_REQUESTS_IN_FLIGHT: usize = 1024;
+/// Bytes of replies that a peer may leave untaken before it is read no further.
+pub const PEER_OUTPUT_BYTES: usize = 16 << 20;
+/// Bytes reserved for one receive: many headers and small payloads at once.
+pub const PEER_RECEIVE_BYTES: usize = 128 << 10;
+/// Milliseconds without a byte from a peer that owes answers, after which it counts as lost.
+/// Longer than the slowest fdatasync seen on a busy disk.
+pub const PEER_STALL_MS: u64 = 30_000;
+/// Milliseconds for connecting and for the hello of either side.
+pub const PEER_HELLO_MS: u64 = 5_000;
+/// Connections a server keeps open on its peer port; the rest is refused.
+pub const PEER_CONNECTIONS: usize = 4096;
+
+/// Milliseconds that a forwarded request waits for a restarting owner or for a newer routing
+/// table, before the entry answers an error.
+pub const FORWARD_DEADLINE_MS: u64 = 30_000;
+/// Milliseconds between two tries of a forwarded request.
+pub const FORWARD_RETRY_MS: u64 = 20;
+
+/// Milliseconds after which a snapshot that is still pending belongs to a dead coordinator.
+pub const SNAPSHOT_PENDING_MAX_MS: u64 = 60_000;
+
+/// Milliseconds between two sweeps of what the registry does not have.
+pub const SWEEP_INTERVAL_MS: u64 = 10_000;
+
+/// Bytes of unflushed writes that the client library keeps for a replay, before it flushes.
+pub const CLIENT_REPLAY_BYTES: usize = 64 << 20;
+/// Bytes of one part of a request: the largest NBD request that is accepted.
+pub const REQUEST_PART_BYTES: u32 = 64 << 20;
+
+/// Characters (all ASCII, so bytes) of the name of a cluster, node, volume or snapshot. Short
+/// enough for an NBD export name `VOL@SNAP` (4096 bytes) and a file name (255 bytes).
+pub const NAME_CHARS_MAX: usize = 128;
+/// Bytes of any other text in a registry object: addresses, site and format names.
+pub const REGISTRY_TEXT_BYTES_MAX: usize = 255;
+/// Blocks of a page (S003-02): a power of two from 1 to this.
+pub const PAGE_BLOCKS_MAX: u32 = 1 << 20;
+/// Pages of a volume; 64 TiB with pages of 4 MiB. The flat table costs 2 bytes a page.
+pub const VOLUME_PAGES_MAX: u32 = 1 << 24;
+/// Runs that a freshly spread routing table has at the most, so that a volume record stays small.
+pub const ROUTE_RUNS_TARGET: u32 = 1024;
+/// Runs of a routing table after any number of resizes; 8 bytes or so each in the registry.
+pub const ROUTE_RUNS_MAX: usize = 8192;
+/// Servers that hold pages of one volume.
+pub const VOLUME_OWNERS_MAX: usize = 1024;
+/// Expectations and changes of one registry transaction, each.
+pub const TRANSACTION_STEPS_MAX: usize = 1024;
+/// Bytes of one encoded registry transaction; several of them fit one message.
+pub const TRANSACTION_BYTES_MAX: usize = 1 << 20;
+/// Bytes of one message between registry servers.
+pub const REGISTRY_MESSAGE_BYTES_MAX: usize = 4 << 20;
+/// Bytes of a registry snapshot in one message.
+pub const REGISTRY_SNAPSHOT_CHUNK_BYTES: u64 = 1 << 20;
+/// Bytes of a whole registry snapshot, the bound of what a receiver buffers.
+pub const REGISTRY_SNAPSHOT_BYTES_MAX: usize = 256 << 20;
+/// Outcomes of transactions that the registry remembers, so that a repeated proposal is executed once.
+pub const REGISTRY_OUTCOMES_KEPT: usize = 4096;
+/// Times that a registry update is built again after a conflict.
+pub const REGISTRY_UPDATE_TRIES: u32 = 32;
+/// Decided tickets that a participant of the snapshot procedure remembers.
+pub const SNAPSHOT_TICKETS_KEPT: usize = 64;
+/// Milliseconds for which a snapshot may hold the writes of a volume, unless the operator says otherwise (S003-28).
+pub const SNAPSHOT_HOLD_MAX_MS: u64 = 500;
+
+const _: () = assert!(
+    FORWARD_DEADLINE_MS > SNAPSHOT_HOLD_MAX_MS,
+    "a hold must not fail a forwarded write"
+);
+const _: () = assert!(SNAPSHOT_PENDING_MAX_MS > 4 * SNAPSHOT_HOLD_MAX_MS);
+const _: () = assert!(REQUEST_PART_BYTES < crate::io::wire::MAX_PAYLOAD_BYTES);
+const _: () = assert!(ROUTE_RUNS_TARGET as usize <= ROUTE_RUNS_MAX);
+const _: () = assert!(NAME_CHARS_MAX <= REGISTRY_TEXT_BYTES_MAX);
+const _: () = assert!(2 * TRANSACTION_BYTES_MAX <= REGISTRY_MESSAGE_BYTES_MAX);
+const _: () = assert!(2 * REGISTRY_SNAPSHOT_CHUNK_BYTES <= REGISTRY_MESSAGE_BYTES_MAX as u64);
+pub const SNAPSHOT_HOLD_CAP_MS: u64 = 10_000;

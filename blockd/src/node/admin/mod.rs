@@ -1,0 +1,159 @@
+//! Administration on the server: one function a request, each a registry change with what must
+//! happen around it. Any server carries out any request (S003-10, S003-22).
+
+mod cluster;
+mod volume;
+
+pub(super) use volume::find_snapshot;
+
+use super::registry::{RegistryError, UpdateError};
+use super::{Member, Node, snapshot};
+use crate::admin::{AdminError, AdminErrorKind, AdminReply, AdminRequest, VersionInfo};
+use crate::control::registry::{ChangeError, NameError};
+use crate::id::NodeNo;
+use crate::io::link::{decode_control, encode_control};
+use crate::io::wire::{self, Frame, Status};
+use std::rc::Rc;
+
+type Answer = Result<AdminReply, AdminError>;
+
+/// Carries out the request in a frame.
+pub(super) async fn answer(node: &Rc<Node>, frame: &Frame) -> Frame {
+    let request: AdminRequest = match decode_control(frame.payload.clone()) {
+        Ok(request) => request,
+        Err(_) => return frame.refuse(Status::Malformed, "unknown administrative request"),
+    };
+    let reply = dispatch(node, request).await;
+    let reply = reply.unwrap_or_else(AdminReply::Refused);
+    frame.answer(Status::Ok, encode_control(&reply))
+}
+
+async fn dispatch(node: &Rc<Node>, request: AdminRequest) -> Answer {
+    match request {
+        AdminRequest::Version => return Ok(AdminReply::Version(version(node))),
+        AdminRequest::Identify => return Ok(cluster::identify(node)),
+        AdminRequest::Join(offer) => return cluster::join(node, offer).await,
+        AdminRequest::ClusterDefine { name } => return cluster::define(node, &name).await,
+        _ => {}
+    }
+    let member = &*node.member().ok_or_else(|| {
+        let text = "this server belongs to no cluster yet: `blockctl cluster define NAME` makes a \
+                    new one of it, `blockctl node define ADDR --online` on a member adds it";
+        refused(AdminErrorKind::Unavailable, text)
+    })?;
+    match request {
+        AdminRequest::ClusterStatus => cluster::status(node, member).await,
+        AdminRequest::NodeDefine {
+            address,
+            name,
+            online,
+        } => cluster::define_node(node, member, address, name, online).await,
+        AdminRequest::NodeList => Ok(AdminReply::Nodes(cluster::nodes(node, member).await)),
+        AdminRequest::VolumeCreate(create) => volume::create(member, create).await,
+        AdminRequest::VolumeList => volume::list(member).await,
+        AdminRequest::VolumeShow { name } => volume::show(member, &name).await,
+        AdminRequest::VolumeResize {
+            name,
+            size_bytes,
+            allow_shrink,
+        } => volume::resize(member, &name, size_bytes, allow_shrink).await,
+        AdminRequest::VolumeRename { name, new_name } => {
+            volume::rename(member, &name, &new_name).await
+        }
+        AdminRequest::VolumeDelete { name } => volume::delete(member, &name).await,
+        AdminRequest::SnapshotCreate { targets } => snapshot::create(node, member, targets).await,
+        AdminRequest::SnapshotList { volume } => snapshot::list(member, volume.as_deref()).await,
+        AdminRequest::SnapshotDelete { target } => snapshot::delete(member, &target).await,
+        AdminRequest::RouteShow { volume } => volume::route(member, &volume).await,
+        AdminRequest::Open { volume, snapshot } => {
+            volume::open(member, &volume, snapshot.as_deref()).await
+        }
+        AdminRequest::Version
+        | AdminRequest::Identify
+        | AdminRequest::Join(_)
+        | AdminRequest::ClusterDefine { .. } => Err(refused(
+            AdminErrorKind::Internal,
+            "request already answered",
+        )),
+    }
+}
+
+fn version(node: &Node) -> VersionInfo {
+    VersionInfo {
+        server: env!("CARGO_PKG_VERSION").to_owned(),
+        protocol: wire::VERSION,
+        node: node.member().map_or(NodeNo(0), |member| member.number()),
+    }
+}
+
+pub(super) fn refused(kind: AdminErrorKind, message: impl Into<String>) -> AdminError {
+    AdminError {
+        kind,
+        message: message.into(),
+    }
+}
+
+pub(super) fn no_volume(name: &str) -> AdminError {
+    refused(
+        AdminErrorKind::NotFound,
+        format!("there is no volume {name:?}"),
+    )
+}
+
+/// Makes this server's copy of the registry at least as new as every change acknowledged so far,
+/// and its routing tables with it.
+pub(super) async fn catch_up(member: &Member) -> Result<(), AdminError> {
+    member.registry.barrier().await?;
+    member.publish();
+    Ok(())
+}
+
+impl From<RegistryError> for AdminError {
+    fn from(error: RegistryError) -> Self {
+        let kind = match error {
+            RegistryError::Refused(_) => AdminErrorKind::Invalid,
+            RegistryError::Contention(_) => AdminErrorKind::Conflict,
+            RegistryError::NoLeader(_)
+            | RegistryError::UnknownOutcome(_)
+            | RegistryError::Stopped(_) => AdminErrorKind::Unavailable,
+            RegistryError::File { .. } => AdminErrorKind::Internal,
+        };
+        refused(kind, error.to_string())
+    }
+}
+
+impl From<ChangeError> for AdminError {
+    fn from(error: ChangeError) -> Self {
+        let kind = match &error {
+            ChangeError::NoCluster | ChangeError::HasSnapshots(_) => AdminErrorKind::Conflict,
+            ChangeError::ClusterExists(_)
+            | ChangeError::NodeTaken(_)
+            | ChangeError::VolumeExists(_)
+            | ChangeError::SnapshotExists(..) => AdminErrorKind::Exists,
+            ChangeError::NoNode(_) | ChangeError::NoVolume(_) | ChangeError::NoSnapshot(..) => {
+                AdminErrorKind::NotFound
+            }
+            ChangeError::SnapshotState(..) | ChangeError::EpochChanged(..) => {
+                AdminErrorKind::Conflict
+            }
+            ChangeError::NumbersUsedUp(_) => AdminErrorKind::Internal,
+            ChangeError::Name(_) | ChangeError::Route(_) => AdminErrorKind::Invalid,
+        };
+        refused(kind, error.to_string())
+    }
+}
+
+impl From<NameError> for AdminError {
+    fn from(error: NameError) -> Self {
+        refused(AdminErrorKind::Invalid, error.to_string())
+    }
+}
+
+impl<E: Into<AdminError>> From<UpdateError<E>> for AdminError {
+    fn from(error: UpdateError<E>) -> Self {
+        match error {
+            UpdateError::Refused(error) => error.into(),
+            UpdateError::Registry(error) => error.into(),
+        }
+    }
+}

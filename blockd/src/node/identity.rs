@@ -1,0 +1,190 @@
+//! Who this server is: `STATE/node`, written when it is first started and when it joins a cluster.
+//!
+//! ```text
+//! line 1   "blockd-node" SP format version (decimal) SP CRC32 of the rest (8 hex digits) LF
+//! rest     JSON: unique_id (32 hex digits), cluster (null or name, id, number, node_name, address)
+//! ```
+//!
+//! The file is replaced by writing `node.new`, fdatasync, rename, and fsync of the directory, so
+//! that a crash leaves the old or the new one.
+
+use crate::id::NodeNo;
+use crate::io::host::random_u128;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+const MAGIC: &str = "blockd-node";
+const FORMAT: u32 = 1;
+
+/// The identity of a server, kept in its state directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    /// 128 random bits in hex; made once.
+    pub(crate) unique_id: String,
+    pub(crate) cluster: Option<Membership>,
+}
+
+/// The cluster that a server belongs to, and as which node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Membership {
+    pub(crate) name: String,
+    pub(crate) id: String,
+    pub(crate) number: NodeNo,
+    pub(crate) node_name: String,
+    /// Peer address under which the others know this node.
+    pub(crate) address: String,
+}
+
+/// Why the identity cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    #[error("cannot {action} {path}: {source}")]
+    Io {
+        action: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error("{path} is of format {found}, this blockd reads {FORMAT}: use a newer blockd")]
+    Newer { path: PathBuf, found: u32 },
+    #[error(
+        "{path} is damaged ({reason}): restore it from a copy, or start with an empty directory"
+    )]
+    Damaged { path: PathBuf, reason: String },
+}
+
+impl Identity {
+    /// Reads the identity, or makes one in a directory that has none.
+    ///
+    /// # Errors
+    /// [`IdentityError`].
+    pub(crate) fn open(state: &Path) -> Result<Self, IdentityError> {
+        let path = state.join("node");
+        match fs::read_to_string(&path) {
+            Ok(text) => Self::parse(&path, &text),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let unique_id = random_u128().map_err(|source| IdentityError::Io {
+                    action: "read",
+                    path: PathBuf::from("/dev/urandom"),
+                    source,
+                })?;
+                let identity = Self {
+                    unique_id: format!("{unique_id:032x}"),
+                    cluster: None,
+                };
+                identity.save(state)?;
+                Ok(identity)
+            }
+            Err(source) => Err(IdentityError::Io {
+                action: "read",
+                path,
+                source,
+            }),
+        }
+    }
+
+    fn parse(path: &Path, text: &str) -> Result<Self, IdentityError> {
+        let damaged = |reason: &str| IdentityError::Damaged {
+            path: path.to_owned(),
+            reason: reason.to_owned(),
+        };
+        let (head, body) = text.split_once('\n').ok_or_else(|| damaged("no header"))?;
+        let fields: Vec<&str> = head.split(' ').collect();
+        let [MAGIC, format, crc] = fields[..] else {
+            return Err(damaged("no header"));
+        };
+        let found: u32 = format.parse().map_err(|_| damaged("no format version"))?;
+        if found > FORMAT {
+            return Err(IdentityError::Newer {
+                path: path.to_owned(),
+                found,
+            });
+        }
+        if u32::from_str_radix(crc, 16) != Ok(crc32fast::hash(body.as_bytes())) {
+            return Err(damaged("checksum mismatch"));
+        }
+        serde_json::from_str(body).map_err(|error| damaged(&error.to_string()))
+    }
+
+    /// Replaces the file; durable when it returns.
+    ///
+    /// # Errors
+    /// [`IdentityError::Io`].
+    pub(crate) fn save(&self, state: &Path) -> Result<(), IdentityError> {
+        let failed = |action, path: &Path| {
+            let path = path.to_owned();
+            move |source| IdentityError::Io {
+                action,
+                path,
+                source,
+            }
+        };
+        let (path, new) = (state.join("node"), state.join("node.new"));
+        let body = serde_json::to_string(self)
+            .map_err(io::Error::from)
+            .map_err(failed("encode", &path))?;
+        let crc = crc32fast::hash(body.as_bytes());
+        let mut file = File::create(&new).map_err(failed("create", &new))?;
+        write!(file, "{MAGIC} {FORMAT} {crc:08x}\n{body}").map_err(failed("write", &new))?;
+        file.sync_data().map_err(failed("sync", &new))?;
+        fs::rename(&new, &path).map_err(failed("replace", &path))?;
+        let directory = File::open(state).map_err(failed("open", state))?;
+        directory.sync_all().map_err(failed("sync", state))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_made_once_and_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut made = Identity::open(dir.path()).unwrap();
+        assert_eq!(Identity::open(dir.path()).unwrap(), made);
+        made.cluster = Some(Membership {
+            name: "c".to_owned(),
+            id: "0f".to_owned(),
+            number: NodeNo(3),
+            node_name: "n3".to_owned(),
+            address: "127.0.0.1:10808".to_owned(),
+        });
+        made.save(dir.path()).unwrap();
+        assert_eq!(Identity::open(dir.path()).unwrap(), made);
+    }
+
+    /// The golden file of format 1: later versions must read it.
+    #[test]
+    fn format_1_is_read() {
+        let body = r#"{"unique_id":"00ff","cluster":null}"#;
+        let text = format!("blockd-node 1 dc0c4840\n{body}");
+        let read = Identity::parse(Path::new("node"), &text);
+        assert_eq!(
+            format!("{:08x}", crc32fast::hash(body.as_bytes())),
+            "dc0c4840"
+        );
+        assert_eq!(read.unwrap().unique_id, "00ff");
+    }
+
+    #[test]
+    fn newer_and_damaged_files_are_refused_with_the_reason() {
+        let parse = |text| Identity::parse(Path::new("node"), text).unwrap_err();
+        assert!(matches!(
+            parse("blockd-node 2 0\n{}"),
+            IdentityError::Newer { found: 2, .. }
+        ));
+        for text in [
+            "",
+            "x",
+            "blockd-node 1 00000000\n{}",
+            "other 1 0\n{}",
+            "blockd-node x 0\n",
+        ] {
+            assert!(
+                matches!(parse(text), IdentityError::Damaged { .. }),
+                "{text}"
+            );
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! One server: the only place that sees the data plane, the control plane and IO together.
+//!
+//! Two threads with a tokio runtime each. The *reactor* serves NBD and peer connections and owns
+//! the page store: a request of a warm page never leaves it. The *control* thread runs the
+//! registry, whose log is synced to disk and must not delay a request. A server is nothing but a
+//! page store until it is defined in a cluster; then it has a [`Member`].
+
+mod admin;
+pub mod config;
+mod identity;
+mod nbd;
+mod participant;
+mod peer_server;
+pub mod registry;
+mod serve;
+mod snapshot;
+mod sweep;
+
+pub use identity::IdentityError;
+pub use serve::{ServeError, serve};
+
+use crate::data::owner::Owner;
+use crate::data::page_store::PageStore;
+use crate::data::router::RoutingTable;
+use crate::data::volume::Group;
+use crate::id::NodeNo;
+use crate::io::link::Peers;
+use config::Config;
+use identity::{Identity, Membership};
+use registry::Registry;
+use std::cell::{OnceCell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use tokio::runtime::Handle;
+
+/// A running server.
+pub(crate) struct Node {
+    pub(crate) config: Config,
+    pub(crate) identity: RefCell<Identity>,
+    pub(crate) store: PageStore,
+    pub(crate) verifier: u64,
+    pub(crate) peers: Arc<Peers>,
+    /// Runtime of the control thread.
+    pub(crate) control: Handle,
+    pub(crate) connections: peer_server::Connections,
+    member: OnceCell<Rc<Member>>,
+    /// Held while the server becomes a member.
+    pub(crate) joining: tokio::sync::Mutex<()>,
+}
+
+/// What a server has from the moment it belongs to a cluster.
+pub(crate) struct Member {
+    pub(crate) membership: Membership,
+    pub(crate) registry: Registry,
+    pub(crate) group: Rc<Group>,
+    pub(crate) participant: participant::Participants,
+}
+
+impl Node {
+    /// Free bytes of the file system below the state directory; 0 if it cannot be asked.
+    pub(crate) fn free_bytes(&self) -> u64 {
+        let asked = rustix::fs::statvfs(&self.config.state);
+        asked.map_or(0, |fs| fs.f_bavail.saturating_mul(fs.f_frsize))
+    }
+
+    pub(crate) fn member(&self) -> Option<Rc<Member>> {
+        self.member.get().cloned()
+    }
+}
+
+impl Member {
+    pub(crate) fn number(&self) -> NodeNo {
+        self.membership.number
+    }
+
+    pub(crate) fn owner(&self) -> &Rc<Owner> {
+        &self.group.owner
+    }
+
+    /// Makes the registry's routing tables and addresses those of the data plane.
+    fn publish(&self) {
+        let state = self.registry.state();
+        let tables = state.volumes().filter_map(|volume| {
+            let routes = volume.routes.clone();
+            let (size, page_blocks) = (volume.size_bytes, volume.page_blocks);
+            RoutingTable::new(volume.id, volume.epoch, size, page_blocks, routes)
+                .inspect_err(|error| tracing::error!(%error, "volume not served"))
+                .ok()
+        });
+        let tables = tables.collect();
+        let nodes = state.nodes();
+        let addresses: HashMap<_, _> = nodes
+            .map(|node| (node.number, node.peer_address.clone()))
+            .collect();
+        self.group.publish_addresses(addresses);
+        self.owner().publish(tables);
+    }
+}

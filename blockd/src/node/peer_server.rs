@@ -1,0 +1,383 @@
+//! The peer port: who may connect, and what each frame does.
+//!
+//! A requester that connects again ends its connection before first, and is welcomed only after
+//! that one has stopped executing. So a request that its requester sent again is not executed a
+//! second time behind the answer to the repetition.
+
+use super::{Member, Node, admin};
+use crate::data::error::DataError;
+use crate::data::owner::{Executing, Target};
+use crate::id::{SnapshotId, VolumeId};
+use crate::io::framed::{FrameStream, serve};
+use crate::io::link::{Hello, Welcome, decode_control, encode_control};
+use crate::io::wire::{
+    self, Frame, Kind, Payload, Run, Status, encode_extents, encode_runs, flags,
+};
+use crate::limits::{PEER_CONNECTIONS, PEER_HELLO_MS, REQUEST_PART_BYTES};
+use serde::{Deserialize, Serialize};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::io;
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::oneshot;
+use tokio::time::{sleep, timeout};
+
+/// Space used, in the payload of a reply to `Kind::Usage`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Usage {
+    /// Of the volume, or of the store when no volume was named.
+    pub(crate) allocated_bytes: u64,
+    pub(crate) referenced_bytes: u64,
+    pub(crate) unique_bytes: u64,
+    pub(crate) free_bytes: u64,
+}
+
+/// The live connection of each requester.
+#[derive(Default)]
+pub(crate) struct Connections(RefCell<HashMap<u64, Live>>);
+
+struct Live {
+    connection: u64,
+    /// Dropped to end the connection.
+    end: Option<oneshot::Sender<()>>,
+    /// Resolves when it has stopped executing.
+    ended: Option<oneshot::Receiver<()>>,
+}
+
+/// Spans that a connection has begun: parts still to come, and the passed gate.
+type Spans = Rc<RefCell<HashMap<u64, (u32, Rc<Executing>)>>>;
+
+/// Accepts peer connections for ever.
+pub(crate) async fn accept(node: Rc<Node>, listener: TcpListener) {
+    let open = Rc::new(());
+    loop {
+        match listener.accept().await {
+            Ok((stream, from)) if Rc::strong_count(&open) <= PEER_CONNECTIONS => {
+                let (node, open) = (Rc::clone(&node), Rc::clone(&open));
+                tokio::task::spawn_local(async move {
+                    if let Err(error) = connection(node, stream).await {
+                        tracing::debug!(%from, %error, "peer connection ended");
+                    }
+                    drop(open);
+                });
+            }
+            Ok((_, from)) => tracing::warn!(%from, "peer connection refused: too many are open"),
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a peer connection");
+                sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn connection(
+    node: Rc<Node>,
+    stream: TcpStream,
+) -> Result<(), crate::io::framed::ConnectionError> {
+    stream.set_nodelay(true)?;
+    let mut frames = FrameStream::new(stream);
+    let limit = Duration::from_millis(PEER_HELLO_MS);
+    let first = timeout(limit, frames.next()).await;
+    let first = first.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    let Some(request) = first else {
+        return Ok(());
+    };
+    let hello = match check_hello(&node, &request) {
+        Ok(hello) => hello,
+        Err(refusal) => return Ok(frames.send(refusal).await?),
+    };
+    let Some((end, ended)) = node.connections.supersede(&hello).await else {
+        let text = "a later connection of this requester is open already";
+        return Ok(frames
+            .send(request.refuse(Status::Unavailable, text))
+            .await?);
+    };
+    frames.send(welcome(&node, &request)).await?;
+    let spans = Spans::default();
+    let served = serve(frames, |request| {
+        let (node, spans) = (Rc::clone(&node), Rc::clone(&spans));
+        async move { handle(node, spans, request).await }
+    });
+    let result = tokio::select! {
+        biased;
+        _ = end => Ok(()),
+        result = served => result,
+    };
+    spans.borrow_mut().clear();
+    drop(ended);
+    result
+}
+
+fn check_hello(node: &Node, request: &Frame) -> Result<Hello, Frame> {
+    if request.kind != Kind::Hello {
+        return Err(request.refuse(Status::Malformed, "the first frame must be a hello"));
+    }
+    let hello: Hello = decode_control(request.payload.clone())
+        .map_err(|_| request.refuse(Status::Malformed, "the hello cannot be decoded"))?;
+    if !(hello.min_version..=hello.max_version).contains(&wire::VERSION) {
+        let text = format!(
+            "peer protocol {} to {} was offered, this server speaks {}",
+            hello.min_version,
+            hello.max_version,
+            wire::VERSION
+        );
+        return Err(request.refuse(Status::BadVersion, text));
+    }
+    let identity = node.identity.borrow();
+    match (&hello.cluster_id, &identity.cluster) {
+        (Some(theirs), Some(ours)) if *theirs != ours.id => {
+            let text = format!(
+                "this server belongs to cluster {} ({}), the request is for {theirs}",
+                ours.name, ours.id
+            );
+            Err(request.refuse(Status::WrongCluster, text))
+        }
+        _ => Ok(hello),
+    }
+}
+
+fn welcome(node: &Node, request: &Frame) -> Frame {
+    let identity = node.identity.borrow();
+    let cluster = identity.cluster.as_ref();
+    let welcome = Welcome {
+        version: wire::VERSION,
+        cluster_id: cluster.map(|cluster| cluster.id.clone()),
+        node: cluster.map(|cluster| cluster.number).unwrap_or_default(),
+        verifier: node.verifier,
+    };
+    request.answer(Status::Ok, encode_control(&welcome))
+}
+
+impl Connections {
+    /// Ends the requester's earlier connection, and says how this one is ended and reports it.
+    async fn supersede(
+        &self,
+        hello: &Hello,
+    ) -> Option<(oneshot::Receiver<()>, oneshot::Sender<()>)> {
+        let (end_sender, end) = oneshot::channel();
+        let (ended_sender, ended) = oneshot::channel();
+        let before = {
+            let mut live = self.0.borrow_mut();
+            if live.len() > 2 * PEER_CONNECTIONS {
+                live.retain(|_, live| live.end.as_ref().is_some_and(|end| !end.is_closed()));
+            }
+            let newest = live.get(&hello.requester).map_or(0, |live| live.connection);
+            if hello.connection <= newest {
+                return None;
+            }
+            let now = Live {
+                connection: hello.connection,
+                end: Some(end_sender),
+                ended: Some(ended),
+            };
+            live.insert(hello.requester, now)
+        };
+        if let Some(mut before) = before {
+            drop(before.end.take());
+            if let Some(ended) = before.ended.take() {
+                let _: Result<(), _> = ended.await;
+            }
+        }
+        Some((end, ended_sender))
+    }
+}
+
+async fn handle(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
+    match request.kind {
+        Kind::Admin => return admin::answer(&node, &request).await,
+        Kind::Hello => return request.refuse(Status::Malformed, "a second hello"),
+        _ => {}
+    }
+    let Some(member) = node.member() else {
+        return request.refuse(Status::Unavailable, "this server belongs to no cluster yet");
+    };
+    let mut reply = match request.kind {
+        Kind::Registry => {
+            let message = request.payload.clone().into_bytes().to_vec();
+            let answer = member.registry.handle_rpc(message).await;
+            request.answer(Status::Ok, bytes::Bytes::from(answer).into())
+        }
+        Kind::Snapshot => member.participant.answer(&member, &request).await,
+        _ => match execute(&node, &member, &spans, &request).await {
+            Ok((frame_flags, payload)) => {
+                let mut reply = request.answer(Status::Ok, payload);
+                reply.flags = frame_flags;
+                reply
+            }
+            Err(error) => error.reply_to(&request),
+        },
+    };
+    reply.aux = node.verifier;
+    reply
+}
+
+type Executed = Result<(u16, Payload), DataError>;
+
+async fn execute(node: &Node, member: &Member, spans: &Spans, request: &Frame) -> Executed {
+    let owner = member.owner();
+    let volume = request.volume;
+    let snapshot = Some(request.snapshot).filter(|id| *id != SnapshotId(0));
+    match request.kind {
+        Kind::Read => {
+            let parts = owner.read(volume, snapshot, target(request)?).await?;
+            Ok(encode_runs(parts.into_iter().map(Run::from).collect()))
+        }
+        Kind::Extents => {
+            let extents = owner.extents(volume, snapshot, target(request)?).await?;
+            Ok((0, encode_extents(&extents)))
+        }
+        Kind::Write | Kind::Zero => {
+            let span = take_span_part(spans, request)?;
+            change(member, request, span.as_deref()).await?;
+            Ok((0, Payload::default()))
+        }
+        Kind::Flush => owner.flush().await.map(|()| (0, Payload::default())),
+        Kind::SpanBegin => begin_span(member, spans, request),
+        Kind::SpanCancel => {
+            spans.borrow_mut().remove(&request.aux);
+            Ok((0, Payload::default()))
+        }
+        Kind::SnapshotDrop => {
+            let dropped = owner.store.delete_snapshot(volume, request.snapshot).await;
+            dropped?;
+            Ok((0, Payload::default()))
+        }
+        Kind::VolumeDrop => drop_pages(member, request).await,
+        Kind::Usage => Ok((0, encode_control(&usage(node, member, volume, snapshot)?))),
+        Kind::Hello | Kind::Admin | Kind::Registry | Kind::Snapshot => {
+            Err(DataError::Malformed("not a request for an owner"))
+        }
+    }
+}
+
+fn target(request: &Frame) -> Result<Target, DataError> {
+    if request.len_bytes > REQUEST_PART_BYTES || request.len_bytes == 0 {
+        return Err(DataError::Malformed(
+            "a part of 0 bytes or more than 64 MiB",
+        ));
+    }
+    Ok(untested_target(request))
+}
+
+fn untested_target(request: &Frame) -> Target {
+    Target {
+        page: request.page,
+        offset_bytes: request.offset_bytes,
+        len_bytes: request.len_bytes,
+        epoch: request.epoch,
+    }
+}
+
+async fn change(
+    member: &Member,
+    request: &Frame,
+    span: Option<&Executing>,
+) -> Result<(), DataError> {
+    let fua = request.flags & flags::FUA != 0;
+    let (owner, volume) = (member.owner(), request.volume);
+    if request.kind == Kind::Zero {
+        let keep = request.flags & flags::KEEP_ALLOCATED != 0;
+        let at = untested_target(request);
+        return owner.zero(volume, at, keep, fua, span).await;
+    }
+    let at = target(request)?;
+    let data = request.payload.clone().into_bytes();
+    if data.len() != at.len_bytes as usize {
+        return Err(DataError::Malformed("the data is not as long as the range"));
+    }
+    owner.write(volume, at, data, fua, span).await
+}
+
+fn begin_span(member: &Member, spans: &Spans, request: &Frame) -> Executed {
+    let state = member.owner().volume(request.volume);
+    let state = state.ok_or(DataError::Gone)?;
+    let epoch = state.table().epoch;
+    if epoch != request.epoch {
+        return Err(DataError::Stale(epoch));
+    }
+    let executing = Rc::new(state.try_execute()?);
+    let span = (request.len_bytes.max(1), executing);
+    spans.borrow_mut().insert(request.aux, span);
+    Ok((0, Payload::default()))
+}
+
+/// The gate of the span that this part belongs to; the span ends with its last part.
+fn take_span_part(spans: &Spans, request: &Frame) -> Result<Option<Rc<Executing>>, DataError> {
+    if request.flags & flags::SPAN == 0 {
+        return Ok(None);
+    }
+    let mut spans = spans.borrow_mut();
+    let unknown = DataError::Malformed("a part of a span that was not begun");
+    let (parts, executing) = spans.get_mut(&request.aux).ok_or(unknown)?;
+    *parts -= 1;
+    let (last, executing) = (*parts == 0, Rc::clone(executing));
+    if last {
+        spans.remove(&request.aux);
+    }
+    Ok(Some(executing))
+}
+
+/// Forgets a volume, or with `len_bytes` 1 everything from a page and offset on.
+async fn drop_pages(member: &Member, request: &Frame) -> Executed {
+    let (owner, volume) = (member.owner(), request.volume);
+    if request.len_bytes == 0 {
+        if owner.volume(volume).is_some() {
+            member.registry.barrier().await.map_err(unavailable)?;
+            member.publish();
+        }
+        if owner.volume(volume).is_some() {
+            return Err(DataError::Malformed("the registry still has this volume"));
+        }
+        owner.store.delete_volume(volume).await?;
+        return Ok((0, Payload::default()));
+    }
+    let state = owner.volume(volume).ok_or(DataError::Gone)?;
+    let page_bytes = state.table().page_bytes();
+    for page in owner.store.snapshot_pages(volume, None)? {
+        let offset_bytes = match page.cmp(&request.page) {
+            std::cmp::Ordering::Less => continue,
+            std::cmp::Ordering::Equal => request.offset_bytes.min(page_bytes),
+            std::cmp::Ordering::Greater => 0,
+        };
+        let at = crate::data::page_store::PageAt {
+            volume,
+            page,
+            offset_bytes,
+            len_bytes: page_bytes - offset_bytes,
+        };
+        if at.len_bytes > 0 {
+            owner.store.zero(at, false, request.epoch).await?;
+        }
+    }
+    Ok((0, Payload::default()))
+}
+
+fn unavailable(error: super::registry::RegistryError) -> DataError {
+    DataError::Unavailable(error.to_string())
+}
+
+fn usage(
+    node: &Node,
+    member: &Member,
+    volume: VolumeId,
+    snapshot: Option<SnapshotId>,
+) -> Result<Usage, DataError> {
+    let store = &member.owner().store;
+    let totals = store.usage();
+    let mut usage = Usage {
+        allocated_bytes: totals.allocated_bytes,
+        free_bytes: node.free_bytes(),
+        ..Usage::default()
+    };
+    if volume != VolumeId(0) {
+        usage.allocated_bytes = store.volume_usage(volume).allocated_bytes;
+    }
+    if let Some(snapshot) = snapshot {
+        let of_snapshot = store.snapshot_usage(volume, snapshot)?;
+        usage.referenced_bytes = of_snapshot.referenced_bytes;
+        usage.unique_bytes = of_snapshot.unique_bytes;
+    }
+    Ok(usage)
+}

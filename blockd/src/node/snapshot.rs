@@ -1,0 +1,294 @@
+//! Snapshots on the server that gets the command: it coordinates the owners (S003-22 to S003-29),
+//! lists, and deletes.
+
+use super::admin::{catch_up, find_snapshot, no_volume, refused};
+use super::{Member, Node};
+use crate::admin::{AdminError, AdminErrorKind, AdminReply, SnapshotInfo, SnapshotName};
+use crate::control::registry::change::{
+    abort_snapshots, begin_snapshots, commit_snapshots, delete_snapshot, forget_snapshot,
+};
+use crate::control::registry::{
+    ChangeError, RegistryState, SnapshotRecord, SnapshotState, Transaction, VolumeRecord,
+};
+use crate::control::snapshot::{
+    Action, Answer, CommitResult, Coordinator, CoordinatorEvent, Order, Part, Plan, Verdict,
+};
+use crate::id::{SnapshotId, TicketId, VolumeId};
+use crate::io::host::{random_u64, unix_ms};
+use crate::io::link::{decode_control, encode_control};
+use crate::io::wire::{Frame, Kind};
+use crate::node::registry::{RegistryError, UpdateError};
+use futures_util::future::{Either, LocalBoxFuture, join_all, select};
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use std::collections::VecDeque;
+use std::pin::pin;
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::time::{Instant, sleep_until};
+
+/// Tries of a snapshot whose routing table or ticket was overtaken by another change.
+const TRIES: u32 = 3;
+
+/// Takes one point in time of all targets.
+pub(super) async fn create(
+    node: &Rc<Node>,
+    member: &Member,
+    targets: Vec<SnapshotName>,
+) -> Result<AdminReply, AdminError> {
+    if targets.is_empty() {
+        return Err(refused(AdminErrorKind::Invalid, "no VOL@SNAP was named"));
+    }
+    catch_up(member).await?;
+    let mut verdict = run(node, member, &targets).await?;
+    for _ in 1..TRIES {
+        match verdict.0 {
+            Verdict::Aborted(_) => verdict = run(node, member, &targets).await?,
+            Verdict::Committed | Verdict::Unknown => break,
+        }
+    }
+    member.publish();
+    match verdict {
+        (Verdict::Committed, records) => {
+            let state = member.registry.state();
+            let infos = records.iter().map(|record| info(member, &state, record));
+            Ok(AdminReply::Snapshots(
+                join_all(infos).await.into_iter().flatten().collect(),
+            ))
+        }
+        (Verdict::Aborted(why), _) => Err(refused(
+            AdminErrorKind::Conflict,
+            format!("no snapshot was taken: {why}; try again"),
+        )),
+        (Verdict::Unknown, _) => Err(refused(
+            AdminErrorKind::Unavailable,
+            "the registry did not answer the commit: `snapshot list` shows whether it was taken",
+        )),
+    }
+}
+
+/// One run of the procedure under a new ticket.
+async fn run(
+    node: &Node,
+    member: &Member,
+    targets: &[SnapshotName],
+) -> Result<(Verdict, Vec<SnapshotRecord>), AdminError> {
+    let random = random_u64();
+    let ticket = random.map_err(|error| refused(AdminErrorKind::Internal, error.to_string()))?;
+    let ticket = TicketId(ticket);
+    let build = |state: &RegistryState| -> Result<_, AdminError> {
+        let wanted = targets.iter().map(|target| {
+            let volume = state.volume_by_name(&target.volume);
+            let volume = volume.ok_or_else(|| no_volume(&target.volume))?;
+            Ok((volume.id, target.snapshot.clone()))
+        });
+        let wanted: Vec<_> = wanted.collect::<Result<_, AdminError>>()?;
+        Ok(begin_snapshots(state, &wanted, ticket, unix_ms())?)
+    };
+    let records = member.registry.update(build).await?;
+    let verdict = coordinate(node, member, ticket, &records).await;
+    Ok((verdict, records))
+}
+
+/// Drives the coordinator's state machine: its actions out, their results in.
+async fn coordinate(
+    node: &Node,
+    member: &Member,
+    ticket: TicketId,
+    records: &[SnapshotRecord],
+) -> Verdict {
+    let plans: Vec<Plan> = records.iter().flat_map(plans_of).collect();
+    let started = Instant::now();
+    let now_ms = || u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let hold_max_ms = node.config.snapshot_hold_max_ms;
+    let mut machine = Coordinator::new(ticket, &plans, hold_max_ms, now_ms());
+    let mut running = FuturesUnordered::<LocalBoxFuture<'_, Option<CoordinatorEvent>>>::new();
+    let mut actions: VecDeque<Action> = machine.step(now_ms(), CoordinatorEvent::Started).into();
+    loop {
+        while let Some(action) = actions.pop_front() {
+            match action {
+                Action::Send(part, order) => {
+                    running.push(Box::pin(send(member, ticket, part, order)));
+                }
+                Action::Commit => running.push(Box::pin(commit(member, records))),
+                Action::Discard => running.push(Box::pin(discard(member, records))),
+                Action::Finished(verdict) => {
+                    tracing::info!(?ticket, ?verdict, took_ms = now_ms(), "snapshot");
+                    while running.next().await.is_some() {}
+                    return verdict;
+                }
+            }
+        }
+        let tick_ms = machine.deadline_ms().unwrap_or(u64::MAX / 2) + 1;
+        let tick = started + Duration::from_millis(tick_ms.min(1 << 32));
+        let event = match select(running.next(), pin!(sleep_until(tick))).await {
+            Either::Left((Some(event), _)) => event,
+            Either::Left((None, tick)) => {
+                tick.await;
+                Some(CoordinatorEvent::Tick)
+            }
+            Either::Right(_) => Some(CoordinatorEvent::Tick),
+        };
+        if let Some(event) = event {
+            actions.extend(machine.step(now_ms(), event));
+        }
+    }
+}
+
+/// S003-23: only servers that own at least one page of the volume are addressed.
+fn plans_of(record: &SnapshotRecord) -> impl Iterator<Item = Plan> + '_ {
+    record.owners.iter().map(|node| Plan {
+        part: Part {
+            node: *node,
+            volume: record.volume,
+        },
+        snapshot: record.id,
+        epoch: record.epoch,
+    })
+}
+
+async fn send(
+    member: &Member,
+    ticket: TicketId,
+    part: Part,
+    order: Order,
+) -> Option<CoordinatorEvent> {
+    let mut request = Frame::request(Kind::Snapshot, part.volume);
+    request.aux = ticket.0;
+    request.payload = encode_control(&order);
+    let answer = member.call(part.node, request).await.ok();
+    let answer: Option<Answer> = answer.and_then(|reply| decode_control(reply.payload).ok());
+    Some(match answer {
+        Some(answer) => CoordinatorEvent::Answer(part, answer),
+        None => CoordinatorEvent::PeerLost(part.node),
+    })
+}
+
+async fn commit(member: &Member, records: &[SnapshotRecord]) -> Option<CoordinatorEvent> {
+    let build = |state: &RegistryState| -> Result<(Transaction, ()), ChangeError> {
+        Ok((commit_snapshots(state, records)?, ()))
+    };
+    let result = match member.registry.update(build).await {
+        Ok(()) => CommitResult::Committed,
+        Err(UpdateError::Registry(RegistryError::UnknownOutcome(_))) => CommitResult::Unknown,
+        Err(error) => {
+            tracing::warn!(%error, "snapshot not committed");
+            CommitResult::Refused
+        }
+    };
+    Some(CoordinatorEvent::CommitDone(result))
+}
+
+async fn discard(member: &Member, records: &[SnapshotRecord]) -> Option<CoordinatorEvent> {
+    let build = |state: &RegistryState| -> Result<(Transaction, ()), ChangeError> {
+        Ok((abort_snapshots(state, records), ()))
+    };
+    if let Err(error) = member.registry.update(build).await {
+        tracing::info!(%error, "pending snapshot is swept later");
+    }
+    None
+}
+
+/// Committed snapshots with their sizes.
+pub(super) async fn list(member: &Member, volume: Option<&str>) -> Result<AdminReply, AdminError> {
+    catch_up(member).await?;
+    let state = member.registry.state();
+    let volumes: Vec<&VolumeRecord> = match volume {
+        None => state.volumes().collect(),
+        Some(name) => vec![state.volume_by_name(name).ok_or_else(|| no_volume(name))?],
+    };
+    let records = volumes.iter().flat_map(|volume| state.snapshots(volume.id));
+    let committed = records.filter(|record| record.state == SnapshotState::Committed);
+    let infos = join_all(committed.map(|record| info(member, &state, record))).await;
+    Ok(AdminReply::Snapshots(infos.into_iter().flatten().collect()))
+}
+
+async fn info(
+    member: &Member,
+    state: &RegistryState,
+    record: &SnapshotRecord,
+) -> Option<SnapshotInfo> {
+    let volume = state.volume(record.volume)?;
+    let asked = record.owners.iter();
+    let asked = asked.map(|node| member.usage(*node, record.volume, Some(record.id)));
+    let usages = join_all(asked).await;
+    Some(SnapshotInfo {
+        volume: volume.name.clone(),
+        name: record.name.clone(),
+        id: record.id,
+        size_bytes: record.size_bytes,
+        created_unix_ms: record.created_unix_ms,
+        referenced_bytes: usages
+            .iter()
+            .map(|usage| usage.map(|u| u.referenced_bytes))
+            .sum(),
+        unique_bytes: usages
+            .iter()
+            .map(|usage| usage.map(|u| u.unique_bytes))
+            .sum(),
+    })
+}
+
+/// Hides a snapshot, drops its parts, and forgets it; owners that are down drop theirs when they
+/// return.
+pub(super) async fn delete(
+    member: &Member,
+    target: &SnapshotName,
+) -> Result<AdminReply, AdminError> {
+    let build = |state: &RegistryState| -> Result<_, AdminError> {
+        let volume = state.volume_by_name(&target.volume);
+        let volume = volume.ok_or_else(|| no_volume(&target.volume))?;
+        let (id, _) = find_snapshot(state, volume, &target.snapshot)?;
+        let record = state.snapshot(volume.id, id).cloned();
+        let record = record.ok_or_else(|| no_volume(&target.volume))?;
+        Ok((delete_snapshot(state, volume.id, id)?, record))
+    };
+    let record = member.registry.update(build).await?;
+    member.publish();
+    drop_everywhere(member, &record).await;
+    forget(member, record.volume, record.id).await;
+    Ok(AdminReply::Done)
+}
+
+async fn drop_everywhere(member: &Member, record: &SnapshotRecord) {
+    let drops = record.owners.iter().map(|node| {
+        let mut request = Frame::request(Kind::SnapshotDrop, record.volume);
+        request.snapshot = record.id;
+        member.call(*node, request)
+    });
+    for dropped in join_all(drops).await {
+        if let Err(error) = dropped {
+            tracing::info!(%error, "space of the snapshot is freed later");
+        }
+    }
+}
+
+/// Removes the record of a snapshot that is being deleted, or was left pending.
+pub(super) async fn forget(member: &Member, volume: VolumeId, id: SnapshotId) {
+    let build = |state: &RegistryState| -> Result<(Transaction, ()), ChangeError> {
+        Ok((forget_snapshot(state, volume, id)?, ()))
+    };
+    if let Err(error) = member.registry.update(build).await {
+        tracing::info!(%volume, %id, %error, "snapshot record is removed later");
+    }
+}
+
+/// Ends snapshots whose coordinator died: pending too long, or deleted and not forgotten.
+pub(super) async fn sweep_records(member: &Member, pending_max_ms: u64) {
+    let state = member.registry.state();
+    let now = unix_ms();
+    for volume in state.volumes() {
+        for record in state.snapshots(volume.id) {
+            let old = now.saturating_sub(record.created_unix_ms) > pending_max_ms;
+            match record.state {
+                SnapshotState::Pending if old => {
+                    discard(member, std::slice::from_ref(record)).await;
+                }
+                SnapshotState::Deleting if old => {
+                    drop_everywhere(member, record).await;
+                    forget(member, record.volume, record.id).await;
+                }
+                _ => {}
+            }
+        }
+    }
+}

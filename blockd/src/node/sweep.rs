@@ -1,0 +1,70 @@
+//! The sweep: what nobody holds on to is freed (promise 8).
+//!
+//! A volume or snapshot whose record is gone from the registry was deleted, or never came to be,
+//! while this server was down or its coordinator died. Before anything is dropped the registry
+//! is read through its majority: ids are never used twice and a record is committed before its
+//! first byte is stored, so what a confirmed state does not have can only be garbage.
+
+use super::{Member, Node, snapshot};
+use crate::control::registry::RegistryState;
+use crate::limits::{SNAPSHOT_PENDING_MAX_MS, SWEEP_INTERVAL_MS};
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::time::{MissedTickBehavior, interval};
+
+/// Sweeps for ever.
+pub(crate) async fn run(node: Rc<Node>) {
+    let mut ticks = interval(Duration::from_millis(SWEEP_INTERVAL_MS));
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let Some(member) = node.member() else {
+            continue;
+        };
+        let state = member.registry.state();
+        if has_garbage(&member, &state)
+            && let Ok(confirmed) = member.registry.barrier().await
+        {
+            sweep_store(&member, &confirmed).await;
+        }
+        if member.registry.status().leader == Some(member.number()) {
+            snapshot::sweep_records(&member, SNAPSHOT_PENDING_MAX_MS).await;
+        }
+    }
+}
+
+fn has_garbage(member: &Member, state: &RegistryState) -> bool {
+    let store = &member.owner().store;
+    store.volumes().into_iter().any(|volume| {
+        let mut snapshots = store.snapshots(volume).into_iter();
+        state.volume(volume).is_none()
+            || snapshots.any(|snapshot| state.snapshot(volume, snapshot).is_none())
+    })
+}
+
+async fn sweep_store(member: &Member, confirmed: &RegistryState) {
+    let store = &member.owner().store;
+    for volume in store.volumes() {
+        if confirmed.volume(volume).is_none() {
+            log(store.delete_volume(volume).await, "volume", &volume);
+            continue;
+        }
+        for snapshot in store.snapshots(volume) {
+            if confirmed.snapshot(volume, snapshot).is_none() {
+                let dropped = store.delete_snapshot(volume, snapshot).await;
+                log(
+                    dropped,
+                    "snapshot",
+                    &format_args!("{snapshot} of volume {volume}"),
+                );
+            }
+        }
+    }
+}
+
+fn log<E: std::fmt::Display>(result: Result<(), E>, what: &str, id: &dyn std::fmt::Display) {
+    match result {
+        Ok(()) => tracing::info!(%id, "swept a {what} that the registry does not have"),
+        Err(error) => tracing::warn!(%id, %error, "cannot sweep a {what}"),
+    }
+}

@@ -1,0 +1,343 @@
+//! The handshake: options and their replies until an export is opened or the client leaves.
+//!
+//! Exactly the bytes of the handshake are read, so that nothing of what follows is taken in early.
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use crate::connection::ConnectionError;
+use crate::error::OpenError;
+use crate::export::{Export, ExportEntry, Exports};
+use crate::limits;
+use crate::option::{self, OptionHead, Refusal};
+use crate::request::Agreement;
+use crate::wire::{self, reply};
+
+/// Reply bytes that are gathered before they are sent.
+const GATHER_BYTES: usize = 64 << 10;
+
+const NOT_SUPPORTED: &str = "this option is not supported";
+
+/// What the handshake ended with.
+pub(crate) struct Opened<E> {
+    pub(crate) export: E,
+    pub(crate) agreed: Agreement,
+}
+
+/// Negotiates; `None` when the client leaves politely.
+pub(crate) async fn negotiate<S, P>(
+    stream: &mut S,
+    exports: &P,
+) -> Result<Option<Opened<P::Export>>, ConnectionError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    P: Exports,
+{
+    let flags = greet(stream).await?;
+    let mut handshake = Handshake {
+        stream,
+        exports,
+        out: Vec::new(),
+        fixed: flags & wire::FIXED_NEWSTYLE != 0,
+        no_zeroes: flags & wire::NO_ZEROES != 0,
+        structured: false,
+        allocation_of: None,
+    };
+    for _ in 0..limits::OPTIONS_MAX {
+        match handshake.one_option().await? {
+            Next::Option => handshake.send().await?,
+            Next::Open(opened) => {
+                handshake.send().await?;
+                return Ok(Some(opened));
+            }
+            // The client may be gone already: it need not wait for the answer.
+            Next::Leave => return Ok(handshake.send().await.map_or(None, |()| None)),
+        }
+    }
+    Err(ConnectionError::TooManyOptions)
+}
+
+/// Sends the greeting and returns the client's flags.
+async fn greet<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Result<u16, ConnectionError> {
+    let offered = wire::FIXED_NEWSTYLE | wire::NO_ZEROES;
+    let mut greeting = wire::GREETING_MAGIC.to_be_bytes().to_vec();
+    greeting.extend_from_slice(&wire::OPTION_MAGIC.to_be_bytes());
+    greeting.extend_from_slice(&offered.to_be_bytes());
+    stream.write_all(&greeting).await?;
+    stream.flush().await?;
+    let flags = stream.read_u32().await?;
+    match u16::try_from(flags) {
+        Ok(known) if known & !offered == 0 => Ok(known),
+        _ => Err(ConnectionError::ClientFlags(flags)),
+    }
+}
+
+enum Next<E> {
+    Option,
+    Open(Opened<E>),
+    Leave,
+}
+
+struct Handshake<'a, S, P> {
+    stream: &'a mut S,
+    exports: &'a P,
+    out: Vec<u8>,
+    fixed: bool,
+    no_zeroes: bool,
+    structured: bool,
+    /// The export for which base:allocation is selected.
+    allocation_of: Option<String>,
+}
+
+impl<S, P> Handshake<'_, S, P>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    P: Exports,
+{
+    async fn send(&mut self) -> Result<(), ConnectionError> {
+        self.stream.write_all(&self.out).await?;
+        self.stream.flush().await?;
+        self.out.clear();
+        Ok(())
+    }
+
+    /// Reads an option and gathers the replies to it.
+    async fn one_option(&mut self) -> Result<Next<P::Export>, ConnectionError> {
+        let mut head = [0; wire::OPTION_HEADER_BYTES];
+        self.stream.read_exact(&mut head).await?;
+        let head = option::parse_head(&head).ok_or(ConnectionError::OptionMagic)?;
+        if !self.fixed && head.option != wire::option::EXPORT_NAME {
+            return Err(ConnectionError::NotFixed(head.option));
+        }
+        let Some(data) = self.read_data(head).await? else {
+            return self.too_large(head.option);
+        };
+        match head.option {
+            wire::option::EXPORT_NAME => self.export_name(&data).await,
+            wire::option::GO => Ok(self.go(&data).await),
+            wire::option::ABORT => {
+                self.reply(head.option, reply::ACK, &[]);
+                Ok(Next::Leave)
+            }
+            _ => {
+                if let Err(refusal) = self.query(head.option, &data).await? {
+                    self.refuse(head.option, refusal);
+                }
+                Ok(Next::Option)
+            }
+        }
+    }
+
+    /// The payload of an option; `None` when it was skipped because it is too large to look at.
+    async fn read_data(&mut self, head: OptionHead) -> Result<Option<Vec<u8>>, ConnectionError> {
+        if head.len_bytes > limits::OPTION_DRAIN_BYTES {
+            return Err(ConnectionError::OptionTooLarge(head.len_bytes));
+        }
+        let mut data = Vec::new();
+        let mut left_bytes = head.len_bytes as usize;
+        while left_bytes > 0 {
+            if data.len() >= limits::OPTION_BYTES as usize {
+                data.clear();
+            }
+            let received = (&mut *self.stream)
+                .take(left_bytes.min(GATHER_BYTES) as u64)
+                .read_buf(&mut data)
+                .await?;
+            if received == 0 {
+                return Err(ConnectionError::Io(
+                    std::io::ErrorKind::UnexpectedEof.into(),
+                ));
+            }
+            left_bytes -= received;
+        }
+        Ok((head.len_bytes <= limits::OPTION_BYTES).then_some(data))
+    }
+
+    /// Answers an option whose payload was skipped.
+    fn too_large(&mut self, option: u32) -> Result<Next<P::Export>, ConnectionError> {
+        let refusal = match option {
+            wire::option::EXPORT_NAME => {
+                return Err(ConnectionError::ExportName(
+                    "the name is too long".to_owned(),
+                ));
+            }
+            wire::option::ABORT | wire::option::LIST => {
+                Refusal::new(reply::ERR_INVALID, "unexpected payload")
+            }
+            wire::option::INFO..=wire::option::SET_META_CONTEXT => {
+                Refusal::new(reply::ERR_TOO_BIG, "the payload is too large")
+            }
+            _ => Refusal::new(reply::ERR_UNSUP, NOT_SUPPORTED),
+        };
+        self.refuse(option, refusal);
+        Ok(Next::Option)
+    }
+
+    fn reply(&mut self, option: u32, kind: u32, payload: &[&[u8]]) {
+        option::put_reply(&mut self.out, option, kind, payload);
+    }
+
+    fn refuse(&mut self, option: u32, refusal: Refusal) {
+        let text = option::cut_text(&refusal.text, limits::ERROR_TEXT_BYTES);
+        option::put_reply(&mut self.out, option, refusal.reply, &[text.as_bytes()]);
+    }
+
+    /// Options that open nothing.
+    async fn query(
+        &mut self,
+        option: u32,
+        data: &[u8],
+    ) -> Result<Result<(), Refusal>, ConnectionError> {
+        match option {
+            wire::option::LIST => self.list(data).await,
+            wire::option::INFO => Ok(self.info(option, data).await.map(drop)),
+            wire::option::STRUCTURED_REPLY => Ok(self.structured_reply(data)),
+            wire::option::LIST_META_CONTEXT => Ok(self.list_meta(data)),
+            wire::option::SET_META_CONTEXT => Ok(self.set_meta(data)),
+            _ => Ok(Err(Refusal::new(reply::ERR_UNSUP, NOT_SUPPORTED))),
+        }
+    }
+
+    async fn list(&mut self, data: &[u8]) -> Result<Result<(), Refusal>, ConnectionError> {
+        if !data.is_empty() {
+            return Ok(Err(Refusal::new(reply::ERR_INVALID, "LIST has no payload")));
+        }
+        let entries = match self.exports.list().await {
+            Ok(entries) => entries,
+            Err(error) => return Ok(Err(open_refusal(&error))),
+        };
+        for ExportEntry { name, description } in &entries {
+            let name = option::cut_text(name, limits::NAME_BYTES).as_bytes();
+            let description = option::cut_text(description, limits::NAME_BYTES).as_bytes();
+            let len_bytes = (name.len() as u32).to_be_bytes();
+            self.reply(
+                wire::option::LIST,
+                reply::SERVER,
+                &[&len_bytes, name, description],
+            );
+            if self.out.len() > GATHER_BYTES {
+                self.send().await?;
+            }
+        }
+        self.reply(wire::option::LIST, reply::ACK, &[]);
+        Ok(Ok(()))
+    }
+
+    fn structured_reply(&mut self, data: &[u8]) -> Result<(), Refusal> {
+        if !data.is_empty() {
+            return Err(Refusal::new(
+                reply::ERR_INVALID,
+                "STRUCTURED_REPLY has no payload",
+            ));
+        }
+        self.structured = true;
+        self.reply(wire::option::STRUCTURED_REPLY, reply::ACK, &[]);
+        Ok(())
+    }
+
+    fn list_meta(&mut self, data: &[u8]) -> Result<(), Refusal> {
+        self.need_structured()?;
+        let asked = option::parse_meta(data)?;
+        if option::lists_allocation(&asked.queries) {
+            self.put_context(wire::option::LIST_META_CONTEXT, 0);
+        }
+        self.reply(wire::option::LIST_META_CONTEXT, reply::ACK, &[]);
+        Ok(())
+    }
+
+    fn set_meta(&mut self, data: &[u8]) -> Result<(), Refusal> {
+        self.allocation_of = None;
+        self.need_structured()?;
+        let asked = option::parse_meta(data)?;
+        if option::selects_allocation(&asked.queries) {
+            self.allocation_of = Some(asked.name.to_owned());
+            self.put_context(wire::option::SET_META_CONTEXT, wire::ALLOCATION_ID);
+        }
+        self.reply(wire::option::SET_META_CONTEXT, reply::ACK, &[]);
+        Ok(())
+    }
+
+    fn need_structured(&self) -> Result<(), Refusal> {
+        match self.structured {
+            true => Ok(()),
+            false => Err(Refusal::new(
+                reply::ERR_INVALID,
+                "metadata contexts need STRUCTURED_REPLY first",
+            )),
+        }
+    }
+
+    fn put_context(&mut self, option: u32, id: u32) {
+        self.reply(
+            option,
+            reply::META_CONTEXT,
+            &[&id.to_be_bytes(), wire::ALLOCATION_CONTEXT.as_bytes()],
+        );
+    }
+
+    /// Opens the export of an INFO or GO and gathers the replies, without the ACK for GO.
+    async fn info(&mut self, option: u32, data: &[u8]) -> Result<Opened<P::Export>, Refusal> {
+        let asked = option::parse_info(data)?;
+        let export = self
+            .exports
+            .open(asked.name)
+            .await
+            .map_err(|error| open_refusal(&error))?;
+        let description = export.description();
+        option::put_info(
+            &mut self.out,
+            option,
+            &asked,
+            &export.info(),
+            &description,
+            self.structured,
+        );
+        self.reply(option, reply::ACK, &[]);
+        Ok(self.opened(export, asked.name))
+    }
+
+    fn opened(&self, export: P::Export, name: &str) -> Opened<P::Export> {
+        let allocation = self.allocation_of.as_deref() == Some(name);
+        Opened {
+            export,
+            agreed: Agreement {
+                structured: self.structured,
+                allocation,
+            },
+        }
+    }
+
+    async fn go(&mut self, data: &[u8]) -> Next<P::Export> {
+        match self.info(wire::option::GO, data).await {
+            Ok(opened) => Next::Open(opened),
+            Err(refusal) => {
+                self.refuse(wire::option::GO, refusal);
+                Next::Option
+            }
+        }
+    }
+
+    async fn export_name(&mut self, data: &[u8]) -> Result<Next<P::Export>, ConnectionError> {
+        let name = option::parse_name(data)
+            .map_err(|refusal| ConnectionError::ExportName(refusal.text.into_owned()))?;
+        let export = self
+            .exports
+            .open(name)
+            .await
+            .map_err(|error| ConnectionError::ExportName(error.to_string()))?;
+        option::put_export_name(
+            &mut self.out,
+            &export.info(),
+            self.structured,
+            self.no_zeroes,
+        );
+        Ok(Next::Open(self.opened(export, name)))
+    }
+}
+
+fn open_refusal(error: &OpenError) -> Refusal {
+    match error {
+        OpenError::Unknown(text) => Refusal::new(reply::ERR_UNKNOWN, text.clone()),
+        OpenError::Policy(text) => Refusal::new(reply::ERR_POLICY, text.clone()),
+        OpenError::Shutdown(text) => Refusal::new(reply::ERR_SHUTDOWN, text.clone()),
+    }
+}

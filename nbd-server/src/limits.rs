@@ -1,0 +1,84 @@
+//! Every limit of the server: its unit, its reason, and how it relates to the others.
+
+use std::time::Duration;
+
+/// Largest request size in bytes that is advertised (INFO_BLOCK_SIZE): what every known client accepts as maximum.
+pub const ADVERTISED_PAYLOAD_BYTES: u32 = 32 << 20;
+/// Largest READ or WRITE in bytes that is served: requests up to 50 MB were seen from clients that ignore the advertised maximum.
+pub const PAYLOAD_BYTES: u32 = 64 << 20;
+/// Largest payload in bytes of a refused WRITE that is read and dropped to stay in sync; beyond this the connection is closed.
+pub const DRAIN_BYTES: u32 = 128 << 20;
+/// Smallest block size in bytes that is advertised: any range is served.
+pub const MIN_BLOCK_BYTES: u32 = 1;
+
+/// Longest export name or context query in bytes (protocol, "String": MUST support no more than 4096).
+pub const NAME_BYTES: usize = 4096;
+/// Largest option payload in bytes that is looked at: a name and some hundred context queries.
+pub const OPTION_BYTES: u32 = 64 << 10;
+/// Largest option payload in bytes that is read and dropped to stay in sync; beyond this the connection is closed.
+pub const OPTION_DRAIN_BYTES: u32 = 1 << 20;
+/// Options of one handshake: no client needs more than a dozen and a few per name it asks about.
+pub const OPTIONS_MAX: u32 = 1024;
+/// Longest human text in bytes in an error reply (protocol maximum 4096; a line is enough).
+pub const ERROR_TEXT_BYTES: usize = 512;
+/// Extents in one BLOCK_STATUS reply (protocol maximum 2^20): 32 KiB of reply.
+pub const EXTENTS_MAX: usize = 4096;
+
+/// Receive buffer of one connection in bytes: 62 requests of 4 KiB writes per receive.
+pub const RECEIVE_BYTES: usize = 256 << 10;
+/// A WRITE payload of at most so many bytes is copied out of the receive buffer; a larger one is received into its own buffer.
+pub const SMALL_PAYLOAD_BYTES: u32 = 64 << 10;
+/// Requests of one connection that are not yet answered: the queue depth of the Linux client.
+pub const IN_FLIGHT_MAX: u32 = 128;
+/// Payload bytes of one connection that are held at a time (write payloads until done, read replies until sent).
+pub const CONNECTION_PAYLOAD_BYTES: u64 = 64 << 20;
+/// Payload bytes of all connections that share a budget.
+pub const SHARED_PAYLOAD_BYTES: u64 = 256 << 20;
+/// Slices in one vectored write: enough for 32 replies with header and payload.
+pub const WRITE_SLICES: usize = 64;
+
+/// Connections of one server, handshakes included: 256 MiB of receive buffers.
+pub const CONNECTIONS_MAX: usize = 1024;
+/// Pending connections in the kernel: a burst of clients that reconnect at once.
+pub const LISTEN_BACKLOG: u32 = 1024;
+/// Time for the whole handshake.
+pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a connection may hold payload bytes without any progress of its socket while others wait for the budget.
+pub const STALL_DEADLINE: Duration = Duration::from_secs(30);
+/// Silence on a TCP connection after which the kernel asks whether the peer still lives.
+pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+/// How long a stopping server waits for requests in flight before it drops them.
+pub const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
+
+const _: () = assert!(
+    ADVERTISED_PAYLOAD_BYTES <= PAYLOAD_BYTES,
+    "what is advertised must be accepted"
+);
+const _: () = assert!(
+    PAYLOAD_BYTES < DRAIN_BYTES,
+    "a payload that is slightly too large must be drained, not cut"
+);
+const _: () = assert!(
+    PAYLOAD_BYTES as u64 <= CONNECTION_PAYLOAD_BYTES,
+    "the largest request must fit one connection"
+);
+const _: () = assert!(
+    CONNECTION_PAYLOAD_BYTES * 2 <= SHARED_PAYLOAD_BYTES,
+    "one connection must not hold everything"
+);
+const _: () = assert!(
+    SMALL_PAYLOAD_BYTES as usize * 2 <= RECEIVE_BYTES,
+    "a small payload must fit behind a partial one"
+);
+const _: () = assert!(
+    OPTION_BYTES as usize > NAME_BYTES * 2,
+    "a name and a query must fit an option"
+);
+const _: () = assert!(
+    OPTION_BYTES <= OPTION_DRAIN_BYTES,
+    "an option that is looked at is also in sync"
+);
+const _: () = assert!(
+    EXTENTS_MAX <= 1 << 20 && ERROR_TEXT_BYTES <= 4096,
+    "protocol maxima"
+);

@@ -1,0 +1,334 @@
+//! The transmission phase: one task per connection that receives, executes and answers.
+//!
+//! A turn decodes every request that is in the receive buffer, polls each once on the spot, gathers the replies and sends them with
+//! one vectored write. Only a request that is not ready at its first poll is put aside; replies leave in the order of completion.
+
+use std::future::{Future, poll_fn};
+use std::io;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::BufMut;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::time::Sleep;
+
+use crate::budget::Holding;
+use crate::connection::{ConnectionError, ServeOptions};
+use crate::decoder::{Decoder, Job, Step};
+use crate::error::ExportError;
+use crate::export::Export;
+use crate::limits;
+use crate::output::{Output, Sent};
+use crate::reply::{self, Outcome};
+use crate::request::{self, Agreement, Command, Request};
+
+/// A request that was executed.
+struct Completion {
+    request: Request,
+    command: Command,
+    held_bytes: u32,
+    outcome: Result<Outcome, ExportError>,
+}
+
+async fn execute<E: Export>(export: E, job: Job) -> Completion {
+    let Job {
+        request,
+        command,
+        payload,
+        held_bytes,
+    } = job;
+    let (offset, len) = (request.offset, u64::from(request.len_bytes));
+    let outcome = match command {
+        Command::Read { .. } if len == 0 => Ok(Outcome::Read(payload.into())),
+        Command::Read { .. } => export
+            .read(offset, request.len_bytes)
+            .await
+            .map(Outcome::Read),
+        Command::Write { fua } => export
+            .write(offset, payload, fua)
+            .await
+            .map(|()| Outcome::Done),
+        Command::Flush => export.flush().await.map(|()| Outcome::Done),
+        Command::Trim { fua } => export.trim(offset, len, fua).await.map(|()| Outcome::Done),
+        Command::Zero(flags) => export
+            .write_zeroes(offset, len, flags)
+            .await
+            .map(|()| Outcome::Done),
+        Command::Cache => export.cache(offset, len).await.map(|()| Outcome::Done),
+        Command::Status { .. } => export.block_status(offset, len).await.map(Outcome::Status),
+        Command::Nothing => Ok(Outcome::Done),
+    };
+    Completion {
+        request,
+        command,
+        held_bytes,
+        outcome,
+    }
+}
+
+/// Serves requests until the client leaves, breaks the protocol, or the shutdown signal is given.
+pub(crate) async fn transmit<S, E>(
+    stream: S,
+    export: E,
+    agreed: Agreement,
+    options: ServeOptions,
+) -> Result<(), ConnectionError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    E: Export,
+{
+    let mut shutdown = pin!(options.shutdown.given());
+    let mut transmission = Transmission {
+        stream,
+        export,
+        agreed,
+        start: execute::<E>,
+        decoder: Decoder::new(),
+        output: Output::default(),
+        holding: Holding::new(options.budget),
+        running: FuturesUnordered::new(),
+        spare: None,
+        unanswered: 0,
+        ending: None,
+        stall: Stall {
+            deadline: options.stall_deadline,
+            timer: None,
+            progressed: false,
+        },
+    };
+    poll_fn(|cx| {
+        if transmission.ending.is_none() && shutdown.as_mut().poll(cx).is_ready() {
+            transmission.ending = Some(Ok(()));
+        }
+        transmission.poll(cx)
+    })
+    .await
+}
+
+/// Why no further request was started in this turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pause {
+    /// More must be received.
+    Receive,
+    /// Replies must be sent first, or the budget must give bytes.
+    Full,
+    /// Nothing more is read.
+    Ended,
+}
+
+struct Transmission<S, E, M, F> {
+    stream: S,
+    export: E,
+    agreed: Agreement,
+    start: M,
+    decoder: Decoder,
+    output: Output,
+    holding: Holding,
+    running: FuturesUnordered<Pin<Box<F>>>,
+    /// The allocation of a request that was ready at once, for the next one.
+    spare: Option<Pin<Box<F>>>,
+    unanswered: u32,
+    ending: Option<Result<(), ConnectionError>>,
+    stall: Stall,
+}
+
+impl<S, E, M, F> Transmission<S, E, M, F>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    E: Export,
+    M: Fn(E, Job) -> F,
+    F: Future<Output = Completion>,
+{
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
+        loop {
+            let pause = self.start_requests(cx);
+            self.reap(cx);
+            let sent = self.send(cx);
+            let again = match pause {
+                Pause::Receive => self.receive(cx),
+                Pause::Full => sent,
+                Pause::Ended if self.running.is_empty() && self.output.is_empty() => {
+                    return self.close(cx);
+                }
+                Pause::Ended => false,
+            };
+            if !again {
+                return self.rest(cx);
+            }
+        }
+    }
+
+    /// Starts what is in the receive buffer, within the limits.
+    fn start_requests(&mut self, cx: &mut Context<'_>) -> Pause {
+        while self.ending.is_none() {
+            if self.unanswered >= limits::IN_FLIGHT_MAX {
+                return Pause::Full;
+            }
+            let (export, agreed, holding) = (&self.export, self.agreed, &mut self.holding);
+            let admit = |request: &Request| request::admit(request, &export.info(), agreed);
+            match self.decoder.next(admit, |bytes| holding.take(cx, bytes)) {
+                Step::Receive => return Pause::Receive,
+                Step::Wait => return Pause::Full,
+                Step::Run(job) => self.run(cx, job),
+                Step::Refuse(request, error) => self.refuse(request, error),
+                Step::End(ending) => self.ending = Some(ending),
+            }
+        }
+        Pause::Ended
+    }
+
+    /// Polls a new request once; only if it is not ready is it put aside.
+    fn run(&mut self, cx: &mut Context<'_>, job: Job) {
+        self.unanswered += 1;
+        let future = (self.start)(self.export.clone(), job);
+        let mut boxed = match self.spare.take() {
+            Some(mut spare) => {
+                spare.set(future);
+                spare
+            }
+            None => Box::pin(future),
+        };
+        match boxed.as_mut().poll(cx) {
+            Poll::Ready(completion) => {
+                self.spare = Some(boxed);
+                self.answer(completion);
+            }
+            Poll::Pending => self.running.push(boxed),
+        }
+    }
+
+    fn refuse(&mut self, request: Request, error: ExportError) {
+        self.unanswered += 1;
+        reply::put_reply(
+            &mut self.output,
+            &request,
+            Command::Nothing,
+            self.agreed,
+            Err(error),
+            0,
+        );
+    }
+
+    fn answer(&mut self, completion: Completion) {
+        let Completion {
+            request,
+            command,
+            held_bytes,
+            outcome,
+        } = completion;
+        reply::put_reply(
+            &mut self.output,
+            &request,
+            command,
+            self.agreed,
+            outcome,
+            u64::from(held_bytes),
+        );
+    }
+
+    /// Answers what has completed since.
+    fn reap(&mut self, cx: &mut Context<'_>) {
+        while !self.running.is_empty() {
+            match self.running.poll_next_unpin(cx) {
+                Poll::Ready(Some(completion)) => self.answer(completion),
+                Poll::Ready(None) | Poll::Pending => return,
+            }
+        }
+    }
+
+    /// Sends what the socket takes; `true` if that answered requests.
+    fn send(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut total = Sent::default();
+        while !self.output.is_empty() {
+            match self.output.poll_send(&mut self.stream, cx) {
+                Poll::Ready(Ok(sent)) => {
+                    self.stall.progressed = true;
+                    total.add(sent);
+                }
+                Poll::Ready(Err(error)) => {
+                    self.fail(error.into());
+                    total.add(self.output.discard());
+                }
+                Poll::Pending => break,
+            }
+        }
+        self.unanswered -= total.replies;
+        self.holding.put_back(total.held_bytes);
+        total.replies > 0
+    }
+
+    /// Receives once; `true` if that changed something.
+    fn receive(&mut self, cx: &mut Context<'_>) -> bool {
+        let (target, max_bytes) = self.decoder.receive_target();
+        let mut target = target.limit(max_bytes);
+        let received = pin!(self.stream.read_buf(&mut target)).poll(cx);
+        match received {
+            Poll::Ready(Ok(0)) => {
+                self.fail(ConnectionError::Io(io::ErrorKind::UnexpectedEof.into()))
+            }
+            Poll::Ready(Ok(_)) => self.stall.progressed = true,
+            Poll::Ready(Err(error)) => self.fail(error.into()),
+            Poll::Pending => return false,
+        }
+        true
+    }
+
+    /// Reads nothing more; what is running goes on. The first reason counts.
+    fn fail(&mut self, error: ConnectionError) {
+        if !matches!(self.ending, Some(Err(_))) {
+            self.ending = Some(Err(error));
+        }
+    }
+
+    /// Nothing can be done now: waits, but not for ever if this connection keeps bytes from others.
+    fn rest(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
+        let waits_for_peer = !self.output.is_empty() || self.decoder.holds_partial_payload();
+        if self
+            .stall
+            .poll(cx, &self.holding, waits_for_peer)
+            .is_ready()
+        {
+            return Poll::Ready(Err(ConnectionError::Stalled(self.stall.deadline)));
+        }
+        Poll::Pending
+    }
+
+    fn close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
+        // A peer that is gone cannot be told so; the reason for the end is what matters.
+        if Pin::new(&mut self.stream).poll_shutdown(cx).is_pending() {
+            return Poll::Pending;
+        }
+        Poll::Ready(self.ending.take().unwrap_or(Ok(())))
+    }
+}
+
+/// Watches that a client which holds payload bytes makes progress while others wait for them.
+struct Stall {
+    deadline: Duration,
+    timer: Option<Pin<Box<Sleep>>>,
+    progressed: bool,
+}
+
+impl Stall {
+    /// Ready when the client must go. The timer runs for one deadline at a time and is not touched by every request.
+    fn poll(&mut self, cx: &mut Context<'_>, holding: &Holding, waits_for_peer: bool) -> Poll<()> {
+        if holding.held_bytes() == 0 {
+            return Poll::Pending;
+        }
+        let deadline = self.deadline;
+        let timer = self.timer.get_or_insert_with(|| {
+            self.progressed = false;
+            Box::pin(tokio::time::sleep(deadline))
+        });
+        while timer.as_mut().poll(cx).is_ready() {
+            if !self.progressed && waits_for_peer && holding.is_contended() {
+                return Poll::Ready(());
+            }
+            self.progressed = false;
+            timer.as_mut().reset(tokio::time::Instant::now() + deadline);
+        }
+        Poll::Pending
+    }
+}
