@@ -2,7 +2,6 @@
 
 use super::{Answer, Order};
 use crate::id::{Epoch, NodeNo, SnapshotId, TicketId, VolumeId};
-use crate::limits::SNAPSHOT_TAKEN_MS;
 use std::collections::BTreeMap;
 
 /// One volume on one server that owns pages of it.
@@ -113,15 +112,23 @@ struct Progress {
 pub struct Coordinator {
     ticket: TicketId,
     hold_max_ms: u64,
+    taken_max_ms: u64,
     deadline_ms: u64,
     phase: Phase,
     parts: BTreeMap<Part, Progress>,
 }
 
 impl Coordinator {
-    /// A run over these parts, all of which have to be ready `hold_max_ms` after `now_ms`.
+    /// A run over these parts, all of which have to be ready `hold_max_ms` after `now_ms`
+    /// and to be taken `taken_max_ms` later: by then nothing is held, the owners sync their logs.
     #[must_use]
-    pub fn new(ticket: TicketId, plans: &[Plan], hold_max_ms: u64, now_ms: u64) -> Self {
+    pub fn new(
+        ticket: TicketId,
+        plans: &[Plan],
+        hold_max_ms: u64,
+        taken_max_ms: u64,
+        now_ms: u64,
+    ) -> Self {
         let progress = |plan: &Plan| {
             (
                 plan.part,
@@ -135,6 +142,7 @@ impl Coordinator {
         Self {
             ticket,
             hold_max_ms,
+            taken_max_ms,
             deadline_ms: now_ms.saturating_add(hold_max_ms),
             phase: Phase::New,
             parts: plans.iter().map(progress).collect(),
@@ -215,7 +223,7 @@ impl Coordinator {
         match self.phase {
             Phase::Preparing if self.parts.values().all(|p| p.ready) => {
                 self.phase = Phase::Taking;
-                self.deadline_ms = self.deadline_ms.saturating_add(SNAPSHOT_TAKEN_MS);
+                self.deadline_ms = self.deadline_ms.saturating_add(self.taken_max_ms);
                 self.parts
                     .keys()
                     .map(|part| Action::Send(*part, Order::Take))

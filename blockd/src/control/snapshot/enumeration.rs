@@ -79,7 +79,7 @@ impl World {
         };
         let mut world = World {
             late: 0,
-            coordinator: Some(Coordinator::new(TICKET, &plans, HOLD_MS, 0)),
+            coordinator: Some(Coordinator::new(TICKET, &plans, HOLD_MS, 0, 0)),
             commit_asked: false,
             record: Record::Pending,
             servers: vec![server; servers],
