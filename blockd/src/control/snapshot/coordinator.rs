@@ -103,7 +103,8 @@ enum Phase {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Progress {
     plan: Plan,
-    ready: bool,
+    /// The incarnation that is ready.
+    ready: Option<u64>,
     taken: bool,
 }
 
@@ -134,7 +135,7 @@ impl Coordinator {
                 plan.part,
                 Progress {
                     plan: *plan,
-                    ready: false,
+                    ready: None,
                     taken: false,
                 },
             )
@@ -207,7 +208,9 @@ impl Coordinator {
             return Vec::new();
         };
         match (self.phase, answer) {
-            (Phase::Preparing, Answer::Ready { .. }) => progress.ready = true,
+            (Phase::Preparing, Answer::Ready { incarnation, .. }) => {
+                progress.ready = Some(incarnation);
+            }
             (Phase::Taking, Answer::Ready { .. }) => {}
             (Phase::Taking, Answer::Taken) => progress.taken = true,
             (Phase::Preparing | Phase::Taking, other) => {
@@ -221,13 +224,18 @@ impl Coordinator {
     /// S003-38: `take` goes out only when every server, the own one too, is ready.
     fn advance(&mut self) -> Vec<Action> {
         match self.phase {
-            Phase::Preparing if self.parts.values().all(|p| p.ready) => {
+            Phase::Preparing if self.parts.values().all(|p| p.ready.is_some()) => {
                 self.phase = Phase::Taking;
                 self.deadline_ms = self.deadline_ms.saturating_add(self.taken_max_ms);
-                self.parts
-                    .keys()
-                    .map(|part| Action::Send(*part, Order::Take))
-                    .collect()
+                let take = |(part, p): (&Part, &Progress)| {
+                    Some(Action::Send(
+                        *part,
+                        Order::Take {
+                            incarnation: p.ready?,
+                        },
+                    ))
+                };
+                self.parts.iter().filter_map(take).collect()
             }
             Phase::Taking if self.parts.values().all(|p| p.taken) => {
                 self.phase = Phase::Committing;
