@@ -42,17 +42,28 @@ pub(crate) struct Args {
 
 /// Bytes of a size such as `4096`, `64KiB`, `1G` (powers of 1024) or `5MB` (powers of 1000).
 fn parse_size(text: &str) -> Result<u64, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().map_err(|_| format!("`{text}` does not start with a whole number"))?;
-    let unit_bytes = unit_bytes(unit).ok_or_else(|| format!("unit `{unit}` is unknown; use KiB, MiB, GiB or TiB"))?;
-    let size_bytes = number.checked_mul(unit_bytes).filter(|size| i64::try_from(*size).is_ok());
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("`{text}` does not start with a whole number"))?;
+    let unit_bytes = unit_bytes(unit)
+        .ok_or_else(|| format!("unit `{unit}` is unknown; use KiB, MiB, GiB or TiB"))?;
+    let size_bytes = number
+        .checked_mul(unit_bytes)
+        .filter(|size| i64::try_from(*size).is_ok());
     size_bytes.ok_or_else(|| format!("`{text}` is too large"))
 }
 
 fn unit_bytes(unit: &str) -> Option<u64> {
     let unit = unit.to_ascii_lowercase();
-    let base: u64 = if unit.len() == 2 && unit.ends_with('b') { 1000 } else { 1024 };
+    let base: u64 = if unit.len() == 2 && unit.ends_with('b') {
+        1000
+    } else {
+        1024
+    };
     let power = match unit.trim_end_matches("ib").trim_end_matches('b') {
         "" => 0,
         "k" => 1,
@@ -70,7 +81,15 @@ mod tests {
 
     #[test]
     fn sizes_are_understood() {
-        let cases = [("4096", 4096), ("1K", 1024), ("64KiB", 65536), ("5MB", 5_000_000), ("1GiB", 1 << 30), ("2t", 2 << 40), ("7b", 7)];
+        let cases = [
+            ("4096", 4096),
+            ("1K", 1024),
+            ("64KiB", 65536),
+            ("5MB", 5_000_000),
+            ("1GiB", 1 << 30),
+            ("2t", 2 << 40),
+            ("7b", 7),
+        ];
         for (text, bytes) in cases {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
@@ -78,7 +97,15 @@ mod tests {
 
     #[test]
     fn wrong_sizes_are_explained() {
-        for text in ["", "GiB", "1X", "-1", "1.5G", "9223372036854775808", "16777216T"] {
+        for text in [
+            "",
+            "GiB",
+            "1X",
+            "-1",
+            "1.5G",
+            "9223372036854775808",
+            "16777216T",
+        ] {
             assert!(parse_size(text).is_err(), "{text}");
         }
     }

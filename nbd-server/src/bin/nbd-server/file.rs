@@ -28,6 +28,8 @@ pub(crate) struct FileExport {
 
 struct Backing {
     file: File,
+    /// Path for humans.
+    path: String,
     /// Size of a block device; a regular file is asked each time.
     device_bytes: Option<u64>,
     read_only: bool,
@@ -39,10 +41,25 @@ impl FileExport {
         let file = OpenOptions::new().read(true).write(!read_only).open(path)?;
         let kind = file.metadata()?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "neither a regular file nor a block device"));
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "neither a regular file nor a block device",
+            ));
         }
-        let device_bytes = if kind.is_block_device() { Some(rustix::fs::seek(&file, SeekFrom::End(0))?) } else { None };
-        Ok(Self { backing: Arc::new(Backing { file, device_bytes, read_only, sync_failed: AtomicBool::new(false) }) })
+        let device_bytes = if kind.is_block_device() {
+            Some(rustix::fs::seek(&file, SeekFrom::End(0))?)
+        } else {
+            None
+        };
+        Ok(Self {
+            backing: Arc::new(Backing {
+                file,
+                path: path.display().to_string(),
+                device_bytes,
+                read_only,
+                sync_failed: AtomicBool::new(false),
+            }),
+        })
     }
 
     /// Runs what may block on a helper thread.
@@ -58,12 +75,15 @@ impl FileExport {
 
 impl Backing {
     fn size_bytes(&self) -> u64 {
-        self.device_bytes.unwrap_or_else(|| self.file.metadata().map_or(0, |meta| meta.len()))
+        self.device_bytes
+            .unwrap_or_else(|| self.file.metadata().map_or(0, |meta| meta.len()))
     }
 
     fn check(&self) -> Result<(), ExportError> {
         match self.sync_failed.load(Ordering::Acquire) {
-            true => Err(ExportError::io("an earlier sync failed, so writes may be lost; restart the server after repair")),
+            true => Err(ExportError::io(
+                "an earlier sync failed, so writes may be lost; restart the server after repair",
+            )),
             false => Ok(()),
         }
     }
@@ -89,8 +109,18 @@ impl Backing {
     }
 
     /// Punches or zeroes in the filesystem; `false` if it cannot.
-    fn fallocate(&self, flags: FallocateFlags, offset: u64, len_bytes: u64) -> Result<bool, ExportError> {
-        match rustix::fs::fallocate(&self.file, flags | FallocateFlags::KEEP_SIZE, offset, len_bytes) {
+    fn fallocate(
+        &self,
+        flags: FallocateFlags,
+        offset: u64,
+        len_bytes: u64,
+    ) -> Result<bool, ExportError> {
+        match rustix::fs::fallocate(
+            &self.file,
+            flags | FallocateFlags::KEEP_SIZE,
+            offset,
+            len_bytes,
+        ) {
             Ok(()) => Ok(true),
             Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => Ok(false),
             Err(error) => Err(io::Error::from(error).into()),
@@ -99,7 +129,11 @@ impl Backing {
 
     fn zero(&self, offset: u64, len_bytes: u64, flags: ZeroFlags) -> Result<(), ExportError> {
         self.check()?;
-        let how = if flags.no_hole { FallocateFlags::ZERO_RANGE } else { FallocateFlags::PUNCH_HOLE };
+        let how = if flags.no_hole {
+            FallocateFlags::ZERO_RANGE
+        } else {
+            FallocateFlags::PUNCH_HOLE
+        };
         if !self.fallocate(how, offset, len_bytes)? {
             let zeroes = vec![0; ZERO_BYTES.min(usize::try_from(len_bytes).unwrap_or(ZERO_BYTES))];
             let end = offset + len_bytes;
@@ -121,12 +155,22 @@ impl Backing {
                 Err(_) => at,
             };
             if data > at {
-                extents.push(Extent { len: data - at, hole: true, zero: true });
+                extents.push(Extent {
+                    len: data - at,
+                    hole: true,
+                    zero: true,
+                });
                 at = data;
                 continue;
             }
-            let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(at)).unwrap_or(end).clamp(at + 1, end);
-            extents.push(Extent { len: hole - at, hole: false, zero: false });
+            let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(at))
+                .unwrap_or(end)
+                .clamp(at + 1, end);
+            extents.push(Extent {
+                len: hole - at,
+                hole: false,
+                zero: false,
+            });
             at = hole;
         }
         extents
@@ -135,7 +179,14 @@ impl Backing {
 
 impl Export for FileExport {
     fn info(&self) -> ExportInfo {
-        ExportInfo { read_only: self.backing.read_only, ..ExportInfo::new(self.backing.size_bytes()) }
+        ExportInfo {
+            read_only: self.backing.read_only,
+            ..ExportInfo::new(self.backing.size_bytes())
+        }
+    }
+
+    fn description(&self) -> String {
+        self.backing.path.clone()
     }
 
     async fn read(&self, offset: u64, len: u32) -> Result<ReadReply, ExportError> {
@@ -144,10 +195,18 @@ impl Export for FileExport {
         }
         let mut data = vec![0; len as usize];
         let flags = ReadWriteFlags::NOWAIT;
-        let now = rustix::io::preadv2(&self.backing.file, &mut [IoSliceMut::new(&mut data)], offset, flags).unwrap_or(0);
+        let now = rustix::io::preadv2(
+            &self.backing.file,
+            &mut [IoSliceMut::new(&mut data)],
+            offset,
+            flags,
+        )
+        .unwrap_or(0);
         if now < data.len() {
             let work = move |backing: &Backing| {
-                backing.file.read_exact_at(&mut data[now..], offset + now as u64)?;
+                backing
+                    .file
+                    .read_exact_at(&mut data[now..], offset + now as u64)?;
                 Ok(data)
             };
             data = self.block(work).await?;
@@ -158,12 +217,15 @@ impl Export for FileExport {
     async fn write(&self, offset: u64, data: Bytes, fua: bool) -> Result<(), ExportError> {
         self.backing.check()?;
         let flags = ReadWriteFlags::NOWAIT;
-        let now = rustix::io::pwritev2(&self.backing.file, &[IoSlice::new(&data)], offset, flags).unwrap_or(0);
+        let now = rustix::io::pwritev2(&self.backing.file, &[IoSlice::new(&data)], offset, flags)
+            .unwrap_or(0);
         if now == data.len() && !fua {
             return Ok(());
         }
         let work = move |backing: &Backing| {
-            backing.file.write_all_at(&data[now..], offset + now as u64)?;
+            backing
+                .file
+                .write_all_at(&data[now..], offset + now as u64)?;
             backing.sync_if(fua)
         };
         self.block(work).await
@@ -182,16 +244,28 @@ impl Export for FileExport {
         self.block(work).await
     }
 
-    async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<(), ExportError> {
-        self.block(move |backing| backing.zero(offset, len, flags)).await
+    async fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> Result<(), ExportError> {
+        self.block(move |backing| backing.zero(offset, len, flags))
+            .await
     }
 
     async fn cache(&self, offset: u64, len: u64) -> Result<(), ExportError> {
-        let advised = rustix::fs::fadvise(&self.backing.file, offset, std::num::NonZeroU64::new(len), Advice::WillNeed);
+        let advised = rustix::fs::fadvise(
+            &self.backing.file,
+            offset,
+            std::num::NonZeroU64::new(len),
+            Advice::WillNeed,
+        );
         advised.map_err(|error| io::Error::from(error).into())
     }
 
     async fn block_status(&self, offset: u64, len: u64) -> Result<Vec<Extent>, ExportError> {
-        self.block(move |backing| Ok(backing.extents(offset, len))).await
+        self.block(move |backing| Ok(backing.extents(offset, len)))
+            .await
     }
 }

@@ -25,12 +25,23 @@ const HELPER_THREADS: usize = 8;
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    let level = if args.verbose { Level::DEBUG } else { Level::WARN };
-    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).init();
+    let level = if args.verbose {
+        Level::DEBUG
+    } else {
+        Level::WARN
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .init();
     if args.exit_with_parent {
-        set_parent_process_death_signal(Some(Signal::TERM)).context("cannot ask for a signal at the parent's death")?;
+        set_parent_process_death_signal(Some(Signal::TERM))
+            .context("cannot ask for a signal at the parent's death")?;
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(HELPER_THREADS).build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(HELPER_THREADS)
+        .build()?;
     LocalSet::new().block_on(&runtime, serve(args))
 }
 
@@ -38,26 +49,32 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     match (args.memory, &args.file) {
         (Some(size_bytes), _) => {
             let export = MemoryExport::new(size_bytes, args.read_only);
-            serve_export(&args, export, "memory".to_owned()).await
+            serve_export(&args, export).await
         }
         (None, Some(path)) => {
-            let export = FileExport::open(path, args.read_only).with_context(|| format!("cannot open {}", path.display()))?;
-            serve_export(&args, export, path.display().to_string()).await
+            let export = FileExport::open(path, args.read_only)
+                .with_context(|| format!("cannot open {}", path.display()))?;
+            serve_export(&args, export).await
         }
         (None, None) => anyhow::bail!("nothing to serve: give a file or --memory SIZE"),
     }
 }
 
-async fn serve_export<E: Export>(args: &Args, export: E, description: String) -> anyhow::Result<()> {
+async fn serve_export<E: Export>(args: &Args, export: E) -> anyhow::Result<()> {
     let (sender, shutdown) = Shutdown::new();
     tokio::task::spawn_local(stop_on_signal(sender)?);
-    let options = ServeOptions { shutdown, ..ServeOptions::default() };
-    let exports = Single::new(args.name.clone(), export, description);
+    let options = ServeOptions {
+        shutdown,
+        ..ServeOptions::default()
+    };
+    let exports = Single::new(args.name.clone(), export);
     if args.stdio {
         return sockets::serve_stdio(exports, options).await;
     }
     let listeners = sockets::listeners(args)?;
-    listeners.iter().for_each(|listener| info!("listening on {}", listener.describe()));
+    listeners
+        .iter()
+        .for_each(|listener| info!("listening on {}", listener.describe()));
     Server::new(exports, options).run(listeners).await;
     sockets::clean_up(args);
     Ok(())
@@ -65,7 +82,10 @@ async fn serve_export<E: Export>(args: &Args, export: E, description: String) ->
 
 /// Gives the shutdown signal at SIGTERM and SIGINT.
 fn stop_on_signal(sender: ShutdownSender) -> std::io::Result<impl Future<Output = ()>> {
-    let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (mut term, mut interrupt) = (
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::interrupt())?,
+    );
     Ok(async move {
         tokio::select! {
             _ = term.recv() => {}

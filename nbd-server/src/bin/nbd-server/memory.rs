@@ -43,7 +43,11 @@ fn pieces(offset: u64, len_bytes: u64) -> impl Iterator<Item = Piece> {
     (first..last).map(move |chunk| {
         let base = chunk * CHUNK_BYTES;
         let start = offset.max(base);
-        Piece { chunk, start: (start - base) as usize, len_bytes: (end.min(base + CHUNK_BYTES) - start) as usize }
+        Piece {
+            chunk,
+            start: (start - base) as usize,
+            len_bytes: (end.min(base + CHUNK_BYTES) - start) as usize,
+        }
     })
 }
 
@@ -51,7 +55,13 @@ impl MemoryExport {
     pub(crate) fn new(size_bytes: u64, read_only: bool) -> Self {
         let leaves = size_bytes.div_ceil(CHUNK_BYTES * LEAF_CHUNKS) as usize;
         let table = Rc::new(RefCell::new(vec![None; leaves]));
-        Self { table, info: ExportInfo { read_only, ..ExportInfo::new(size_bytes) } }
+        Self {
+            table,
+            info: ExportInfo {
+                read_only,
+                ..ExportInfo::new(size_bytes)
+            },
+        }
     }
 
     fn read_piece(&self, piece: &Piece) -> ReadPart {
@@ -66,13 +76,16 @@ impl MemoryExport {
     /// Changes the slot of a chunk.
     fn with_slot(&self, chunk: u64, change: impl FnOnce(&mut Option<Bytes>)) {
         let mut table = self.table.borrow_mut();
-        let leaf = table[(chunk / LEAF_CHUNKS) as usize].get_or_insert_with(|| vec![None; LEAF_CHUNKS as usize].into());
+        let leaf = table[(chunk / LEAF_CHUNKS) as usize]
+            .get_or_insert_with(|| vec![None; LEAF_CHUNKS as usize].into());
         change(&mut leaf[(chunk % LEAF_CHUNKS) as usize]);
     }
 
     fn is_allocated(&self, chunk: u64) -> bool {
         let table = self.table.borrow();
-        table[(chunk / LEAF_CHUNKS) as usize].as_ref().is_some_and(|leaf| leaf[(chunk % LEAF_CHUNKS) as usize].is_some())
+        table[(chunk / LEAF_CHUNKS) as usize]
+            .as_ref()
+            .is_some_and(|leaf| leaf[(chunk % LEAF_CHUNKS) as usize].is_some())
     }
 
     /// Changes bytes of a chunk, which is allocated if need be.
@@ -95,7 +108,9 @@ impl MemoryExport {
             let is_allocated = self.is_allocated(piece.chunk);
             match () {
                 () if !is_allocated && !no_hole => continue,
-                () if piece.is_whole() && !no_hole => self.with_slot(piece.chunk, |slot| *slot = None),
+                () if piece.is_whole() && !no_hole => {
+                    self.with_slot(piece.chunk, |slot| *slot = None)
+                }
                 () => self.change(&piece, |bytes| bytes.fill(0)),
             }
             turn_bytes += CHUNK_BYTES;
@@ -112,12 +127,19 @@ impl Export for MemoryExport {
         self.info
     }
 
+    fn description(&self) -> String {
+        "memory".to_owned()
+    }
+
     async fn read(&self, offset: u64, len: u32) -> Result<ReadReply, ExportError> {
         let mut pieces = pieces(offset, u64::from(len)).map(|piece| self.read_piece(&piece));
         if offset % CHUNK_BYTES + u64::from(len) > CHUNK_BYTES {
             return Ok(ReadReply::Parts(pieces.collect()));
         }
-        pieces.next().map(ReadReply::One).ok_or_else(|| ExportError::io("empty range"))
+        pieces
+            .next()
+            .map(ReadReply::One)
+            .ok_or_else(|| ExportError::io("empty range"))
     }
 
     async fn write(&self, offset: u64, data: Bytes, _fua: bool) -> Result<(), ExportError> {
@@ -139,7 +161,12 @@ impl Export for MemoryExport {
         Ok(())
     }
 
-    async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<(), ExportError> {
+    async fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> Result<(), ExportError> {
         self.clear(offset, len, flags.no_hole).await;
         Ok(())
     }
@@ -157,7 +184,11 @@ impl Export for MemoryExport {
             match extents.last_mut() {
                 Some(last) if last.hole == hole => last.len += len_bytes,
                 _ if is_full => break,
-                _ => extents.push(Extent { len: len_bytes, hole, zero: hole }),
+                _ => extents.push(Extent {
+                    len: len_bytes,
+                    hole,
+                    zero: hole,
+                }),
             }
         }
         Ok(extents)
@@ -181,22 +212,59 @@ mod tests {
     #[tokio::test]
     async fn holes_appear_and_disappear_with_writes_and_zeroes() {
         let memory = MemoryExport::new(SIZE, false);
-        memory.write(CHUNK_BYTES, Bytes::from_static(b"x"), false).await.unwrap();
-        let holes = |extents: Vec<Extent>| extents.iter().map(|extent| (extent.len, extent.hole)).collect::<Vec<_>>();
+        memory
+            .write(CHUNK_BYTES, Bytes::from_static(b"x"), false)
+            .await
+            .unwrap();
+        let holes = |extents: Vec<Extent>| {
+            extents
+                .iter()
+                .map(|extent| (extent.len, extent.hole))
+                .collect::<Vec<_>>()
+        };
         let status = holes(memory.block_status(0, SIZE).await.unwrap());
-        assert_eq!(status, [(CHUNK_BYTES, true), (CHUNK_BYTES, false), (SIZE - 2 * CHUNK_BYTES, true)]);
-        memory.write_zeroes(0, SIZE, ZeroFlags::default()).await.unwrap();
-        assert_eq!(holes(memory.block_status(0, SIZE).await.unwrap()), [(SIZE, true)]);
-        memory.write_zeroes(1, 2, ZeroFlags { no_hole: true, fua: false }).await.unwrap();
+        assert_eq!(
+            status,
+            [
+                (CHUNK_BYTES, true),
+                (CHUNK_BYTES, false),
+                (SIZE - 2 * CHUNK_BYTES, true)
+            ]
+        );
+        memory
+            .write_zeroes(0, SIZE, ZeroFlags::default())
+            .await
+            .unwrap();
+        assert_eq!(
+            holes(memory.block_status(0, SIZE).await.unwrap()),
+            [(SIZE, true)]
+        );
+        memory
+            .write_zeroes(
+                1,
+                2,
+                ZeroFlags {
+                    no_hole: true,
+                    fua: false,
+                },
+            )
+            .await
+            .unwrap();
         assert!(!memory.block_status(0, 1).await.unwrap()[0].hole);
     }
 
     #[tokio::test]
     async fn a_reply_keeps_its_bytes_when_the_chunk_is_written_again() {
         let memory = MemoryExport::new(SIZE, false);
-        memory.write(10, Bytes::from_static(b"before"), false).await.unwrap();
+        memory
+            .write(10, Bytes::from_static(b"before"), false)
+            .await
+            .unwrap();
         let reply = memory.read(10, 6).await.unwrap();
-        memory.write(10, Bytes::from_static(b"after!"), false).await.unwrap();
+        memory
+            .write(10, Bytes::from_static(b"after!"), false)
+            .await
+            .unwrap();
         assert_eq!(flatten(&reply), b"before");
         assert_eq!(flatten(&memory.read(10, 6).await.unwrap()), b"after!");
     }
@@ -205,10 +273,17 @@ mod tests {
     async fn ranges_cross_chunk_borders() {
         let memory = MemoryExport::new(SIZE, false);
         let data: Vec<u8> = (0..200_000u32).map(|index| index as u8).collect();
-        memory.write(60_000, Bytes::from(data.clone()), false).await.unwrap();
+        memory
+            .write(60_000, Bytes::from(data.clone()), false)
+            .await
+            .unwrap();
         assert_eq!(flatten(&memory.read(60_000, 200_000).await.unwrap()), data);
         memory.trim(60_001, 199_998, false).await.unwrap();
         let left = flatten(&memory.read(60_000, 200_000).await.unwrap());
-        assert!(left[0] == data[0] && left[199_999] == data[199_999] && left[1..199_999].iter().all(|byte| *byte == 0));
+        assert!(
+            left[0] == data[0]
+                && left[199_999] == data[199_999]
+                && left[1..199_999].iter().all(|byte| *byte == 0)
+        );
     }
 }

@@ -10,12 +10,14 @@ use nbd_server::{Export, ExportEntry, Exports, OpenError};
 pub(crate) struct Single<E> {
     name: Option<Rc<str>>,
     export: E,
-    description: Rc<str>,
 }
 
 impl<E: Export> Single<E> {
-    pub(crate) fn new(name: Option<String>, export: E, description: String) -> Self {
-        Self { name: name.map(Rc::from), export, description: description.into() }
+    pub(crate) fn new(name: Option<String>, export: E) -> Self {
+        Self {
+            name: name.map(Rc::from),
+            export,
+        }
     }
 }
 
@@ -24,14 +26,17 @@ impl<E: Export> Exports for Single<E> {
 
     async fn list(&self) -> Result<Vec<ExportEntry>, OpenError> {
         let name = self.name.as_deref().unwrap_or_default().to_owned();
-        Ok(vec![ExportEntry { name, description: self.description.to_string() }])
+        Ok(vec![ExportEntry {
+            name,
+            description: self.export.description(),
+        }])
     }
 
     async fn open(&self, name: &str) -> Result<E, OpenError> {
         match self.name.as_deref() {
-            Some(own) if own != name && !name.is_empty() => {
-                Err(OpenError::Unknown(Cow::Owned(format!("there is no export `{name}` here, only `{own}`"))))
-            }
+            Some(own) if own != name && !name.is_empty() => Err(OpenError::Unknown(Cow::Owned(
+                format!("there is no export `{name}` here, only `{own}`"),
+            ))),
             _ => Ok(self.export.clone()),
         }
     }

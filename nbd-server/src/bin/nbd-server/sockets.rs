@@ -22,10 +22,12 @@ const LISTEN_FDS_START: i32 = 3;
 pub(crate) fn listeners(args: &Args) -> anyhow::Result<Vec<Listener>> {
     let mut listeners = Vec::new();
     for fd in inherited() {
-        listeners.push(Listener::from_fd(fd).context("cannot use an inherited socket (LISTEN_FDS)")?);
+        listeners
+            .push(Listener::from_fd(fd).context("cannot use an inherited socket (LISTEN_FDS)")?);
     }
     for path in &args.unix {
-        listeners.push(bind_unix(path).with_context(|| format!("cannot listen on {}", path.display()))?);
+        listeners
+            .push(bind_unix(path).with_context(|| format!("cannot listen on {}", path.display()))?);
     }
     for addr in &args.listen {
         listeners.push(bind_tcp(*addr)?);
@@ -45,7 +47,9 @@ fn bind_unix(path: &Path) -> anyhow::Result<Listener> {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
     if is_socket {
         match std::os::unix::net::UnixStream::connect(path) {
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                std::fs::remove_file(path)?
+            }
             _ => anyhow::bail!("another server listens there"),
         }
     }
@@ -63,23 +67,37 @@ pub(crate) fn clean_up(args: &Args) {
 
 /// Sockets handed over by systemd or a test (LISTEN_PID, LISTEN_FDS), if they are meant for this process.
 fn inherited() -> Vec<OwnedFd> {
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<i32>().ok());
+    let number = |name: &str| {
+        std::env::var(name)
+            .ok()
+            .and_then(|text| text.parse::<i32>().ok())
+    };
     let own = i32::try_from(std::process::id()).ok();
     let count = match number("LISTEN_PID") {
         pid if pid == own => number("LISTEN_FDS").unwrap_or(0),
         _ => 0,
     };
     // SAFETY: LISTEN_PID names this process, so by the protocol these descriptors were opened for it; nothing else here uses them.
-    (0..count).map(|index| unsafe { OwnedFd::from_raw_fd(LISTEN_FDS_START + index) }).collect()
+    (0..count)
+        .map(|index| unsafe { OwnedFd::from_raw_fd(LISTEN_FDS_START + index) })
+        .collect()
 }
 
 /// Serves one connection: on a socket if standard input is one, else on the pipes.
-pub(crate) async fn serve_stdio<P: Exports>(exports: P, options: ServeOptions) -> anyhow::Result<()> {
+pub(crate) async fn serve_stdio<P: Exports>(
+    exports: P,
+    options: ServeOptions,
+) -> anyhow::Result<()> {
     let input = std::io::stdin().as_fd().try_clone_to_owned()?;
     match rustix::net::getsockname(&input).map(|addr| addr.address_family()) {
         Ok(AddressFamily::UNIX) => {
             rustix::io::ioctl_fionbio(&input, true)?;
-            serve_connection(tokio::net::UnixStream::from_std(input.into())?, exports, options).await?;
+            serve_connection(
+                tokio::net::UnixStream::from_std(input.into())?,
+                exports,
+                options,
+            )
+            .await?;
         }
         Ok(AddressFamily::INET | AddressFamily::INET6) => {
             rustix::io::ioctl_fionbio(&input, true)?;
@@ -87,7 +105,14 @@ pub(crate) async fn serve_stdio<P: Exports>(exports: P, options: ServeOptions) -
             stream.set_nodelay(true)?;
             serve_connection(stream, exports, options).await?;
         }
-        _ => serve_connection(tokio::io::join(tokio::io::stdin(), tokio::io::stdout()), exports, options).await?,
+        _ => {
+            serve_connection(
+                tokio::io::join(tokio::io::stdin(), tokio::io::stdout()),
+                exports,
+                options,
+            )
+            .await?
+        }
     }
     Ok(())
 }
