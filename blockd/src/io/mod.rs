@@ -5,4 +5,5 @@ pub mod framed;
 pub mod host;
 pub mod link;
 pub mod raft;
+pub mod sim_disk;
 pub mod wire;

@@ -1,6 +1,7 @@
 //! What can go wrong in the page store, and what the operator can do about it.
 
 use crate::id::{PageNo, SnapshotId, VolumeId};
+use crate::io::disk::DiskFile;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -57,6 +58,9 @@ pub enum StoreError {
     /// The file system has no room; nothing was changed and the store stays usable.
     #[error("page store: no space left; free space on the file system or delete snapshots")]
     NoSpace,
+    /// The log has no room for this record and the call cannot wait.
+    #[error("page store: the log is full; try again when a checkpoint has ended")]
+    LogFull,
     /// An earlier write or sync failed; nothing may be written until the store is opened again.
     #[error("page store: stopped after a failed {action}: {source}; check the disk, then restart")]
     Failed {
@@ -116,4 +120,14 @@ pub enum StoreError {
     /// The store has been closed.
     #[error("page store is closed")]
     Closed,
+}
+
+impl StoreError {
+    /// A failed read of a file of the store.
+    pub(super) fn read(file: DiskFile, source: io::Error) -> StoreError {
+        StoreError::Read {
+            file: file.name(),
+            source: Arc::new(source),
+        }
+    }
 }

@@ -1,9 +1,37 @@
 //! The page store: pages of many volumes, with snapshots, in one directory of one server.
+//!
+//! Read in this order: `types` and `shell` (what callers see), `version` and `tables` (what is
+//! stored), `record` and `log` (how a change is made), `engine`, `read`, `write`, `sweep` (requests),
+//! `maintain` (syncs, applying, checkpoints), `recover` (opening).
+//!
+//! Files of a store: `super` (superblock), `log` (write-ahead ring), `slab` (64 KiB slots), `meta` (what
+//! each slot holds), `catalog-a` and `catalog-b` (volumes and snapshots). Each format is described at
+//! the top of its module.
 
+mod catalog;
+mod codec;
+mod engine;
 mod error;
+mod hash;
+mod lanes;
+mod log;
+mod maintain;
+mod meta;
+mod read;
+mod record;
+mod recover;
 mod shell;
+mod slots;
+mod superblock;
+mod sweep;
+mod tables;
 mod types;
+mod usage;
+mod version;
+mod write;
 
+pub use engine::{ColdRead, Engine, Fetched, PAGE_BYTES_MAX, Step};
 pub use error::StoreError;
+pub use maintain::{ApplyJob, CommitJob, Job, JobDone, MetaJob, SyncJob};
 pub use shell::PageStore;
 pub use types::{PageAt, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage};

@@ -1,36 +1,139 @@
 //! The store as the reactor sees it: an async handle around the engine.
+//!
+//! Requests run on the caller's task and finish without awaiting unless they need the device or space
+//! in the log. Two worker threads run the two lanes of jobs, two more the cold reads. One local
+//! task takes the outcomes. Nothing runs while the store is idle.
 
+use super::engine::{ColdRead, Engine, Fetched, Step};
 use super::error::StoreError;
+use super::lanes::{Lanes, Outcome};
 use super::types::{PageAt, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage};
 use crate::id::{Epoch, PageNo, SnapshotId, VolumeId};
+use crate::io::disk::FileDisk;
 use bytes::Bytes;
+use std::cell::{Cell, RefCell};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io;
 use std::path::Path;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{Notify, mpsc};
 
-/// An open page store. Cheap to clone; for one thread (a tokio `LocalSet`).
+/// Larger writes are logged in parts of this size; a snapshot is atomic against each part.
+const PART_BYTES: u32 = 4 << 20;
+/// Groups swept before other tasks get a turn.
+const SWEEP_TURN: usize = 16;
+/// Rounds of upkeep to wait for when there is no space.
+const SPACE_ROUNDS: u32 = 8;
+
+/// An open page store. Cheap to clone; for one thread. Must be opened and used within a tokio
+/// `LocalSet` (or local runtime) with time enabled.
 #[derive(Clone)]
 pub struct PageStore {
-    inner: Rc<()>,
+    inner: Rc<Inner>,
+}
+
+struct Inner {
+    engine: RefCell<Engine<FileDisk>>,
+    lanes: RefCell<Option<Lanes>>,
+    /// Some job has ended.
+    progress: Notify,
+    /// Lsn that flushes wait for.
+    flush_wanted: Cell<u64>,
+    timer_armed: Cell<bool>,
+    sync_interval: Duration,
 }
 
 impl PageStore {
     /// Opens the store in `dir` and recovers it; formats an empty directory.
+    ///
+    /// Errors: `InUse`, `NewerVersion`, `Corrupt`, `Directory` (not readable or writable), `BadOption`.
     pub fn open(dir: &Path, options: StoreOptions) -> Result<PageStore, StoreError> {
-        unimplemented!("{dir:?} {options:?}")
+        let path = dir.to_path_buf();
+        let disk = FileDisk::open(dir).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => StoreError::InUse { path: path.clone() },
+            _ => StoreError::Directory {
+                path: path.clone(),
+                action: "open the files in it",
+                source: Arc::new(error),
+            },
+        })?;
+        let disk = Arc::new(disk);
+        let sync_interval = options.sync_interval;
+        let new_id = RandomState::new().build_hasher().finish();
+        let engine = Engine::open(Arc::clone(&disk), options, new_id)?;
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let lanes = Lanes::start(&disk, &sender).map_err(|error| StoreError::Directory {
+            path,
+            action: "start worker threads",
+            source: Arc::new(error),
+        })?;
+        let inner = Rc::new(Inner {
+            engine: RefCell::new(engine),
+            lanes: RefCell::new(Some(lanes)),
+            progress: Notify::new(),
+            flush_wanted: Cell::new(0),
+            timer_armed: Cell::new(false),
+            sync_interval,
+        });
+        tokio::task::spawn_local(take_outcomes(Rc::downgrade(&inner), receiver));
+        let store = PageStore { inner };
+        store.resume();
+        Ok(store)
     }
 
-    /// Reads; `None` is the head. Unwritten bytes come as holes.
+    /// Finishes deletions that a crash interrupted.
+    fn resume(&self) {
+        let (groups, volumes) = self.inner.engine.borrow().unfinished();
+        if groups.is_empty() && volumes.is_empty() {
+            return;
+        }
+        let store = self.clone();
+        tokio::task::spawn_local(async move {
+            for (volume, key) in groups {
+                if let Err(error) = store.sweep(volume, vec![key]).await {
+                    tracing::warn!(%volume, %error, "space of a deleted snapshot is not freed");
+                }
+            }
+            for volume in volumes {
+                if let Err(error) = store.delete_volume(volume).await {
+                    tracing::warn!(%volume, %error, "space of a deleted volume is not freed");
+                }
+            }
+        });
+    }
+
+    /// Reads; `None` is the head. Unwritten bytes come as holes. Each run of stored bytes is one part.
     pub async fn read(
         &self,
         at: PageAt,
         snapshot: Option<SnapshotId>,
     ) -> Result<Vec<ReadPart>, StoreError> {
-        unimplemented!("{at:?} {snapshot:?}")
+        let mut fetched = Vec::new();
+        loop {
+            let step = self.inner.engine.borrow().read(at, snapshot, &fetched)?;
+            match step {
+                Step::Done(parts) => return Ok(parts),
+                Step::Cold(reads) => fetched.extend(self.inner.fetch(reads).await?),
+                Step::Full => self.inner.wait_for_space().await?,
+            }
+        }
     }
 
     /// Writes; when it returns the bytes survive the death of the process.
     pub async fn write(&self, at: PageAt, data: Bytes, epoch: Epoch) -> Result<(), StoreError> {
-        unimplemented!("{at:?} {data:?} {epoch:?}")
+        for part in parts(at) {
+            let from = (part.offset_bytes - at.offset_bytes) as usize;
+            let bytes = data
+                .get(from..from + part.len_bytes as usize)
+                .unwrap_or(&[]);
+            self.inner
+                .attempt(|engine, fetched| engine.write(part, bytes, epoch, fetched))
+                .await?;
+        }
+        self.inner.after_change();
+        Ok(())
     }
 
     /// Makes the range read as zeros. Frees its space, or stores zeros if `keep_allocated`.
@@ -40,23 +143,39 @@ impl PageStore {
         keep_allocated: bool,
         epoch: Epoch,
     ) -> Result<(), StoreError> {
-        unimplemented!("{at:?} {keep_allocated} {epoch:?}")
+        if keep_allocated {
+            for part in parts(at) {
+                self.write(part, Bytes::from(vec![0; part.len_bytes as usize]), epoch)
+                    .await?;
+            }
+            return Ok(());
+        }
+        self.inner
+            .attempt(|engine, fetched| engine.zero(at, epoch, fetched))
+            .await?;
+        self.inner.after_change();
+        Ok(())
     }
 
     /// Everything acknowledged before the call is durable when it returns.
     pub async fn flush(&self) -> Result<(), StoreError> {
-        unimplemented!()
+        self.inner.flush().await
     }
 
     /// True when a flush would have nothing to do.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        Rc::strong_count(&self.inner) == 0
+        self.inner.engine.borrow().is_clean()
     }
 
     /// Takes a snapshot now: the point in time is this call. Flush afterwards to make it durable.
     pub fn take_snapshot(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<(), StoreError> {
-        unimplemented!("{volume:?} {snapshot:?}")
+        self.inner
+            .engine
+            .borrow_mut()
+            .take_snapshot(volume, snapshot)?;
+        self.inner.after_change();
+        Ok(())
     }
 
     /// Deletes a snapshot and frees what only it held. Unknown snapshots are deleted already.
@@ -65,24 +184,68 @@ impl PageStore {
         volume: VolumeId,
         snapshot: SnapshotId,
     ) -> Result<(), StoreError> {
-        unimplemented!("{volume:?} {snapshot:?}")
+        let groups = self
+            .inner
+            .attempt(|engine, _| engine.drop_snapshot(volume, snapshot))
+            .await?;
+        self.inner.after_change();
+        self.sweep(volume, groups).await
+    }
+
+    /// Merges the versions in these groups that nobody sees; goes on after an error, gives the first.
+    async fn sweep(&self, volume: VolumeId, groups: Vec<u64>) -> Result<(), StoreError> {
+        let mut outcome = Ok(());
+        for (turn, key) in groups.into_iter().enumerate() {
+            loop {
+                match self
+                    .inner
+                    .attempt(|engine, fetched| engine.sweep_group(volume, key, fetched))
+                    .await
+                {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(error) => {
+                        outcome = outcome.and(Err(error));
+                        break;
+                    }
+                }
+            }
+            if turn % SWEEP_TURN == SWEEP_TURN - 1 {
+                tokio::task::yield_now().await;
+            }
+        }
+        self.inner.after_change();
+        outcome
     }
 
     /// Snapshots of a volume, oldest first.
     #[must_use]
     pub fn snapshots(&self, volume: VolumeId) -> Vec<SnapshotId> {
-        unimplemented!("{volume:?}")
+        self.inner.engine.borrow().snapshots(volume)
     }
 
     /// Deletes a volume with all its snapshots and frees its space.
     pub async fn delete_volume(&self, volume: VolumeId) -> Result<(), StoreError> {
-        unimplemented!("{volume:?}")
+        let groups = self
+            .inner
+            .attempt(|engine, _| engine.drop_volume(volume))
+            .await?;
+        for (turn, key) in groups.into_iter().enumerate() {
+            self.inner
+                .attempt(|engine, _| engine.drop_group(volume, key))
+                .await?;
+            if turn % SWEEP_TURN == SWEEP_TURN - 1 {
+                tokio::task::yield_now().await;
+            }
+        }
+        self.inner.after_change();
+        Ok(())
     }
 
     /// Volumes that have data or snapshots here, in order.
     #[must_use]
     pub fn volumes(&self) -> Vec<VolumeId> {
-        unimplemented!()
+        self.inner.engine.borrow().volumes()
     }
 
     /// Runs of allocated and unallocated bytes, exact to 4 KiB, neighbours merged.
@@ -91,13 +254,13 @@ impl PageStore {
         at: PageAt,
         snapshot: Option<SnapshotId>,
     ) -> Result<Vec<(u32, bool)>, StoreError> {
-        unimplemented!("{at:?} {snapshot:?}")
+        self.inner.engine.borrow().extents(at, snapshot)
     }
 
     /// Space of a volume.
     #[must_use]
     pub fn volume_usage(&self, volume: VolumeId) -> VolumeUsage {
-        unimplemented!("{volume:?}")
+        self.inner.engine.borrow().volume_usage(volume)
     }
 
     /// Space of a snapshot; scans the volume's table.
@@ -106,13 +269,13 @@ impl PageStore {
         volume: VolumeId,
         snapshot: SnapshotId,
     ) -> Result<SnapshotUsage, StoreError> {
-        unimplemented!("{volume:?} {snapshot:?}")
+        self.inner.engine.borrow().snapshot_usage(volume, snapshot)
     }
 
     /// Totals of the store.
     #[must_use]
     pub fn usage(&self) -> StoreUsage {
-        unimplemented!()
+        self.inner.engine.borrow().usage()
     }
 
     /// Pages of which a snapshot (`None`: the head) holds data, in order.
@@ -121,11 +284,191 @@ impl PageStore {
         volume: VolumeId,
         snapshot: Option<SnapshotId>,
     ) -> Result<Vec<PageNo>, StoreError> {
-        unimplemented!("{volume:?} {snapshot:?}")
+        self.inner.engine.borrow().snapshot_pages(volume, snapshot)
     }
 
-    /// Makes everything durable, writes a checkpoint and stops the worker threads.
+    /// Highest epoch that wrote to each page held, in order: enough to rebuild a routing table.
+    #[must_use]
+    pub fn page_epochs(&self, volume: VolumeId) -> Vec<(PageNo, Epoch)> {
+        self.inner.engine.borrow().page_epochs(volume)
+    }
+
+    /// Makes everything durable, writes a checkpoint and stops the worker threads. Writes fail with
+    /// `Closed` from the call on; reads go on while handles live.
     pub async fn close(&self) -> Result<(), StoreError> {
-        unimplemented!()
+        let inner = &self.inner;
+        inner.engine.borrow_mut().stop_writes();
+        inner.flush().await?;
+        let is_idle = |engine: &Engine<FileDisk>| engine.is_applied() && !engine.is_checkpointing();
+        while !is_idle(&inner.engine.borrow()) {
+            inner.engine.borrow_mut().request_apply();
+            inner.wait_for_progress().await?;
+        }
+        inner.engine.borrow_mut().begin_close()?;
+        while inner.engine.borrow().is_checkpointing() {
+            inner.wait_for_progress().await?;
+        }
+        drop(inner.lanes.borrow_mut().take());
+        Ok(())
+    }
+}
+
+/// Splits a range so that every part fits the smallest log.
+fn parts(at: PageAt) -> impl Iterator<Item = PageAt> {
+    let (mut next, end) = (
+        at.offset_bytes,
+        at.offset_bytes.saturating_add(at.len_bytes),
+    );
+    let mut is_first = true;
+    std::iter::from_fn(move || {
+        let offset_bytes = next;
+        next = ((next / PART_BYTES)
+            .saturating_add(1)
+            .saturating_mul(PART_BYTES))
+        .min(end);
+        let is_part = offset_bytes < end || is_first;
+        is_first = false;
+        is_part.then_some(PageAt {
+            offset_bytes,
+            len_bytes: next.saturating_sub(offset_bytes),
+            ..at
+        })
+    })
+}
+
+/// Takes what the worker threads have done until the store is gone.
+async fn take_outcomes(inner: Weak<Inner>, mut outcomes: mpsc::UnboundedReceiver<Outcome>) {
+    while let Some(outcome) = outcomes.recv().await {
+        let Some(inner) = inner.upgrade() else { return };
+        if let Err(error) = inner.engine.borrow_mut().finish(outcome) {
+            tracing::error!(%error, "the page store has stopped");
+        }
+        inner.kick();
+        inner.progress.notify_waiters();
+    }
+}
+
+impl Inner {
+    /// Starts whatever can be started. An error is latched in the engine and met by the next request.
+    fn kick(&self) {
+        let lanes = self.lanes.borrow();
+        let Some(lanes) = lanes.as_ref() else { return };
+        let mut engine = self.engine.borrow_mut();
+        if let Ok(Some(job)) = engine.next_maintenance() {
+            lanes.send(job);
+        }
+        let wanted = engine.durable_lsn() < self.flush_wanted.get();
+        if let Ok(Some(job)) = engine.next_sync(wanted) {
+            lanes.send(job);
+        }
+    }
+
+    fn after_change(self: &Rc<Self>) {
+        self.kick();
+        if self.timer_armed.replace(true) {
+            return;
+        }
+        let (weak, interval) = (Rc::downgrade(self), self.sync_interval);
+        tokio::task::spawn_local(async move {
+            tokio::time::sleep(interval).await;
+            let Some(inner) = weak.upgrade() else { return };
+            inner.timer_armed.set(false);
+            let mut engine = inner.engine.borrow_mut();
+            inner.flush_wanted.set(engine.last_lsn());
+            engine.request_apply();
+            drop(engine);
+            inner.kick();
+        });
+    }
+
+    async fn wait_for_progress(&self) -> Result<(), StoreError> {
+        let progress = self.progress.notified();
+        self.kick();
+        let engine = self.engine.borrow();
+        if let Some(error) = engine.failure() {
+            return Err(error);
+        }
+        if engine.is_stalled() {
+            return Err(StoreError::NoSpace);
+        }
+        drop(engine);
+        progress.await;
+        Ok(())
+    }
+
+    async fn wait_for_space(&self) -> Result<(), StoreError> {
+        let mut engine = self.engine.borrow_mut();
+        if engine.is_stalled() {
+            engine.request_apply();
+            return Err(StoreError::NoSpace);
+        }
+        if !engine.is_checkpointing() {
+            engine.request_checkpoint();
+        }
+        drop(engine);
+        self.wait_for_progress().await
+    }
+
+    async fn flush(&self) -> Result<(), StoreError> {
+        let (target, failure) = {
+            let engine = self.engine.borrow();
+            (engine.last_lsn(), engine.failure())
+        };
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        self.flush_wanted.set(self.flush_wanted.get().max(target));
+        while self.engine.borrow().durable_lsn() < target {
+            let progress = self.progress.notified();
+            self.kick();
+            if let Some(error) = self.engine.borrow().failure() {
+                return Err(error);
+            }
+            progress.await;
+        }
+        Ok(())
+    }
+
+    async fn fetch(&self, reads: Vec<ColdRead>) -> Result<Vec<Fetched>, StoreError> {
+        let pending = {
+            let lanes = self.lanes.borrow();
+            let lanes = lanes.as_ref().ok_or(StoreError::Closed)?;
+            reads
+                .into_iter()
+                .map(|read| lanes.fetch(read))
+                .collect::<Vec<_>>()
+        };
+        let mut fetched = Vec::with_capacity(pending.len());
+        for one in pending {
+            fetched.push(one.await.map_err(|_| StoreError::Closed)??);
+        }
+        Ok(fetched)
+    }
+
+    /// Makes a request until it is done.
+    async fn attempt<T>(
+        &self,
+        mut request: impl FnMut(&mut Engine<FileDisk>, &[Fetched]) -> Result<Step<T>, StoreError>,
+    ) -> Result<T, StoreError> {
+        let mut fetched = Vec::new();
+        let mut rounds = 0;
+        loop {
+            let step = request(&mut self.engine.borrow_mut(), &fetched);
+            match step {
+                Ok(Step::Done(answer)) => return Ok(answer),
+                Ok(Step::Cold(reads)) => fetched.extend(self.fetch(reads).await?),
+                Ok(Step::Full) => self.wait_for_space().await?,
+                Err(StoreError::NoSpace) if rounds < SPACE_ROUNDS && self.frees_are_pending() => {
+                    rounds += 1;
+                    self.engine.borrow_mut().request_apply();
+                    self.wait_for_progress().await?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn frees_are_pending(&self) -> bool {
+        0 < self.engine.borrow().pending_frees()
     }
 }

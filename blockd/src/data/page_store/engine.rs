@@ -1,0 +1,358 @@
+//! The store as a state machine: single-threaded, no clock, no threads.
+//!
+//! Short IO (log appends, reads that do not block) is done in place. Everything that waits for the
+//! device is a `Job`, a plain value that somebody runs and brings back (`maintain`). A request that
+//! cannot go on says why (`Step`) and is simply made again.
+
+use super::error::StoreError;
+use super::log::{Log, RESERVE_SNAPSHOTS};
+use super::maintain::Upkeep;
+use super::record::{Change, ChunkAt};
+use super::tables::{Tables, Volume, group_at, group_key};
+use super::types::{PageAt, StoreOptions};
+use super::version::{ALL, GROUP_CHUNKS, resolve};
+use crate::id::{CHUNK_BYTES, SUB_BLOCK_BYTES, SnapshotId, VolumeId};
+use crate::io::disk::{Disk, DiskFile};
+use std::io;
+use std::sync::Arc;
+
+/// Length of the largest page; chunk numbers are 16 bits and the store keeps them well below.
+pub const PAGE_BYTES_MAX: u32 = 512 << 20;
+/// Space is asked of the file system once for so many bytes.
+const HEADROOM_BYTES: u64 = 64 << 20;
+
+/// How far a request got.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Step<T> {
+    /// It is done.
+    Done(T),
+    /// Bytes are not in memory: fetch these and make the request again with them.
+    Cold(Vec<ColdRead>),
+    /// The log is full: make the request again when a maintenance job has ended.
+    Full,
+}
+
+/// A read that would block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ColdRead {
+    /// File to read.
+    pub file: DiskFile,
+    /// Byte position.
+    pub pos: u64,
+    /// Length in bytes.
+    pub len_bytes: usize,
+}
+
+/// A cold read done.
+#[derive(Clone, Debug)]
+pub struct Fetched {
+    /// File and position, as asked.
+    pub read: ColdRead,
+    /// The bytes.
+    pub data: Vec<u8>,
+}
+
+impl ColdRead {
+    /// Does the read; blocks.
+    pub fn fetch<D: Disk + ?Sized>(self, disk: &D) -> Result<Fetched, StoreError> {
+        let mut data = vec![0; self.len_bytes];
+        disk.read_at(self.file, self.pos, &mut data)
+            .map_err(|e| StoreError::read(self.file, e))?;
+        Ok(Fetched { read: self, data })
+    }
+}
+
+/// The state machine of one store.
+pub struct Engine<D> {
+    pub(super) disk: Arc<D>,
+    pub(super) options: StoreOptions,
+    pub(super) tables: Tables,
+    pub(super) log: Log,
+    pub(super) upkeep: Upkeep,
+    /// First failed write or sync; ends all writing.
+    pub(super) failed: Option<StoreError>,
+    pub(super) closed: bool,
+    /// Bytes that may be allocated before the file system is asked again.
+    headroom: u64,
+}
+
+impl<D: Disk> Engine<D> {
+    pub(super) fn assemble(
+        disk: Arc<D>,
+        options: StoreOptions,
+        tables: Tables,
+        log: Log,
+        upkeep: Upkeep,
+    ) -> Engine<D> {
+        Engine {
+            disk,
+            options,
+            tables,
+            log,
+            upkeep,
+            failed: None,
+            closed: false,
+            headroom: 0,
+        }
+    }
+
+    /// The device, for jobs and cold reads.
+    pub fn disk(&self) -> Arc<D> {
+        Arc::clone(&self.disk)
+    }
+
+    /// True when everything acknowledged is durable.
+    pub fn is_clean(&self) -> bool {
+        self.log.last_change <= self.log.durable
+    }
+
+    /// Lsn of the last change.
+    pub fn last_lsn(&self) -> u64 {
+        self.log.last_change
+    }
+
+    /// Changes up to this lsn survive power loss.
+    pub fn durable_lsn(&self) -> u64 {
+        self.log.durable
+    }
+
+    /// Bytes of the log that are not durable.
+    pub fn unsynced_bytes(&self) -> u64 {
+        self.log.unsynced()
+    }
+
+    /// Fails if the store was closed or has failed.
+    pub(super) fn check_writable(&self) -> Result<(), StoreError> {
+        match &self.failed {
+            Some(error) => Err(error.clone()),
+            None if self.closed => Err(StoreError::Closed),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn check_range(at: &PageAt) -> Result<(), StoreError> {
+        let problem = if !at.offset_bytes.is_multiple_of(512) || !at.len_bytes.is_multiple_of(512) {
+            "not whole blocks of 512 bytes"
+        } else if at
+            .offset_bytes
+            .checked_add(at.len_bytes)
+            .is_none_or(|end| PAGE_BYTES_MAX < end)
+        {
+            "beyond the largest page"
+        } else {
+            return Ok(());
+        };
+        Err(StoreError::BadRequest {
+            offset_bytes: at.offset_bytes,
+            len_bytes: at.len_bytes,
+            problem,
+        })
+    }
+
+    pub(super) fn check_volume(&self, volume: VolumeId) -> Result<(), StoreError> {
+        match self.tables.volumes.get(&volume.0) {
+            Some(v) if v.deleted => Err(StoreError::VolumeDeleted { volume }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Volume and era of a view; `None` if nothing was ever written.
+    pub(super) fn view(
+        &self,
+        volume: VolumeId,
+        snapshot: Option<SnapshotId>,
+    ) -> Result<Option<(&Volume, u32)>, StoreError> {
+        self.check_volume(volume)?;
+        match (self.tables.volumes.get(&volume.0), snapshot) {
+            (None, None) => Ok(None),
+            (None, Some(snapshot)) => Err(StoreError::UnknownSnapshot { volume, snapshot }),
+            (Some(found), None) => Ok(Some((found, u32::MAX))),
+            (Some(found), Some(snapshot)) => {
+                let era = found.view(Some(snapshot));
+                era.map(|era| Some((found, era)))
+                    .ok_or(StoreError::UnknownSnapshot { volume, snapshot })
+            }
+        }
+    }
+
+    /// A write failed: without space only the request fails, otherwise the store stops.
+    pub(super) fn write_failed(&mut self, action: &'static str, error: io::Error) -> StoreError {
+        if error.kind() == io::ErrorKind::StorageFull {
+            return StoreError::NoSpace;
+        }
+        self.latch(StoreError::Failed {
+            action,
+            source: Arc::new(error),
+        })
+    }
+
+    pub(super) fn latch(&mut self, error: StoreError) -> StoreError {
+        self.failed.get_or_insert(error).clone()
+    }
+
+    /// Logs a change and executes it. The caller has checked the room.
+    pub(super) fn commit(&mut self, change: &Change, data: &[&[u8]]) -> Result<(), StoreError> {
+        let disk = Arc::clone(&self.disk);
+        let pos = self
+            .log
+            .append(&*disk, change, data)
+            .map_err(|e| self.write_failed("log write", e))?;
+        if matches!(change, Change::Pointer { .. }) {
+            self.upkeep.last_pointer = self.log.head.lsn;
+        }
+        let executed = self.tables.execute(self.log.head.lsn, change, pos);
+        executed.map_err(|misfit| {
+            self.latch(StoreError::Corrupt {
+                what: "table",
+                detail: misfit.0.to_owned(),
+            })
+        })
+    }
+
+    /// True if the log takes so many bytes from a write.
+    pub(super) fn has_room(&self, len_bytes: u64) -> bool {
+        self.log
+            .has_room(len_bytes, RESERVE_SNAPSHOTS + super::log::RESERVE_MARKS)
+    }
+
+    /// Sets aside space in the file system, or says that there is none.
+    pub(super) fn claim_space(&mut self, bytes: u64) -> Result<(), StoreError> {
+        if self.headroom < bytes {
+            let free = self
+                .disk
+                .free_bytes()
+                .map_err(|e| StoreError::read(DiskFile::Slab, e))?;
+            let waiting =
+                (self.tables.redo.len() as u64).saturating_mul(u64::from(SUB_BLOCK_BYTES));
+            let usable = free.saturating_sub(waiting.saturating_add(self.options.free_bytes_min));
+            self.headroom = usable.min(HEADROOM_BYTES.max(bytes));
+        }
+        match self.headroom.checked_sub(bytes) {
+            Some(rest) => self.headroom = rest,
+            None => return Err(StoreError::NoSpace),
+        }
+        Ok(())
+    }
+
+    /// Takes a snapshot: writes logged before are in it, later ones are not.
+    pub fn take_snapshot(
+        &mut self,
+        volume: VolumeId,
+        snapshot: SnapshotId,
+    ) -> Result<(), StoreError> {
+        self.check_writable()?;
+        self.check_volume(volume)?;
+        let known = self
+            .tables
+            .volumes
+            .get(&volume.0)
+            .and_then(|v| v.view(Some(snapshot)));
+        if known.is_some() {
+            return Err(StoreError::SnapshotExists { volume, snapshot });
+        }
+        if !self.log.has_room(64, super::log::RESERVE_MARKS) {
+            return Err(StoreError::LogFull);
+        }
+        self.commit(&Change::TakeSnapshot(volume, snapshot), &[])
+    }
+
+    /// Forgets a snapshot at once. The groups to sweep afterwards; none if it is unknown.
+    pub fn drop_snapshot(
+        &mut self,
+        volume: VolumeId,
+        snapshot: SnapshotId,
+    ) -> Result<Step<Vec<u64>>, StoreError> {
+        self.check_writable()?;
+        let Some(found) = self.tables.volumes.get(&volume.0) else {
+            return Ok(Step::Done(Vec::new()));
+        };
+        if found.deleted || found.view(Some(snapshot)).is_none() {
+            return Ok(Step::Done(Vec::new()));
+        }
+        let groups = found.groups.keys().copied().collect();
+        if !self.has_room(64) {
+            return Ok(Step::Full);
+        }
+        self.commit(&Change::DropSnapshot(volume, snapshot), &[])?;
+        Ok(Step::Done(groups))
+    }
+
+    /// Forgets a volume at once. The groups to drop afterwards.
+    pub fn drop_volume(&mut self, volume: VolumeId) -> Result<Step<Vec<u64>>, StoreError> {
+        self.check_writable()?;
+        let Some(found) = self.tables.volumes.get(&volume.0) else {
+            return Ok(Step::Done(Vec::new()));
+        };
+        let (deleted, groups) = (found.deleted, found.groups.keys().copied().collect());
+        if !deleted {
+            if !self.has_room(64) {
+                return Ok(Step::Full);
+            }
+            self.commit(&Change::DropVolume(volume), &[])?;
+        }
+        Ok(Step::Done(groups))
+    }
+
+    /// Drops a group of a deleted volume.
+    pub fn drop_group(&mut self, volume: VolumeId, key: u64) -> Result<Step<()>, StoreError> {
+        self.check_writable()?;
+        let known = self
+            .tables
+            .volumes
+            .get(&volume.0)
+            .filter(|v| v.deleted)
+            .map(|v| v.groups.contains_key(&key));
+        if known != Some(true) {
+            return Ok(Step::Done(()));
+        }
+        if !self.has_room(64) {
+            return Ok(Step::Full);
+        }
+        self.commit(&Change::DropGroup(group_at(volume, key)), &[])?;
+        Ok(Step::Done(()))
+    }
+
+    /// What recovery found half done: groups with unseen versions, groups of deleted volumes.
+    pub fn unfinished(&self) -> (Vec<(VolumeId, u64)>, Vec<VolumeId>) {
+        let (mut groups, mut volumes) = (Vec::new(), Vec::new());
+        for (id, volume) in &self.tables.volumes {
+            if volume.deleted {
+                volumes.push(VolumeId(*id));
+                continue;
+            }
+            let unseen = |v: &[super::version::Version]| {
+                v.windows(2)
+                    .any(|w| w[0].chunk == w[1].chunk && !volume.is_seen(w[1].era, w[0].era))
+            };
+            let found = volume
+                .groups
+                .iter()
+                .filter(|(_, group)| unseen(group.all()));
+            groups.extend(found.map(|(key, _)| (VolumeId(*id), *key)));
+        }
+        groups.sort_unstable();
+        volumes.sort_unstable();
+        (groups, volumes)
+    }
+
+    /// Sub-blocks of a chunk that the view sees as stored bytes.
+    pub(super) fn data_mask(volume: &Volume, at: ChunkAt, era: u32) -> u16 {
+        let found = resolve(volume.chunk(at.page, at.chunk), era, ALL);
+        (0..).zip(found).fold(0, |mask, (sub, version)| {
+            let has_data = version.is_some_and(|v| v.zero >> sub & 1 == 0);
+            mask | u16::from(has_data) << sub
+        })
+    }
+
+    /// Highest epoch that wrote to the part of the page around a chunk.
+    pub(super) fn group_epoch(&self, at: ChunkAt) -> u32 {
+        let volume = self.tables.volumes.get(&at.volume.0);
+        let group = volume.and_then(|v| v.groups.get(&group_key(at.page, at.chunk / GROUP_CHUNKS)));
+        group.map_or(0, |g| g.epoch)
+    }
+}
+
+/// Chunk of a byte offset in a page.
+pub(super) fn chunk_of(offset_bytes: u32) -> u16 {
+    u16::try_from(offset_bytes / CHUNK_BYTES).unwrap_or(u16::MAX)
+}

@@ -1,0 +1,384 @@
+//! The record of the write-ahead log.
+//!
+//! ```text
+//! offset size
+//!      0    4  magic "BLR1" (the last byte is the format version)
+//!      4    1  kind
+//!      5    1  reserved, 0
+//!      6    2  mask: sub-blocks whose bytes follow
+//!      8    8  lsn
+//!     16    8  highest lsn known durable when the record was written
+//!     24    8  volume; of a mark: lsn up to which pointer data is synced
+//!     32    4  page
+//!     36    2  chunk of the page
+//!     38    2  zero: sub-blocks that become zeros
+//!     40    4  slot
+//!     44    4  argument: snapshot, slot to drop, chunks of a pointer, bytes of a pad
+//!     48    4  epoch
+//!     52    4  length of the body in bytes, a multiple of 64
+//!     56    4  checksum field of the record before
+//!     60    4  CRC-32 (seeded by the store's id) of bytes 0..60 and of the checksum table
+//!     64       checksum table: one CRC-32 for each set bit of mask, padded to 64 bytes
+//!              data: 4096 bytes for each set bit of mask
+//! ```
+//! A pointer has 16 checksums for each of its chunks, mask 0 and no data. The seed is secret, so that
+//! a guest cannot forge records inside its data.
+
+use super::codec::{put, u16_at, u32_at, u64_at};
+use super::version::{SUBS, bits};
+use crate::id::{PageNo, SnapshotId, VolumeId};
+
+/// Alignment of records and bytes of the header.
+pub(super) const RECORD_ALIGN: usize = 64;
+const MAGIC: u32 = u32::from_le_bytes(*b"BLR1");
+/// Chunks of the largest pointer record (1 MiB).
+pub(super) const POINTER_CHUNKS: usize = 16;
+/// Header and largest checksum table.
+pub(super) const HEAD_BYTES_MAX: usize = RECORD_ALIGN + POINTER_CHUNKS * SUBS * 4;
+/// The largest record: a chunk of data.
+pub(super) const RECORD_BYTES_MAX: usize = 2 * RECORD_ALIGN + SUBS * 4096;
+
+/// A chunk of a page of a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct ChunkAt {
+    pub(super) volume: VolumeId,
+    pub(super) page: PageNo,
+    pub(super) chunk: u16,
+}
+
+/// What a data record does with its sub-blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DataKind {
+    /// Content of the head; the slot is that of the newest version, or of a new one.
+    Put,
+    /// Content copied up into the version in `slot`; readers see no difference.
+    Fill,
+    /// As `Fill`, then the version in the slot `drop` disappears; the later era of both stays.
+    Merge {
+        /// Slot to free.
+        drop: u32,
+    },
+}
+
+/// A change of the store, as logged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    /// Nothing; it carries the durable lsn. Pointer data up to lsn `in_slab` was synced before.
+    Mark { in_slab: u64 },
+    /// Fills the end of the ring; bytes after the header.
+    Pad(u32),
+    /// Sub-blocks of one chunk.
+    Data {
+        kind: DataKind,
+        at: ChunkAt,
+        slot: u32,
+        mask: u16,
+        zero: u16,
+        epoch: u32,
+        crcs: [u32; SUBS],
+    },
+    /// Whole chunks whose data lies in fresh neighbouring slots already.
+    Pointer {
+        at: ChunkAt,
+        slot: u32,
+        epoch: u32,
+        crcs: Vec<[u32; SUBS]>,
+    },
+    /// A snapshot taken at this point of the log.
+    TakeSnapshot(VolumeId, SnapshotId),
+    /// A snapshot forgotten; merges follow.
+    DropSnapshot(VolumeId, SnapshotId),
+    /// A volume forgotten; its groups are dropped one by one after it.
+    DropVolume(VolumeId),
+    /// All versions of a group of chunks freed (`chunk` is its first).
+    DropGroup(ChunkAt),
+}
+
+/// A record as found in the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Record {
+    pub(super) lsn: u64,
+    pub(super) durable: u64,
+    pub(super) prev_crc: u32,
+    pub(super) crc: u32,
+    /// Bytes of header and checksum table, where the data begins.
+    pub(super) head_bytes: usize,
+    /// Bytes of the whole record.
+    pub(super) len_bytes: usize,
+    pub(super) change: Change,
+}
+
+/// Bytes of header and table of a change, and of the whole record.
+pub(super) fn sizes(change: &Change) -> (usize, usize) {
+    let (crcs, data) = match change {
+        Change::Data { mask, .. } => (
+            mask.count_ones() as usize,
+            mask.count_ones() as usize * 4096,
+        ),
+        Change::Pointer { crcs, .. } => (crcs.len() * SUBS, 0),
+        Change::Pad(bytes) => (0, *bytes as usize),
+        _ => (0, 0),
+    };
+    let head = RECORD_ALIGN + (crcs * 4).next_multiple_of(RECORD_ALIGN);
+    (head, head + data)
+}
+
+/// Writes header and table into `buf`; gives their length and the record's checksum.
+pub(super) fn encode(
+    change: &Change,
+    lsn: u64,
+    durable: u64,
+    prev_crc: u32,
+    seed: u32,
+    buf: &mut [u8],
+) -> (usize, u32) {
+    let (head, len) = sizes(change);
+    let buf = &mut buf[..head];
+    buf.fill(0);
+    put(buf, 0, &MAGIC.to_le_bytes());
+    put(buf, 8, &lsn.to_le_bytes());
+    put(buf, 16, &durable.to_le_bytes());
+    let body = u32::try_from(len - RECORD_ALIGN).unwrap_or(u32::MAX);
+    put(buf, 52, &body.to_le_bytes());
+    put(buf, 56, &prev_crc.to_le_bytes());
+    let table = encode_fields(change, buf);
+    let crc = checksum(buf, table, seed);
+    put(buf, 60, &crc.to_le_bytes());
+    (head, crc)
+}
+
+/// Fills the fields that depend on the kind; gives the number of checksums.
+fn encode_fields(change: &Change, buf: &mut [u8]) -> usize {
+    let (kind, volume, argument) = match change {
+        Change::Mark { in_slab } => (1, VolumeId(*in_slab), 0),
+        Change::Pad(bytes) => (2, VolumeId(0), *bytes),
+        Change::Data {
+            kind: DataKind::Put,
+            at,
+            ..
+        } => (3, at.volume, 0),
+        Change::Data {
+            kind: DataKind::Fill,
+            at,
+            ..
+        } => (4, at.volume, 0),
+        Change::Data {
+            kind: DataKind::Merge { drop },
+            at,
+            ..
+        } => (5, at.volume, *drop),
+        Change::Pointer { at, crcs, .. } => (6, at.volume, u32::try_from(crcs.len()).unwrap_or(0)),
+        Change::TakeSnapshot(volume, snapshot) => (7, *volume, snapshot.0),
+        Change::DropSnapshot(volume, snapshot) => (8, *volume, snapshot.0),
+        Change::DropVolume(volume) => (9, *volume, 0),
+        Change::DropGroup(at) => (10, at.volume, 0),
+    };
+    buf[4] = kind;
+    put(buf, 24, &volume.0.to_le_bytes());
+    put(buf, 44, &argument.to_le_bytes());
+    let put_place = |buf: &mut [u8], at: &ChunkAt, slot: u32, epoch: u32| {
+        put(buf, 32, &at.page.0.to_le_bytes());
+        put(buf, 36, &at.chunk.to_le_bytes());
+        put(buf, 40, &slot.to_le_bytes());
+        put(buf, 48, &epoch.to_le_bytes());
+    };
+    let mut table = 0;
+    let mut put_crc = |buf: &mut [u8], crc: u32| {
+        put(buf, RECORD_ALIGN + 4 * table, &crc.to_le_bytes());
+        table += 1;
+    };
+    match change {
+        Change::Data {
+            at,
+            slot,
+            mask,
+            zero,
+            epoch,
+            crcs,
+            ..
+        } => {
+            put_place(buf, at, *slot, *epoch);
+            put(buf, 6, &mask.to_le_bytes());
+            put(buf, 38, &zero.to_le_bytes());
+            bits(*mask).for_each(|sub| put_crc(buf, crcs[sub]));
+        }
+        Change::Pointer {
+            at,
+            slot,
+            epoch,
+            crcs,
+        } => {
+            put_place(buf, at, *slot, *epoch);
+            crcs.iter().flatten().for_each(|crc| put_crc(buf, *crc));
+        }
+        Change::DropGroup(at) => put_place(buf, at, 0, 0),
+        _ => {}
+    }
+    table
+}
+
+fn checksum(head: &[u8], table: usize, seed: u32) -> u32 {
+    let mut hasher = crc32fast::Hasher::new_with_initial(seed);
+    hasher.update(&head[..60]);
+    hasher.update(&head[RECORD_ALIGN..RECORD_ALIGN + 4 * table]);
+    hasher.finalize()
+}
+
+/// True if a record may begin with these bytes; cheap, for the scan.
+pub(super) fn has_magic(bytes: &[u8]) -> bool {
+    bytes.len() >= RECORD_ALIGN && u32_at(bytes, 0) == MAGIC
+}
+
+/// Reads header and table; `None` if they are not a whole valid record head.
+pub(super) fn decode(bytes: &[u8], seed: u32) -> Option<Record> {
+    if !has_magic(bytes) {
+        return None;
+    }
+    let (mask, argument) = (u16_at(bytes, 6), u32_at(bytes, 44));
+    let table = match bytes[4] {
+        3..=5 => mask.count_ones() as usize,
+        6 if (1..=POINTER_CHUNKS).contains(&(argument as usize)) => argument as usize * SUBS,
+        1 | 2 | 7..=10 => 0,
+        _ => return None,
+    };
+    let head_bytes = RECORD_ALIGN + (4 * table).next_multiple_of(RECORD_ALIGN);
+    let crc = u32_at(bytes, 60);
+    if bytes.len() < head_bytes || checksum(bytes, table, seed) != crc {
+        return None;
+    }
+    let change = decode_change(bytes, mask, argument)?;
+    let len_bytes = sizes(&change).1;
+    (len_bytes == RECORD_ALIGN + u32_at(bytes, 52) as usize).then_some(Record {
+        lsn: u64_at(bytes, 8),
+        durable: u64_at(bytes, 16),
+        prev_crc: u32_at(bytes, 56),
+        crc,
+        head_bytes,
+        len_bytes,
+        change,
+    })
+}
+
+fn decode_change(bytes: &[u8], mask: u16, argument: u32) -> Option<Change> {
+    let volume = VolumeId(u64_at(bytes, 24));
+    let at = ChunkAt {
+        volume,
+        page: PageNo(u32_at(bytes, 32)),
+        chunk: u16_at(bytes, 36),
+    };
+    let (slot, epoch, zero) = (u32_at(bytes, 40), u32_at(bytes, 48), u16_at(bytes, 38));
+    let data = |kind| {
+        let mut crcs = [0; SUBS];
+        for (index, sub) in bits(mask).enumerate() {
+            crcs[sub] = u32_at(bytes, RECORD_ALIGN + 4 * index);
+        }
+        Change::Data {
+            kind,
+            at,
+            slot,
+            mask,
+            zero,
+            epoch,
+            crcs,
+        }
+    };
+    Some(match bytes[4] {
+        1 => Change::Mark { in_slab: volume.0 },
+        2 => Change::Pad(argument),
+        3 => data(DataKind::Put),
+        4 => data(DataKind::Fill),
+        5 => data(DataKind::Merge { drop: argument }),
+        6 => {
+            let crc = |i: usize| super::codec::crcs_at(bytes, RECORD_ALIGN + i * SUBS * 4);
+            Change::Pointer {
+                at,
+                slot,
+                epoch,
+                crcs: (0..argument as usize).map(crc).collect(),
+            }
+        }
+        7 => Change::TakeSnapshot(volume, SnapshotId(argument)),
+        8 => Change::DropSnapshot(volume, SnapshotId(argument)),
+        9 => Change::DropVolume(volume),
+        10 => Change::DropGroup(at),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round_trip(change: Change) {
+        let mut buf = [0; HEAD_BYTES_MAX];
+        let (len, crc) = encode(&change, 7, 5, 0xaabb_ccdd, 0x1234, &mut buf);
+        let record = decode(&buf[..len], 0x1234).unwrap();
+        assert_eq!(
+            (record.lsn, record.durable, record.crc, &record.change),
+            (7, 5, crc, &change)
+        );
+        assert_eq!((record.head_bytes, record.len_bytes), sizes(&change));
+        assert_eq!(
+            decode(&buf[..len], 0x1235),
+            None,
+            "a record of another store"
+        );
+        for at in 0..len.min(60) {
+            buf[at] ^= 4;
+            assert_eq!(decode(&buf[..len], 0x1234), None, "flip in byte {at}");
+            buf[at] ^= 4;
+        }
+    }
+
+    fn sample() -> Change {
+        let at = ChunkAt {
+            volume: VolumeId(9),
+            page: PageNo(3),
+            chunk: 2,
+        };
+        let mut crcs = [0; SUBS];
+        (crcs[0], crcs[2]) = (0x1111_1111, 0x3333_3333);
+        Change::Data {
+            kind: DataKind::Put,
+            at,
+            slot: 11,
+            mask: 0b101,
+            zero: 0b10,
+            epoch: 6,
+            crcs,
+        }
+    }
+
+    #[test]
+    fn the_format_is_the_golden_file() {
+        let mut buf = [0; HEAD_BYTES_MAX];
+        let (len, _) = encode(&sample(), 7, 5, 0xaabb_ccdd, 0x1234, &mut buf);
+        assert_eq!(
+            &buf[..len],
+            include_bytes!("../../../tests/golden/log-record-v1.bin")
+        );
+    }
+
+    #[test]
+    fn every_kind_survives_the_round_trip() {
+        let at = ChunkAt {
+            volume: VolumeId(1 << 40),
+            page: PageNo(u32::MAX),
+            chunk: 8191,
+        };
+        let crcs = vec![[1; SUBS], [2; SUBS], [u32::MAX; SUBS]];
+        round_trip(sample());
+        round_trip(Change::Pointer {
+            at,
+            slot: 77,
+            epoch: 1,
+            crcs,
+        });
+        round_trip(Change::TakeSnapshot(VolumeId(1), SnapshotId(2)));
+        round_trip(Change::DropSnapshot(VolumeId(1), SnapshotId(2)));
+        round_trip(Change::DropVolume(VolumeId(3)));
+        round_trip(Change::DropGroup(at));
+        round_trip(Change::Mark { in_slab: 6 });
+        round_trip(Change::Pad(640));
+    }
+}

@@ -1,0 +1,616 @@
+//! The tables of the store and what each log record does to them.
+//!
+//! Invariant: the tables are a function of the log alone. At run time a change is logged and then
+//! executed; recovery executes the same records over the tables of the last checkpoint.
+
+use super::hash::FastMap;
+use super::meta::{SlotContent, SlotRecord};
+use super::record::{Change, ChunkAt, DataKind};
+use super::slots::Slots;
+use super::version::{ALL, GROUP_CHUNKS, Group, SUBS, Version, bits};
+use crate::id::{PageNo, SnapshotId, VolumeId};
+use std::collections::VecDeque;
+
+/// Positions in the log file are kept in units of the record alignment.
+const POS_UNIT: u64 = 64;
+
+/// A volume of the store.
+#[derive(Debug, Default)]
+pub(super) struct Volume {
+    /// Era that writes go to; a snapshot ends it.
+    pub(super) era: u32,
+    /// Oldest first, with the last era that each one sees.
+    pub(super) snapshots: Vec<(SnapshotId, u32)>,
+    /// Waits for its groups to be dropped.
+    pub(super) deleted: bool,
+    /// Groups of chunks by `group_key`.
+    pub(super) groups: FastMap<u64, Group>,
+    /// Sub-blocks with data, of all versions.
+    pub(super) data_subs: u64,
+}
+
+impl Volume {
+    /// Era that a reader of the snapshot (`None`: the head) sees.
+    pub(super) fn view(&self, snapshot: Option<SnapshotId>) -> Option<u32> {
+        match snapshot {
+            None => Some(u32::MAX),
+            Some(id) => self
+                .snapshots
+                .iter()
+                .find(|(s, _)| *s == id)
+                .map(|(_, era)| *era),
+        }
+    }
+
+    /// Versions of a chunk, newest first.
+    pub(super) fn chunk(&self, page: PageNo, chunk: u16) -> &[Version] {
+        let group = self.groups.get(&group_key(page, chunk / GROUP_CHUNKS));
+        group.map_or(&[], |group| group.chunk(chunk_in_group(chunk)))
+    }
+
+    /// True if some snapshot sees a version of era `from` that a version of era `to` follows.
+    pub(super) fn is_seen(&self, from: u32, to: u32) -> bool {
+        let first = self.snapshots.partition_point(|(_, era)| *era < from);
+        self.snapshots.get(first).is_some_and(|(_, era)| *era < to)
+    }
+}
+
+/// Key of a group in its volume.
+pub(super) fn group_key(page: PageNo, group: u16) -> u64 {
+    u64::from(page.0) << 16 | u64::from(group)
+}
+
+/// First chunk of the group with that key.
+pub(super) fn group_at(volume: VolumeId, key: u64) -> ChunkAt {
+    let page = PageNo(u32::try_from(key >> 16).unwrap_or(u32::MAX));
+    let group = u16::try_from(key & 0xffff).unwrap_or(u16::MAX);
+    ChunkAt {
+        volume,
+        page,
+        chunk: group.saturating_mul(GROUP_CHUNKS),
+    }
+}
+
+/// Index of a chunk in its group.
+pub(super) fn chunk_in_group(chunk: u16) -> u8 {
+    u8::try_from(chunk % GROUP_CHUNKS).unwrap_or(0)
+}
+
+/// Sub-blocks of one slot whose newest bytes are still only in the log.
+#[derive(Clone, Debug)]
+pub(super) struct DirtySlot {
+    mask: u16,
+    pos: [u32; SUBS],
+}
+
+/// What the slab still has to learn from the log, in the order of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Redo {
+    /// Copy a sub-block from the log (position in units of 64 bytes).
+    Write {
+        lsn: u64,
+        slot: u32,
+        sub: u8,
+        pos: u32,
+    },
+    /// Sub-blocks give their space back.
+    Trim { lsn: u64, slot: u32, mask: u16 },
+    /// The slot is free; `warm` if its space is worth keeping.
+    Free { lsn: u64, slot: u32, warm: bool },
+}
+
+impl Redo {
+    /// Slot that it is about.
+    fn slot(&self) -> u32 {
+        match self {
+            Redo::Write { slot, .. } | Redo::Trim { slot, .. } | Redo::Free { slot, .. } => *slot,
+        }
+    }
+
+    /// Record that caused it.
+    pub(super) fn lsn(&self) -> u64 {
+        match self {
+            Redo::Write { lsn, .. } | Redo::Trim { lsn, .. } | Redo::Free { lsn, .. } => *lsn,
+        }
+    }
+}
+
+/// Slots that changed since the last checkpoint, and the image of them at the running one.
+#[derive(Debug, Default)]
+pub(super) struct SlotChanges {
+    /// Changed slots and their chunk now; `None` is free.
+    pub(super) changed: FastMap<u32, Option<ChunkAt>>,
+    /// Changed slots when the running checkpoint began.
+    pub(super) frozen: FastMap<u32, Option<ChunkAt>>,
+    /// Those of them that changed again: their records as the checkpoint needs them.
+    pub(super) captured: FastMap<u32, SlotRecord>,
+    /// Frozen slots below this are written already.
+    pub(super) emitted_end: u64,
+}
+
+impl SlotChanges {
+    /// Must be called before the version in `slot` changes.
+    fn touch(&mut self, slot: u32, now: Option<ChunkAt>, before: impl FnOnce() -> SlotRecord) {
+        let pending = self.emitted_end <= u64::from(slot) && self.frozen.contains_key(&slot);
+        if pending && !self.captured.contains_key(&slot) {
+            self.captured.insert(slot, before());
+        }
+        self.changed.insert(slot, now);
+    }
+}
+
+/// Everything that a checkpoint and the log together describe.
+#[derive(Debug, Default)]
+pub(super) struct Tables {
+    pub(super) volumes: FastMap<u64, Volume>,
+    pub(super) slots: Slots,
+    pub(super) slots_used: u64,
+    pub(super) changes: SlotChanges,
+    pub(super) redo: VecDeque<Redo>,
+    pub(super) freed_in_redo: u64,
+    dirty: FastMap<u32, DirtySlot>,
+}
+
+/// The record does not fit the tables: log and checkpoint are not of one history.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Misfit(pub(super) &'static str);
+
+impl Tables {
+    /// Place in the log file of a sub-block, if its newest bytes are there.
+    pub(super) fn dirty_pos(&self, slot: u32, sub: usize) -> Option<u64> {
+        let dirty = self.dirty.get(&slot)?;
+        (dirty.mask >> sub & 1 == 1).then(|| u64::from(dirty.pos[sub]) * POS_UNIT)
+    }
+
+    /// The slab has the bytes that were at this place in the log.
+    pub(super) fn clear_dirty(&mut self, slot: u32, sub: usize, pos: u32) {
+        let Some(dirty) = self.dirty.get_mut(&slot) else {
+            return;
+        };
+        if dirty.mask >> sub & 1 == 1 && dirty.pos[sub] == pos {
+            self.undirty(slot, 1 << sub);
+        }
+    }
+
+    fn undirty(&mut self, slot: u32, mask: u16) {
+        let Some(dirty) = self.dirty.get_mut(&slot) else {
+            return;
+        };
+        dirty.mask &= !mask;
+        if dirty.mask == 0 {
+            self.dirty.remove(&slot);
+        }
+    }
+
+    /// Slots with bytes that are only in the log.
+    pub(super) fn dirty_slots(&self) -> usize {
+        self.dirty.len()
+    }
+
+    /// Puts a version of a checkpoint in its place.
+    pub(super) fn load(&mut self, content: SlotContent) {
+        let SlotContent { at, epoch, version } = content;
+        self.slots_used += 1;
+        let volume = self.volumes.entry(at.volume.0).or_default();
+        volume.data_subs += u64::from(version.data().count_ones());
+        let group = volume
+            .groups
+            .entry(group_key(at.page, at.chunk / GROUP_CHUNKS))
+            .or_default();
+        group.epoch = group.epoch.max(epoch);
+        group.insert(version);
+    }
+
+    /// Does what a record says. `data_pos` is the place of its data in the log file.
+    pub(super) fn execute(
+        &mut self,
+        lsn: u64,
+        change: &Change,
+        data_pos: u64,
+    ) -> Result<(), Misfit> {
+        match change {
+            Change::Mark { .. } | Change::Pad(_) => {}
+            Change::Data {
+                kind,
+                at,
+                slot,
+                mask,
+                zero,
+                epoch,
+                crcs,
+            } => {
+                let content = Content {
+                    mask: *mask,
+                    zero: *zero,
+                    crcs,
+                    data_pos,
+                };
+                match kind {
+                    DataKind::Put => self.put(lsn, *at, *slot, *epoch, &content)?,
+                    DataKind::Fill => self.fill(lsn, *at, *slot, &content)?,
+                    DataKind::Merge { drop } => self.merge(lsn, *at, *slot, *drop, &content)?,
+                }
+            }
+            Change::Pointer {
+                at,
+                slot,
+                epoch,
+                crcs,
+            } => {
+                for (index, crcs) in (0u16..).zip(crcs) {
+                    let chunk = at
+                        .chunk
+                        .checked_add(index)
+                        .ok_or(Misfit("chunk out of range"))?;
+                    self.point(
+                        lsn,
+                        ChunkAt { chunk, ..*at },
+                        slot + u32::from(index),
+                        *epoch,
+                        crcs,
+                    );
+                }
+            }
+            Change::TakeSnapshot(volume, snapshot) => {
+                let volume = self.volumes.entry(volume.0).or_default();
+                volume.snapshots.push((*snapshot, volume.era));
+                volume.era = volume.era.checked_add(1).ok_or(Misfit("eras used up"))?;
+            }
+            Change::DropSnapshot(volume, snapshot) => {
+                let volume = self
+                    .volumes
+                    .get_mut(&volume.0)
+                    .ok_or(Misfit("no such volume"))?;
+                volume.snapshots.retain(|(id, _)| id != snapshot);
+            }
+            Change::DropVolume(id) => {
+                let volume = self
+                    .volumes
+                    .get_mut(&id.0)
+                    .ok_or(Misfit("no such volume"))?;
+                volume.deleted = true;
+                volume.snapshots = Vec::new();
+                self.forget_if_gone(*id);
+            }
+            Change::DropGroup(at) => self.drop_group(lsn, *at)?,
+        }
+        Ok(())
+    }
+
+    fn put(
+        &mut self,
+        lsn: u64,
+        at: ChunkAt,
+        slot: u32,
+        epoch: u32,
+        content: &Content<'_>,
+    ) -> Result<(), Misfit> {
+        let volume = self.volumes.entry(at.volume.0).or_default();
+        let group = volume
+            .groups
+            .entry(group_key(at.page, at.chunk / GROUP_CHUNKS))
+            .or_default();
+        group.epoch = group.epoch.max(epoch);
+        let chunk = chunk_in_group(at.chunk);
+        let newest = group.chunk(chunk).first();
+        if newest.is_none_or(|v| v.era < volume.era) {
+            self.changes.touch(slot, Some(at), || None);
+            let (era, crcs) = (volume.era, [0; SUBS]);
+            group.insert(Version {
+                crcs,
+                slot,
+                era,
+                present: 0,
+                zero: 0,
+                chunk,
+            });
+            self.slots.extend_to(slot.saturating_add(1));
+            self.slots_used += 1;
+        } else if newest.is_some_and(|v| v.slot != slot) {
+            return Err(Misfit("write to a slot that is not the newest"));
+        }
+        self.set(lsn, at, slot, content)
+    }
+
+    fn fill(
+        &mut self,
+        lsn: u64,
+        at: ChunkAt,
+        slot: u32,
+        content: &Content<'_>,
+    ) -> Result<(), Misfit> {
+        self.set(lsn, at, slot, content)
+    }
+
+    /// Content into an existing version. What is zero in the oldest version is a hole.
+    fn set(
+        &mut self,
+        lsn: u64,
+        at: ChunkAt,
+        slot: u32,
+        content: &Content<'_>,
+    ) -> Result<(), Misfit> {
+        let chunk = chunk_in_group(at.chunk);
+        let volume = self
+            .volumes
+            .get_mut(&at.volume.0)
+            .ok_or(Misfit("no such volume"))?;
+        let key = group_key(at.page, at.chunk / GROUP_CHUNKS);
+        let group = volume.groups.get_mut(&key).ok_or(Misfit("no such group"))?;
+        let epoch = group.epoch;
+        let is_oldest = group.chunk(chunk).last().is_some_and(|v| v.slot == slot);
+        let version = group
+            .slot_mut(chunk, slot)
+            .ok_or(Misfit("no version in the slot"))?;
+        self.changes.touch(slot, Some(at), || {
+            Some(SlotContent {
+                at,
+                epoch,
+                version: version.clone(),
+            })
+        });
+        let before = version.data();
+        version.set(content.mask, content.zero, content.crcs);
+        if is_oldest {
+            version.present &= !version.zero;
+            version.zero = 0;
+        }
+        let (after, is_empty) = (version.data(), version.present == 0);
+        volume.data_subs = (volume.data_subs + u64::from(after.count_ones()))
+            .saturating_sub(u64::from(before.count_ones()));
+        self.dirty_after_set(lsn, slot, content);
+        if before & content.zero != 0 {
+            self.redo.push_back(Redo::Trim {
+                lsn,
+                slot,
+                mask: before & content.zero,
+            });
+        }
+        if is_oldest && is_empty {
+            self.remove_version(lsn, at, slot, false)?;
+        }
+        Ok(())
+    }
+
+    fn dirty_after_set(&mut self, lsn: u64, slot: u32, content: &Content<'_>) {
+        if content.mask != 0 {
+            let dirty = self.dirty.entry(slot).or_insert(DirtySlot {
+                mask: 0,
+                pos: [0; SUBS],
+            });
+            dirty.mask |= content.mask;
+            for (index, sub) in (0u64..).zip(bits(content.mask)) {
+                let pos =
+                    u32::try_from((content.data_pos + index * 4096) / POS_UNIT).unwrap_or(u32::MAX);
+                dirty.pos[sub] = pos;
+                let sub = u8::try_from(sub).unwrap_or(0);
+                self.redo.push_back(Redo::Write {
+                    lsn,
+                    slot,
+                    sub,
+                    pos,
+                });
+            }
+        }
+        self.undirty(slot, content.zero & !content.mask);
+    }
+
+    fn merge(
+        &mut self,
+        lsn: u64,
+        at: ChunkAt,
+        keep: u32,
+        drop: u32,
+        content: &Content<'_>,
+    ) -> Result<(), Misfit> {
+        let chunk = chunk_in_group(at.chunk);
+        let versions = self
+            .volumes
+            .get(&at.volume.0)
+            .map_or(&[][..], |v| v.chunk(at.page, at.chunk));
+        let era_of = |slot| versions.iter().find(|v| v.slot == slot).map(|v| v.era);
+        let (kept, dropped) = era_of(keep)
+            .zip(era_of(drop))
+            .ok_or(Misfit("merge of unknown versions"))?;
+        let era = kept.max(dropped);
+        self.remove_version(lsn, at, drop, false)?;
+        let key = group_key(at.page, at.chunk / GROUP_CHUNKS);
+        let group = self
+            .volumes
+            .get_mut(&at.volume.0)
+            .and_then(|v| v.groups.get_mut(&key));
+        let group = group.ok_or(Misfit("no such group"))?;
+        let epoch = group.epoch;
+        let version = group
+            .slot_mut(chunk, keep)
+            .ok_or(Misfit("no version in the slot"))?;
+        self.changes.touch(keep, Some(at), || {
+            Some(SlotContent {
+                at,
+                epoch,
+                version: version.clone(),
+            })
+        });
+        version.era = era;
+        self.set(lsn, at, keep, content)
+    }
+
+    fn point(&mut self, lsn: u64, at: ChunkAt, slot: u32, epoch: u32, crcs: &[u32; SUBS]) {
+        let volume = self.volumes.entry(at.volume.0).or_default();
+        let era = volume.era;
+        let group = volume
+            .groups
+            .entry(group_key(at.page, at.chunk / GROUP_CHUNKS))
+            .or_default();
+        group.epoch = group.epoch.max(epoch);
+        let (epoch, chunk) = (group.epoch, chunk_in_group(at.chunk));
+        self.changes.touch(slot, Some(at), || None);
+        self.slots.extend_to(slot.saturating_add(1));
+        volume.data_subs += SUBS as u64;
+        let whole = Version {
+            crcs: *crcs,
+            slot,
+            era,
+            present: ALL,
+            zero: 0,
+            chunk,
+        };
+        match group.newest_mut(chunk) {
+            Some(newest) if newest.era == era => {
+                let old = std::mem::replace(newest, whole);
+                volume.data_subs -= u64::from(old.data().count_ones());
+                let before = old.clone();
+                self.changes.touch(old.slot, None, || {
+                    Some(SlotContent {
+                        at,
+                        epoch,
+                        version: before,
+                    })
+                });
+                self.free(lsn, old.slot, true);
+            }
+            _ => {
+                group.insert(whole);
+                self.slots_used += 1;
+                return;
+            }
+        }
+    }
+
+    fn free(&mut self, lsn: u64, slot: u32, warm: bool) {
+        self.dirty.remove(&slot);
+        self.redo.push_back(Redo::Free { lsn, slot, warm });
+        self.freed_in_redo += 1;
+    }
+
+    fn remove_version(
+        &mut self,
+        lsn: u64,
+        at: ChunkAt,
+        slot: u32,
+        warm: bool,
+    ) -> Result<(), Misfit> {
+        let volume = self
+            .volumes
+            .get_mut(&at.volume.0)
+            .ok_or(Misfit("no such volume"))?;
+        let key = group_key(at.page, at.chunk / GROUP_CHUNKS);
+        let group = volume.groups.get_mut(&key).ok_or(Misfit("no such group"))?;
+        let epoch = group.epoch;
+        let version = group
+            .remove(chunk_in_group(at.chunk), slot)
+            .ok_or(Misfit("no version in the slot"))?;
+        if group.all().is_empty() {
+            volume.groups.remove(&key);
+        }
+        volume.data_subs -= u64::from(version.data().count_ones());
+        self.slots_used -= 1;
+        self.changes
+            .touch(slot, None, || Some(SlotContent { at, epoch, version }));
+        self.free(lsn, slot, warm);
+        Ok(())
+    }
+
+    fn drop_group(&mut self, lsn: u64, at: ChunkAt) -> Result<(), Misfit> {
+        let volume = self
+            .volumes
+            .get_mut(&at.volume.0)
+            .ok_or(Misfit("no such volume"))?;
+        let first = at.chunk / GROUP_CHUNKS;
+        let group = volume
+            .groups
+            .remove(&group_key(at.page, first))
+            .ok_or(Misfit("no such group"))?;
+        let epoch = group.epoch;
+        for version in group.all() {
+            volume.data_subs -= u64::from(version.data().count_ones());
+            let at = ChunkAt {
+                chunk: first * GROUP_CHUNKS + u16::from(version.chunk),
+                ..at
+            };
+            let before = || {
+                Some(SlotContent {
+                    at,
+                    epoch,
+                    version: version.clone(),
+                })
+            };
+            self.changes.touch(version.slot, None, before);
+        }
+        for version in group.all() {
+            self.slots_used -= 1;
+            self.free(lsn, version.slot, false);
+        }
+        self.forget_if_gone(at.volume);
+        Ok(())
+    }
+
+    fn forget_if_gone(&mut self, volume: VolumeId) {
+        if self
+            .volumes
+            .get(&volume.0)
+            .is_some_and(|v| v.deleted && v.groups.is_empty())
+        {
+            self.volumes.remove(&volume.0);
+        }
+    }
+
+    /// Slots that a record takes into use, if it were executed now.
+    pub(super) fn allocates(&self, change: &Change) -> std::ops::Range<u32> {
+        match change {
+            Change::Pointer { slot, crcs, .. } => {
+                *slot..slot.saturating_add(u32::try_from(crcs.len()).unwrap_or(u32::MAX))
+            }
+            Change::Data {
+                kind: DataKind::Put,
+                at,
+                slot,
+                ..
+            } => {
+                let volume = self.volumes.get(&at.volume.0);
+                let newest = volume.and_then(|v| v.chunk(at.page, at.chunk).first());
+                let is_known = newest.is_some_and(|v| v.slot == *slot);
+                *slot..slot.saturating_add(u32::from(!is_known))
+            }
+            _ => 0..0,
+        }
+    }
+
+    /// Recovery: what was to be done to a slot before it was taken into use again was done then, and
+    /// must not be done now to its new content.
+    pub(super) fn forget_redo_before(&mut self, allocated: &FastMap<u32, u64>) {
+        self.redo.retain(|entry| {
+            allocated
+                .get(&entry.slot())
+                .is_none_or(|lsn| *lsn <= entry.lsn())
+        });
+        let is_free = |entry: &&Redo| matches!(entry, Redo::Free { .. });
+        self.freed_in_redo = self.redo.iter().filter(is_free).count() as u64;
+    }
+
+    /// Record of a slot that has not changed since it was noted in `at`.
+    pub(super) fn slot_record(&self, slot: u32, at: Option<ChunkAt>) -> SlotRecord {
+        let at = at?;
+        let volume = self.volumes.get(&at.volume.0)?;
+        let group = volume
+            .groups
+            .get(&group_key(at.page, at.chunk / GROUP_CHUNKS))?;
+        let version = group
+            .chunk(chunk_in_group(at.chunk))
+            .iter()
+            .find(|v| v.slot == slot)?;
+        Some(SlotContent {
+            at,
+            epoch: group.epoch,
+            version: version.clone(),
+        })
+    }
+}
+
+/// What a data record brings.
+struct Content<'a> {
+    mask: u16,
+    zero: u16,
+    crcs: &'a [u32; SUBS],
+    data_pos: u64,
+}
