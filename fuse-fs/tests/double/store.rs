@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// As the product's: the seam's second user.
-pub fn connect(options: ConnectOptions) -> Answer<'static, Arc<dyn Backend>> {
+pub(crate) fn connect(options: ConnectOptions) -> Answer<'static, Arc<dyn Backend>> {
     Box::pin(async move {
         let dir = PathBuf::from(&options.servers[0]);
         if !dir.is_dir() {
