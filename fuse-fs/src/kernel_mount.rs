@@ -203,7 +203,7 @@ fn plan(mount: &KernelMount, found: Option<Found>) -> Result<Plan, FuseFsError> 
     let target = mount.target.to_string();
     let named = mount.filesystem.clone();
     let filesystem = named.or_else(|| found.as_ref().map(|found| found.filesystem.to_owned()));
-    let filesystem = filesystem.ok_or_else(|| FuseFsError::UnknownFilesystem { target })?;
+    let filesystem = filesystem.ok_or(FuseFsError::UnknownFilesystem { target })?;
     let (flags, data) = split_options(&mount.options);
     let large = found
         .as_ref()

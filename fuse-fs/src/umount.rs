@@ -120,10 +120,9 @@ impl Run<'_> {
             }
             self.step(dir, "unmounting", || unmount_view(dir, false))?;
         }
-        if let Some(handle) = &handle {
-            if !wait_readable(handle, self.until).map_err(poll_failed)? {
-                return Err(self.late(dir, "the daemon's last flush"));
-            }
+        let ended = |handle| wait_readable(handle, self.until).map_err(poll_failed);
+        if !handle.as_ref().map_or(Ok(true), ended)? {
+            return Err(self.late(dir, "the daemon's last flush"));
         }
         self.forget_view(dir)
     }
