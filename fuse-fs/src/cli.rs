@@ -36,7 +36,7 @@ enum Verb {
 
 #[derive(Debug, Args)]
 struct Common {
-    /// Servers of the group, HOST[:PORT]; any of them will do.
+    /// Servers of the group, HOST or HOST:PORT; any of them will do.
     #[arg(long, env = "BLOCKD_SERVERS", value_delimiter = ',')]
     servers: Vec<String>,
     /// Seconds that an IO waits for servers that do not answer before it fails with EIO.

@@ -48,6 +48,16 @@ pub fn fork() -> io::Result<Forked> {
     }
 }
 
+/// Gives up standard input, output and error, so that nobody waits for our end to see theirs.
+fn leave_terminal() -> io::Result<()> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    for fd in 0..=2 {
+        // SAFETY: both are file descriptors of this process, and 0 to 2 are its own.
+        unsafe { libc::dup2(null.as_raw_fd(), fd) };
+    }
+    Ok(())
+}
+
 /// What became of a step that ran in its own process.
 #[derive(Debug)]
 pub enum Step {
@@ -64,7 +74,8 @@ pub enum Step {
 pub fn supervised(until: Instant, step: impl FnOnce() -> io::Result<()>) -> io::Result<Step> {
     match fork()? {
         Forked::Child(mut writer) => {
-            let errno = step()
+            let errno = leave_terminal()
+                .and_then(|()| step())
                 .err()
                 .map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
             let _ = writer.write_all(&errno.to_ne_bytes());
@@ -128,11 +139,7 @@ impl Ready {
             return Ok(());
         };
         std::env::set_current_dir("/")?;
-        let null = File::options().read(true).write(true).open("/dev/null")?;
-        for fd in 0..=2 {
-            // SAFETY: both are file descriptors of this process, and 0 to 2 are its own.
-            unsafe { libc::dup2(null.as_raw_fd(), fd) };
-        }
+        leave_terminal()?;
         writer.write_all(&[0])
     }
 }

@@ -24,6 +24,9 @@ const SMALL_BLOCK_BYTES: u32 = 512;
 /// How long cleaning up after a mount that failed may take.
 const UNDO: Duration = Duration::from_secs(30);
 
+const NOT_REPLAYED: &str = "the snapshot's journal cannot be replayed on a read-only volume: changes that the \
+    filesystem had only in its journal are missing; for a complete one, fsfreeze it while the snapshot is made";
+
 /// What to mount, and where.
 pub struct KernelMount {
     pub target: TargetName,
@@ -200,7 +203,7 @@ fn plan(mount: &KernelMount, found: Option<Found>) -> Result<Plan, FuseFsError> 
     let target = mount.target.to_string();
     let named = mount.filesystem.clone();
     let filesystem = named.or_else(|| found.as_ref().map(|found| found.filesystem.to_owned()));
-    let filesystem = filesystem.ok_or_else(|| FuseFsError::UnknownFilesystem { target })?;
+    let filesystem = filesystem.ok_or(FuseFsError::UnknownFilesystem { target })?;
     let (flags, data) = split_options(&mount.options);
     let large = found
         .as_ref()
@@ -229,13 +232,10 @@ impl Plan {
         self.flags |= MountFlags::RDONLY;
         match self.filesystem.as_str() {
             "xfs" => self.add(&["norecovery", "nouuid"]),
-            "ext4" if dirty_journal => {
-                self.add(&["noload"]);
-                let note = "the snapshot was taken while mounted: its journal is not replayed (noload), changes of the last seconds before it may be missing";
-                self.notes.push(note.to_owned());
-            }
-            _ => {}
+            "ext4" if dirty_journal => self.add(&["noload"]),
+            _ => return,
         }
+        self.notes.push(NOT_REPLAYED.to_owned());
     }
 
     fn add(&mut self, options: &[&str]) {

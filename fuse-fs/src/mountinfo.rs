@@ -22,10 +22,7 @@ pub struct MountEntry {
 pub fn mounted_at(dir: &Path) -> io::Result<Option<MountEntry>> {
     let table = std::fs::read("/proc/self/mountinfo")?;
     let lines = table.split(|byte| *byte == b'\n');
-    Ok(lines
-        .filter_map(parse)
-        .filter(|entry| entry.dir == dir)
-        .last())
+    Ok(lines.rev().filter_map(parse).find(|entry| entry.dir == dir))
 }
 
 /// `ID PARENT MAJOR:MINOR ROOT DIR OPTIONS [FIELDS] - FILESYSTEM SOURCE OPTIONS`

@@ -42,15 +42,18 @@ impl ProcessRef {
     }
 }
 
+/// When the process started; an error if it has ended, reaped or not.
 fn start_ticks(pid: i32) -> io::Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name in parentheses may hold anything; the fields after it are numbers.
-    let ticks = stat
-        .rsplit_once(')')
-        .and_then(|(_, rest)| rest.split_whitespace().nth(19));
-    ticks
-        .and_then(|text| text.parse().ok())
-        .ok_or_else(|| io::Error::other("/proc/PID/stat"))
+    let ticks = ticks_of_stat(&stat);
+    ticks.ok_or_else(|| io::Error::other("the process has ended"))
+}
+
+/// The name in parentheses may hold anything; the fields after it are the state and numbers.
+fn ticks_of_stat(stat: &str) -> Option<u64> {
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    let ended = matches!(fields.next()?, "Z" | "X");
+    fields.nth(18).filter(|_| !ended)?.parse().ok()
 }
 
 /// What is mounted on a directory.
@@ -249,6 +252,19 @@ mod tests {
         );
         fs::write(&file, "{").unwrap();
         assert!(state.load(mnt).is_err());
+    }
+
+    #[test]
+    fn a_zombie_has_ended() {
+        let stat = |state| {
+            format!(
+                "7 (a) b) {state} {}",
+                (4..30).map(|n| format!("{n} ")).collect::<String>()
+            )
+        };
+        assert_eq!(ticks_of_stat(&stat("S")), Some(22));
+        assert_eq!(ticks_of_stat(&stat("Z")), None);
+        assert_eq!(ticks_of_stat("7 (a"), None);
     }
 
     #[test]

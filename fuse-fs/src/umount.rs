@@ -116,35 +116,31 @@ impl Run<'_> {
         let handle = daemon.handle();
         if is_view(dir)? {
             if handle.is_some() {
-                self.step(dir, "flushing the volumes", || File::open(dir)?.sync_all())?;
+                self.step(dir, "flushing the volumes", || flush_view(dir))?;
             }
             self.step(dir, "unmounting", || unmount_view(dir, false))?;
         }
-        if let Some(handle) = &handle {
-            if !wait_readable(handle, self.until).map_err(poll_failed)? {
-                return Err(self.late(dir, "the daemon's last flush"));
-            }
+        let ended = |handle| wait_readable(handle, self.until).map_err(poll_failed);
+        if !handle.as_ref().map_or(Ok(true), ended)? {
+            return Err(self.late(dir, "the daemon's last flush"));
         }
-        self.forget_view(dir, handle.is_some())
+        self.forget_view(dir)
     }
 
-    /// The daemon removes its record, unless its last flush failed or it was killed.
-    fn forget_view(&self, dir: &Path, was_alive: bool) -> Result<(), FuseFsError> {
+    /// A daemon that ends well removes its record.
+    fn forget_view(&self, dir: &Path) -> Result<(), FuseFsError> {
         let Some(record) = self.state.load(dir)? else {
             return Ok(());
         };
         self.state.remove(dir)?;
-        let failure = match record.what {
-            What::View {
-                failure: Some(failure),
-                ..
-            } => failure,
-            _ if was_alive => return Ok(()),
-            _ => "the view's daemon had died".to_owned(),
+        let died = "the view's daemon had died".to_owned();
+        let reason = match record.what {
+            What::View { failure, .. } => failure.unwrap_or(died),
+            What::Kernel { .. } => died,
         };
         Err(FuseFsError::Unflushed {
             dir: dir.to_owned(),
-            reason: failure,
+            reason,
         })
     }
 
@@ -229,6 +225,21 @@ impl Run<'_> {
             wait_readable(&handle, Instant::now() + FORCE_STEP).map_err(poll_failed)?;
         }
         Ok(())
+    }
+}
+
+/// fsync of the view's root flushes all its volumes. A daemon that has just died is found out later.
+fn flush_view(dir: &Path) -> io::Result<()> {
+    match File::open(dir).and_then(|root| root.sync_all()) {
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::ENOTCONN | libc::ECONNABORTED)
+            ) =>
+        {
+            Ok(())
+        }
+        result => result,
     }
 }
 

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// As the product's: the seam's second user.
-pub fn connect(options: ConnectOptions) -> Answer<'static, Arc<dyn Backend>> {
+pub(crate) fn connect(options: ConnectOptions) -> Answer<'static, Arc<dyn Backend>> {
     Box::pin(async move {
         let dir = PathBuf::from(&options.servers[0]);
         if !dir.is_dir() {
@@ -81,7 +81,7 @@ impl Store {
     fn all(&self, listing: Listing) -> io::Result<Vec<TargetInfo>> {
         let mut found = Vec::new();
         for entry in fs::read_dir(&self.dir)? {
-            let name = entry?.file_name().into_string().unwrap();
+            let name = entry?.file_name().to_string_lossy().into_owned();
             let name =
                 TargetName::parse(&name).filter(|_| !matches!(name.as_str(), "fault" | "flushes"));
             found.extend(

@@ -9,12 +9,12 @@ use tempfile::TempDir;
 /// Upper bound of any command of a test; a test that reaches it has found a hang.
 const PATIENCE_S: &str = "60";
 
-pub struct Bench {
+pub(crate) struct Bench {
     root: TempDir,
 }
 
 impl Bench {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let root = tempfile::Builder::new()
             .prefix("fuse-fs-test")
             .tempdir()
@@ -25,12 +25,12 @@ impl Bench {
         Self { root }
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.root.path().canonicalize().unwrap().join(name)
     }
 
     /// A volume, or with `NAME@SNAP` a snapshot, of zeros.
-    pub fn volume(&self, name: &str, size_bytes: u64) -> PathBuf {
+    pub(crate) fn volume(&self, name: &str, size_bytes: u64) -> PathBuf {
         let path = self.path("store").join(name);
         fs::File::create(&path)
             .unwrap()
@@ -39,20 +39,20 @@ impl Bench {
         path
     }
 
-    pub fn fault(&self, what: &str) {
+    pub(crate) fn fault(&self, what: &str) {
         fs::write(self.path("store/fault"), what).unwrap();
     }
 
-    pub fn no_fault(&self) {
+    pub(crate) fn no_fault(&self) {
         fs::remove_file(self.path("store/fault")).unwrap();
     }
 
-    pub fn flushes(&self) -> usize {
+    pub(crate) fn flushes(&self) -> usize {
         fs::read(self.path("store/flushes")).map_or(0, |bytes| bytes.len())
     }
 
     /// Runs `fuse-fs` over the double.
-    pub fn fuse_fs(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn fuse_fs(&self, arguments: &[&str]) -> Output {
         let mut command = timeout(&double());
         command
             .args(arguments)
@@ -65,19 +65,19 @@ impl Bench {
     }
 
     /// As [`Bench::fuse_fs`], and it must succeed.
-    pub fn fuse_fs_ok(&self, arguments: &[&str]) -> String {
+    pub(crate) fn fuse_fs_ok(&self, arguments: &[&str]) -> String {
         check(arguments, self.fuse_fs(arguments))
     }
 
     /// Mounts the view on `mnt`; `options` are more arguments.
-    pub fn view(&self, options: &[&str]) {
+    pub(crate) fn view(&self, options: &[&str]) {
         let dir = self.path("mnt");
         let mut arguments = vec!["volumes", dir.to_str().unwrap()];
         arguments.extend(options);
         self.fuse_fs_ok(&arguments);
     }
 
-    pub fn file(&self, name: &str) -> PathBuf {
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
         let listing = if name.contains('@') {
             "snapshots"
         } else {
@@ -87,7 +87,7 @@ impl Bench {
     }
 
     /// Mounts below this bench, innermost last.
-    pub fn mounts(&self) -> Vec<String> {
+    pub(crate) fn mounts(&self) -> Vec<String> {
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let below = self.path("");
         let dirs = table
@@ -98,12 +98,12 @@ impl Bench {
     }
 
     /// Waits until nothing of this bench is mounted.
-    pub fn wait_unmounted(&self) {
+    pub(crate) fn wait_unmounted(&self) {
         wait_until("unmounted", || self.mounts().is_empty());
     }
 
     /// Pids of the daemons that serve this bench.
-    pub fn daemons(&self) -> Vec<i32> {
+    pub(crate) fn daemons(&self) -> Vec<i32> {
         let store = self.path("store").into_os_string().into_string().unwrap();
         let of = |entry: fs::DirEntry| {
             let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
@@ -136,7 +136,7 @@ impl Drop for Bench {
 }
 
 /// Polls a condition of the kernel, which offers no notification for it.
-pub fn wait_until(what: &str, condition: impl Fn() -> bool) {
+pub(crate) fn wait_until(what: &str, condition: impl Fn() -> bool) {
     let until = Instant::now() + Duration::from_secs(30);
     while !condition() {
         assert!(Instant::now() < until, "not {what} after 30 s");
@@ -167,18 +167,18 @@ fn double() -> PathBuf {
 }
 
 /// Runs a tool of the host; it must succeed.
-pub fn tool(arguments: &[&str]) -> String {
+pub(crate) fn tool(arguments: &[&str]) -> String {
     check(arguments, tool_output(arguments))
 }
 
-pub fn tool_output(arguments: &[&str]) -> Output {
+pub(crate) fn tool_output(arguments: &[&str]) -> Output {
     timeout(Path::new(arguments[0]))
         .args(&arguments[1..])
         .output()
         .unwrap()
 }
 
-pub fn check(what: &[&str], output: Output) -> String {
+pub(crate) fn check(what: &[&str], output: Output) -> String {
     let text = String::from_utf8_lossy(&output.stdout).into_owned()
         + &String::from_utf8_lossy(&output.stderr);
     assert!(
@@ -189,6 +189,6 @@ pub fn check(what: &[&str], output: Output) -> String {
     text
 }
 
-pub fn str_of(path: &Path) -> &str {
+pub(crate) fn str_of(path: &Path) -> &str {
     path.to_str().unwrap()
 }

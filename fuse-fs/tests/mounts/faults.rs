@@ -1,8 +1,12 @@
 //! Servers that fail or do not answer: errors stay errors of one request, and commands come back.
+//!
+//! A file with unflushed writes on servers that hang is held by another process: its close waits,
+//! and any child that this process forks closes a copy of what this process has open.
 
 use crate::bench::{Bench, str_of, tool, wait_until};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
@@ -63,18 +67,28 @@ fn a_server_that_does_not_answer_is_eio_after_the_deadline() {
     assert_eq!(file.read_at(&mut [0; 512], 0).unwrap(), 512);
 }
 
+/// A process whose write has arrived and whose close waits for servers that hang.
+fn write_unflushed(bench: &Bench, name: &str) -> Child {
+    let of = format!("of={}", str_of(&bench.file(name)));
+    let mut command = Command::new("dd");
+    command.args(["if=/dev/urandom", "bs=512", "count=1", "conv=notrunc", &of]);
+    let child = command.stderr(Stdio::null()).spawn().unwrap();
+    let store = bench.path("store").join(name);
+    wait_until("written", || fs::read(&store).unwrap()[..512] != [0; 512]);
+    child
+}
+
 /// Without --force the deadline leaves everything in place, and the servers' return is enough.
 #[test]
 fn umount_of_a_view_comes_back_and_loses_nothing() {
     let bench = Bench::new();
     bench.volume("a", MIB);
-    bench.view(&[]);
+    bench.view(&["--io-deadline", "2"]);
     let mnt = bench.path("mnt");
-    let file = open_rw(&bench, "a");
-    file.write_all_at(&[1; 512], 0).unwrap();
     bench.fault("hang-flush");
+    let mut writer = write_unflushed(&bench, "a");
     let started = Instant::now();
-    let output = bench.fuse_fs(&["umount", str_of(&mnt), "--timeout", "2"]);
+    let output = bench.fuse_fs(&["umount", str_of(&mnt), "--timeout", "1"]);
     assert!(
         started.elapsed() < Duration::from_secs(15),
         "{:?}",
@@ -84,9 +98,15 @@ fn umount_of_a_view_comes_back_and_loses_nothing() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("may be unflushed"));
     assert_eq!(bench.mounts().len(), 1);
     bench.no_fault();
-    drop(file);
+    assert!(
+        !writer.wait().unwrap().success(),
+        "its close failed with EIO"
+    );
     bench.fuse_fs_ok(&["umount", str_of(&mnt)]);
-    assert!(bench.flushes() >= 1);
+    assert!(
+        bench.flushes() >= 1,
+        "and the write was flushed all the same"
+    );
 }
 
 #[test]
@@ -94,16 +114,26 @@ fn umount_of_a_view_by_force_detaches_it() {
     let bench = Bench::new();
     bench.volume("a", MIB);
     bench.view(&[]);
-    let mnt = bench.path("mnt");
-    let file = open_rw(&bench, "a");
-    file.write_all_at(&[1; 512], 0).unwrap();
-    bench.fault("hang");
-    let output = bench.fuse_fs(&["umount", str_of(&mnt), "--timeout", "1", "--force"]);
+    bench.fault("hang-flush");
+    let mut writer = write_unflushed(&bench, "a");
+    let started = Instant::now();
+    let output = bench.fuse_fs(&[
+        "umount",
+        str_of(&bench.path("mnt")),
+        "--timeout",
+        "1",
+        "--force",
+    ]);
     assert_eq!(output.status.code(), Some(32));
+    assert!(
+        started.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        started.elapsed()
+    );
     assert!(String::from_utf8_lossy(&output.stderr).contains("detached by force"));
     assert!(bench.mounts().is_empty());
+    assert!(!writer.wait().unwrap().success(), "who waited is told");
     wait_until("ended", || bench.daemons().is_empty());
-    drop(file);
 }
 
 #[test]
