@@ -2,6 +2,7 @@
 
 use super::{Answer, Order};
 use crate::id::{Epoch, NodeNo, SnapshotId, TicketId, VolumeId};
+use crate::limits::SNAPSHOT_TAKEN_MS;
 use std::collections::BTreeMap;
 
 /// One volume on one server that owns pages of it.
@@ -118,7 +119,7 @@ pub struct Coordinator {
 }
 
 impl Coordinator {
-    /// A run over these parts, which has to be through `hold_max_ms` after `now_ms`.
+    /// A run over these parts, all of which have to be ready `hold_max_ms` after `now_ms`.
     #[must_use]
     pub fn new(ticket: TicketId, plans: &[Plan], hold_max_ms: u64, now_ms: u64) -> Self {
         let progress = |plan: &Plan| {
@@ -214,6 +215,7 @@ impl Coordinator {
         match self.phase {
             Phase::Preparing if self.parts.values().all(|p| p.ready) => {
                 self.phase = Phase::Taking;
+                self.deadline_ms = self.deadline_ms.saturating_add(SNAPSHOT_TAKEN_MS);
                 self.parts
                     .keys()
                     .map(|part| Action::Send(*part, Order::Take))
