@@ -222,7 +222,7 @@ mod tests {
         let cut: Vec<_> = pieces(mib - 4096..3 * mib).collect();
         assert_eq!(cut, [mib - 4096..mib, mib..2 * mib, 2 * mib..3 * mib]);
         assert_eq!(pieces(5..5).count(), 0);
-        assert_eq!(pieces(0..10).collect::<Vec<_>>(), [0..10]);
+        assert_eq!(pieces(0..10).last(), Some(0..10));
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub(crate) fn reply_json(reply: &AdminReply) -> Value {
         AdminReply::Route(route) => json!(route),
         AdminReply::Version(version) => version_json(version),
         AdminReply::Open(open) => json!(open),
-        AdminReply::Joined { unique_id } => json!({"unique_id": unique_id}),
+        AdminReply::Identity(identity) => json!(identity),
         AdminReply::Refused(refusal) => json!(refusal),
     }
 }
@@ -67,7 +67,7 @@ pub(crate) fn reply_text(reply: &AdminReply) -> String {
         AdminReply::Snapshots(snapshots) => snapshots_text(snapshots, now_unix_ms()),
         AdminReply::Route(route) => route_text(route),
         AdminReply::Version(version) => version_text(version),
-        AdminReply::Open(_) | AdminReply::Joined { .. } | AdminReply::Refused(_) => {
+        AdminReply::Open(_) | AdminReply::Identity(_) | AdminReply::Refused(_) => {
             reply_json(reply).to_string()
         }
     }
@@ -294,8 +294,7 @@ fn now_unix_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use blockd::admin::RouteRun;
-    use blockd::id::{Epoch, Revision, SnapshotId, VolumeId};
+    use blockd::id::{Epoch, Revision, RouteRun, SnapshotId, VolumeId};
 
     fn volume(name: &str) -> VolumeInfo {
         VolumeInfo {

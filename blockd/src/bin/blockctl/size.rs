@@ -86,7 +86,7 @@ fn fraction_bytes(fraction: &str, unit_bytes: u128) -> Result<u64, SizeError> {
     let numerator: u128 = digits.parse().map_err(|_| SizeError::NotANumber)?;
     let denominator = digits.bytes().fold(1u128, |power, _| power * 10);
     let scaled = numerator * unit_bytes;
-    if scaled % denominator != 0 {
+    if !scaled.is_multiple_of(denominator) {
         return Err(SizeError::Fraction);
     }
     u64::try_from(scaled / denominator).map_err(|_| SizeError::Overflow)
