@@ -65,6 +65,12 @@ pub const REGISTRY_UPDATE_TRIES: u32 = 32;
 pub const SNAPSHOT_TICKETS_KEPT: usize = 64;
 /// Milliseconds for which a snapshot may hold the writes of a volume, unless the operator says otherwise (S003-28).
 pub const SNAPSHOT_HOLD_MAX_MS: u64 = 500;
+/// Milliseconds for which a participant holds writes at the most, whatever the coordinator asks;
+/// well below the 30 s after which Linux calls a block request lost.
+pub const SNAPSHOT_HOLD_CAP_MS: u64 = 10_000;
+/// Milliseconds that the coordinator waits for `taken` after `take`. Nothing is held any more:
+/// the owners sync their logs.
+pub const SNAPSHOT_TAKEN_MS: u64 = 15_000;
 
 const _: () = assert!(
     FORWARD_DEADLINE_MS > SNAPSHOT_HOLD_MAX_MS,
@@ -76,4 +82,5 @@ const _: () = assert!(ROUTE_RUNS_TARGET as usize <= ROUTE_RUNS_MAX);
 const _: () = assert!(NAME_CHARS_MAX <= REGISTRY_TEXT_BYTES_MAX);
 const _: () = assert!(2 * TRANSACTION_BYTES_MAX <= REGISTRY_MESSAGE_BYTES_MAX);
 const _: () = assert!(2 * REGISTRY_SNAPSHOT_CHUNK_BYTES <= REGISTRY_MESSAGE_BYTES_MAX as u64);
-pub const SNAPSHOT_HOLD_CAP_MS: u64 = 10_000;
+const _: () = assert!(SNAPSHOT_HOLD_MAX_MS <= SNAPSHOT_HOLD_CAP_MS);
+const _: () = assert!(SNAPSHOT_PENDING_MAX_MS > SNAPSHOT_TAKEN_MS + SNAPSHOT_HOLD_CAP_MS);

@@ -1,1 +1,31 @@
-//! stub
+//! Volumes and snapshots of blockd as files, and mounted with the kernel's filesystems.
+//!
+//! From the program down to the byte:
+//!
+//! | module | what |
+//! |---|---|
+//! | [`cli`] | the command `fuse-fs`: arguments, exit codes, one function per subcommand |
+//! | [`kernel_mount`], [`umount`] | `mount --kernel` and its reverse, step by step |
+//! | [`loopdev`], [`superblock`], [`mountinfo`], [`state_file`] | what these need from the host |
+//! | [`daemon`] | the process that serves a view: background, signals, deadlines by fork |
+//! | [`adapter`] | FUSE requests to operations of the view; the only file that names `fuser` |
+//! | [`view`], [`open_file`] | the operations: names to volumes, bytes of one open volume |
+//! | [`volumes`] | the tree `/volumes/NAME`, `/snapshots/NAME@SNAP` as pure data |
+//! | [`backend`] | the seam: `blockd::client` in the product, a double in the tests |
+
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
+
+pub mod adapter;
+pub mod backend;
+pub mod cli;
+pub mod daemon;
+pub mod error;
+pub mod kernel_mount;
+pub mod loopdev;
+pub mod mountinfo;
+pub mod open_file;
+pub mod state_file;
+pub mod superblock;
+pub mod umount;
+pub mod view;
+pub mod volumes;

@@ -79,7 +79,8 @@ pub enum ConnectionError {
     Stalled(Duration),
 }
 
-/// Serves one connection until the client says goodbye, vanishes or breaks the protocol, or the shutdown signal is given.
+/// Serves one connection until the client says goodbye or closes between two requests (both `Ok`), breaks the protocol or vanishes, or
+/// the shutdown signal is given (`Ok`).
 ///
 /// Every request that was started runs to its end before this returns. Dropping the future drops them.
 pub async fn serve_connection<S, P>(

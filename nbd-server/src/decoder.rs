@@ -78,6 +78,11 @@ impl Decoder {
         matches!(self.state, State::Payload(..))
     }
 
+    /// Whether the stream may end here: between two requests.
+    pub(crate) fn is_between_requests(&self) -> bool {
+        matches!(self.state, State::Head) && self.available().is_empty()
+    }
+
     /// Where to receive into, and at most how many bytes (never 0).
     pub(crate) fn receive_target(&mut self) -> (&mut Vec<u8>, usize) {
         if let State::Payload(request, _, data) = &mut self.state {

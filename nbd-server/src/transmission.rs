@@ -265,6 +265,7 @@ where
         let mut target = target.limit(max_bytes);
         let received = pin!(self.stream.read_buf(&mut target)).poll(cx);
         match received {
+            Poll::Ready(Ok(0)) if self.decoder.is_between_requests() => self.ending = Some(Ok(())),
             Poll::Ready(Ok(0)) => {
                 self.fail(ConnectionError::Io(io::ErrorKind::UnexpectedEof.into()))
             }

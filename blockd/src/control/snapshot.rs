@@ -36,7 +36,10 @@ pub enum Order {
         hold_max_ms: u64,
     },
     /// Take the snapshot.
-    Take,
+    Take {
+        /// From the participant's [`Answer::Ready`].
+        incarnation: u64,
+    },
     /// It is off: release the writes; drop the snapshot if it was taken.
     Release,
 }
@@ -48,6 +51,8 @@ pub enum Answer {
     Ready {
         /// Writes held.
         held: u32,
+        /// Which start of the server holds them: a hold does not survive a restart.
+        incarnation: u64,
     },
     /// The part is taken; final.
     Taken,

@@ -8,6 +8,7 @@
 use super::Member;
 use crate::control::snapshot::{Answer, Order, Output, Participant, ParticipantEvent};
 use crate::data::owner::VolumeState;
+use crate::data::page_store::PageStore;
 use crate::id::{SnapshotId, TicketId, VolumeId};
 use crate::io::link::{decode_control, encode_control};
 use crate::io::wire::{Frame, Status};
@@ -18,21 +19,25 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 /// The participants of all volumes of this server.
+#[derive(Clone)]
 pub(crate) struct Participants {
     machines: Rc<RefCell<HashMap<VolumeId, Participant>>>,
+    store: PageStore,
+    /// Another number at every start of the server: a hold does not survive a restart.
+    incarnation: u64,
     started: Instant,
 }
 
-impl Default for Participants {
-    fn default() -> Self {
+impl Participants {
+    pub(crate) fn new(store: PageStore, incarnation: u64) -> Self {
         Self {
             machines: Rc::default(),
+            store,
+            incarnation,
             started: Instant::now(),
         }
     }
-}
 
-impl Participants {
     /// Carries out an order and answers it.
     pub(crate) async fn answer(&self, member: &Member, request: &Frame) -> Frame {
         let order: Order = match decode_control(request.payload.clone()) {
@@ -45,8 +50,8 @@ impl Participants {
         let ticket = TicketId(request.aux);
         let answer = match order {
             Order::Prepare { .. } => self.prepare(&state, ticket, order).await,
-            Order::Take => self.take(member, &state, ticket).await,
-            Order::Release => self.release(member, &state, ticket).await,
+            Order::Take { .. } => self.take(&state, ticket, order).await,
+            Order::Release => self.release(&state, ticket).await,
         };
         request.answer(Status::Ok, encode_control(&answer))
     }
@@ -60,9 +65,10 @@ impl Participants {
         let now_ms = self.now_ms();
         let mut machines = self.machines.borrow_mut();
         let epoch = state.table().epoch;
-        let machine = machines
-            .entry(state.id)
-            .or_insert_with(|| Participant::new(epoch));
+        let machine = machines.entry(state.id).or_insert_with(|| {
+            let newest = self.store.snapshots(state.id).last().copied();
+            Participant::new(epoch, newest.unwrap_or_default(), self.incarnation)
+        });
         let outputs = machine.step(now_ms, event);
         for output in &outputs {
             match output {
@@ -111,10 +117,7 @@ impl Participants {
         let deadline_ms = machines.get(&state.id).and_then(Participant::deadline_ms);
         let deadline = self.started + Duration::from_millis(deadline_ms.unwrap_or(0) + 1);
         drop(machines);
-        let this = Self {
-            machines: Rc::clone(&self.machines),
-            started: self.started,
-        };
+        let this = self.clone();
         let state = Rc::clone(state);
         tokio::task::spawn_local(async move {
             sleep_until(deadline).await;
@@ -123,8 +126,8 @@ impl Participants {
         deadline
     }
 
-    async fn take(&self, member: &Member, state: &VolumeState, ticket: TicketId) -> Answer {
-        let outputs = self.step(state, ParticipantEvent::Order(ticket, Order::Take));
+    async fn take(&self, state: &VolumeState, ticket: TicketId, order: Order) -> Answer {
+        let outputs = self.step(state, ParticipantEvent::Order(ticket, order));
         let wanted = outputs.iter().find_map(|output| match output {
             Output::MakeSnapshot { snapshot, .. } => Some(*snapshot),
             _ => None,
@@ -132,8 +135,7 @@ impl Participants {
         let Some(snapshot) = wanted else {
             return reply(&outputs).unwrap_or(Answer::Unknown);
         };
-        let store = &member.owner().store;
-        let made = store.take_snapshot(state.id, snapshot);
+        let made = self.store.take_snapshot(state.id, snapshot);
         if let Err(error) = &made {
             tracing::error!(volume = %state.id, %error, "snapshot not taken");
         }
@@ -143,27 +145,26 @@ impl Participants {
             made: made.is_ok(),
         };
         let outputs = self.step(state, event);
-        match store.flush().await {
+        match self.store.flush().await {
             Ok(()) => reply(&outputs).unwrap_or(Answer::Failed),
             Err(_) => Answer::Failed,
         }
     }
 
-    async fn release(&self, member: &Member, state: &VolumeState, ticket: TicketId) -> Answer {
+    async fn release(&self, state: &VolumeState, ticket: TicketId) -> Answer {
         let outputs = self.step(state, ParticipantEvent::Order(ticket, Order::Release));
         for output in outputs {
             if let Output::DropSnapshot { snapshot } = output {
-                drop_part(member, state.id, snapshot).await;
+                self.drop_part(state.id, snapshot).await;
             }
         }
         Answer::Expired
     }
-}
 
-async fn drop_part(member: &Member, volume: VolumeId, snapshot: SnapshotId) {
-    let dropped = member.owner().store.delete_snapshot(volume, snapshot).await;
-    if let Err(error) = dropped {
-        tracing::info!(%volume, %snapshot, %error, "aborted snapshot is swept later");
+    async fn drop_part(&self, volume: VolumeId, snapshot: SnapshotId) {
+        if let Err(error) = self.store.delete_snapshot(volume, snapshot).await {
+            tracing::info!(%volume, %snapshot, %error, "aborted snapshot is swept later");
+        }
     }
 }
 

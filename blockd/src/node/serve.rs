@@ -220,11 +220,13 @@ impl Node {
             self.verifier,
         ));
         let group = Rc::new(Group::new(owner, Arc::clone(&self.peers)));
+        let incarnation = host::random_u64().map_err(ServeError::Random)?;
+        let participant = participant::Participants::new(self.store.clone(), incarnation);
         let member = Rc::new(Member {
             membership,
             registry,
             group,
-            participant: participant::Participants::default(),
+            participant,
         });
         member.publish();
         tokio::task::spawn_local(follow(Rc::clone(&member)));

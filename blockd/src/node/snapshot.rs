@@ -17,6 +17,7 @@ use crate::id::{SnapshotId, TicketId, VolumeId};
 use crate::io::host::{random_u64, unix_ms};
 use crate::io::link::{decode_control, encode_control};
 use crate::io::wire::{Frame, Kind};
+use crate::limits::SNAPSHOT_TAKEN_MS;
 use crate::node::registry::{RegistryError, UpdateError};
 use futures_util::future::{Either, LocalBoxFuture, join_all, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -100,7 +101,7 @@ async fn coordinate(
     let started = Instant::now();
     let now_ms = || u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     let hold_max_ms = node.config.snapshot_hold_max_ms;
-    let mut machine = Coordinator::new(ticket, &plans, hold_max_ms, now_ms());
+    let mut machine = Coordinator::new(ticket, &plans, hold_max_ms, SNAPSHOT_TAKEN_MS, now_ms());
     let mut running = FuturesUnordered::<LocalBoxFuture<'_, Option<CoordinatorEvent>>>::new();
     let mut actions: VecDeque<Action> = machine.step(now_ms(), CoordinatorEvent::Started).into();
     loop {

@@ -103,7 +103,8 @@ enum Phase {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Progress {
     plan: Plan,
-    ready: bool,
+    /// The incarnation that is ready.
+    ready: Option<u64>,
     taken: bool,
 }
 
@@ -112,21 +113,29 @@ struct Progress {
 pub struct Coordinator {
     ticket: TicketId,
     hold_max_ms: u64,
+    taken_max_ms: u64,
     deadline_ms: u64,
     phase: Phase,
     parts: BTreeMap<Part, Progress>,
 }
 
 impl Coordinator {
-    /// A run over these parts, which has to be through `hold_max_ms` after `now_ms`.
+    /// A run over these parts, all of which have to be ready `hold_max_ms` after `now_ms`
+    /// and to be taken `taken_max_ms` later: by then nothing is held, the owners sync their logs.
     #[must_use]
-    pub fn new(ticket: TicketId, plans: &[Plan], hold_max_ms: u64, now_ms: u64) -> Self {
+    pub fn new(
+        ticket: TicketId,
+        plans: &[Plan],
+        hold_max_ms: u64,
+        taken_max_ms: u64,
+        now_ms: u64,
+    ) -> Self {
         let progress = |plan: &Plan| {
             (
                 plan.part,
                 Progress {
                     plan: *plan,
-                    ready: false,
+                    ready: None,
                     taken: false,
                 },
             )
@@ -134,6 +143,7 @@ impl Coordinator {
         Self {
             ticket,
             hold_max_ms,
+            taken_max_ms,
             deadline_ms: now_ms.saturating_add(hold_max_ms),
             phase: Phase::New,
             parts: plans.iter().map(progress).collect(),
@@ -198,7 +208,9 @@ impl Coordinator {
             return Vec::new();
         };
         match (self.phase, answer) {
-            (Phase::Preparing, Answer::Ready { .. }) => progress.ready = true,
+            (Phase::Preparing, Answer::Ready { incarnation, .. }) => {
+                progress.ready = Some(incarnation);
+            }
             (Phase::Taking, Answer::Ready { .. }) => {}
             (Phase::Taking, Answer::Taken) => progress.taken = true,
             (Phase::Preparing | Phase::Taking, other) => {
@@ -212,12 +224,18 @@ impl Coordinator {
     /// S003-38: `take` goes out only when every server, the own one too, is ready.
     fn advance(&mut self) -> Vec<Action> {
         match self.phase {
-            Phase::Preparing if self.parts.values().all(|p| p.ready) => {
+            Phase::Preparing if self.parts.values().all(|p| p.ready.is_some()) => {
                 self.phase = Phase::Taking;
-                self.parts
-                    .keys()
-                    .map(|part| Action::Send(*part, Order::Take))
-                    .collect()
+                self.deadline_ms = self.deadline_ms.saturating_add(self.taken_max_ms);
+                let take = |(part, p): (&Part, &Progress)| {
+                    Some(Action::Send(
+                        *part,
+                        Order::Take {
+                            incarnation: p.ready?,
+                        },
+                    ))
+                };
+                self.parts.iter().filter_map(take).collect()
             }
             Phase::Taking if self.parts.values().all(|p| p.taken) => {
                 self.phase = Phase::Committing;

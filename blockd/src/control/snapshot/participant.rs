@@ -86,23 +86,33 @@ enum Decision {
 /// The state machine of one volume on one server.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Participant {
+    incarnation: u64,
     epoch: Epoch,
     executing: u32,
     held: u32,
     phase: Phase,
+    /// Newest snapshot of which this server has, or had, a part; a prepare up to it is an old one.
+    newest: SnapshotId,
     decided: VecDeque<(TicketId, Decision)>,
 }
 
 impl Participant {
-    /// A volume on which nothing goes on, with this epoch of its routing table.
+    /// A volume on which nothing goes on, with this epoch of its routing table. `newest` is the
+    /// newest snapshot of which the store has a part (0: none): without it a repeated prepare after
+    /// a restart could take, and then drop, a part that is committed. `incarnation` is another
+    /// number at every start of the server: without it a repeated prepare after a restart could
+    /// begin a second hold that passes for the first one.
     #[must_use]
-    pub fn new(epoch: Epoch) -> Self {
+    pub fn new(epoch: Epoch, newest: SnapshotId, incarnation: u64) -> Self {
+        let (phase, decided) = (Phase::Idle, VecDeque::new());
         Self {
+            incarnation,
             epoch,
             executing: 0,
             held: 0,
-            phase: Phase::Idle,
-            decided: VecDeque::new(),
+            phase,
+            newest,
+            decided,
         }
     }
 
@@ -178,7 +188,7 @@ impl Participant {
                     out,
                 );
             }
-            Order::Take => self.take(ticket, out),
+            Order::Take { incarnation } => self.take(ticket, incarnation, out),
             Order::Release => self.release(ticket, out),
         }
     }
@@ -190,6 +200,9 @@ impl Participant {
         match self.hold() {
             Some(current) if current.ticket == hold.ticket => self.reply_if_ready(out),
             Some(_) => out.push(Output::Reply(hold.ticket, Answer::Busy)),
+            None if hold.snapshot <= self.newest => {
+                out.push(Output::Reply(hold.ticket, Answer::Expired));
+            }
             None if epoch != self.epoch => {
                 out.push(Output::Reply(hold.ticket, Answer::OtherEpoch(self.epoch)));
             }
@@ -212,16 +225,22 @@ impl Participant {
         if let Phase::Ready(hold) = self.phase {
             out.push(Output::Reply(
                 hold.ticket,
-                Answer::Ready { held: self.held },
+                Answer::Ready {
+                    held: self.held,
+                    incarnation: self.incarnation,
+                },
             ));
         }
     }
 
-    fn take(&mut self, ticket: TicketId, out: &mut Vec<Output>) {
+    fn take(&mut self, ticket: TicketId, incarnation: u64, out: &mut Vec<Output>) {
         if let Some(decision) = self.decision(ticket) {
             return out.push(Output::Reply(ticket, answer_of(decision)));
         }
         match self.phase {
+            _ if incarnation != self.incarnation => {
+                out.push(Output::Reply(ticket, Answer::Unknown));
+            }
             Phase::Ready(hold) if hold.ticket == ticket => {
                 self.phase = Phase::Taking(hold);
                 out.push(Output::MakeSnapshot {
@@ -293,6 +312,9 @@ impl Participant {
     /// The only place that ends a hold.
     fn decide(&mut self, ticket: TicketId, decision: Decision, out: &mut Vec<Output>) {
         self.remember(ticket, decision);
+        if let Decision::Taken(snapshot) = decision {
+            self.newest = self.newest.max(snapshot);
+        }
         self.phase = Phase::Idle;
         self.executing += self.held;
         out.push(Output::ReleaseWrites {
@@ -327,6 +349,7 @@ mod tests {
     const T: TicketId = TicketId(7);
     const S: SnapshotId = SnapshotId(3);
     const E: Epoch = Epoch(5);
+    const I: u64 = 11;
 
     fn prepare(hold_max_ms: u64) -> ParticipantEvent {
         ParticipantEvent::Order(
@@ -360,7 +383,7 @@ mod tests {
             made: true,
         };
         run(
-            &mut Participant::new(E),
+            &mut Participant::new(E, SnapshotId(0), I),
             &[
                 (0, WriteArrived, &[Output::StartWrite]),
                 (1, prepare(100), &[Output::HoldWrites]),
@@ -368,11 +391,17 @@ mod tests {
                 (
                     3,
                     WriteFinished,
-                    &[Output::Reply(T, Answer::Ready { held: 1 })],
+                    &[Output::Reply(
+                        T,
+                        Answer::Ready {
+                            held: 1,
+                            incarnation: I,
+                        },
+                    )],
                 ),
                 (
                     4,
-                    order(Order::Take),
+                    order(Order::Take { incarnation: I }),
                     &[Output::MakeSnapshot {
                         ticket: T,
                         snapshot: S,
@@ -387,14 +416,22 @@ mod tests {
                         Output::Reply(T, Answer::Taken),
                     ],
                 ),
-                (7, order(Order::Take), &[Output::Reply(T, Answer::Taken)]),
+                (
+                    7,
+                    order(Order::Take { incarnation: I }),
+                    &[Output::Reply(T, Answer::Taken)],
+                ),
                 (8, WriteArrived, &[Output::StartWrite]),
                 (
                     9,
                     order(Order::Release),
                     &[Output::DropSnapshot { snapshot: S }],
                 ),
-                (10, order(Order::Take), &[Output::Reply(T, Answer::Expired)]),
+                (
+                    10,
+                    order(Order::Take { incarnation: I }),
+                    &[Output::Reply(T, Answer::Expired)],
+                ),
             ],
         );
     }
@@ -404,14 +441,20 @@ mod tests {
         let released = Output::ReleaseWrites { count: 0 };
         let expired = Output::Reply(T, Answer::Expired);
         for tick in [false, true] {
-            let mut p = Participant::new(E);
+            let mut p = Participant::new(E, SnapshotId(0), I);
             p.step(0, prepare(100));
             assert_eq!(p.step(100, ParticipantEvent::Tick), []);
             if tick {
                 assert_eq!(p.step(101, ParticipantEvent::Tick), [released]);
-                assert_eq!(p.step(102, order(Order::Take)), [expired]);
+                assert_eq!(
+                    p.step(102, order(Order::Take { incarnation: I })),
+                    [expired]
+                );
             } else {
-                assert_eq!(p.step(102, order(Order::Take)), [released, expired]);
+                assert_eq!(
+                    p.step(102, order(Order::Take { incarnation: I })),
+                    [released, expired]
+                );
             }
             assert_eq!(
                 p.step(103, prepare(100)),
@@ -423,9 +466,9 @@ mod tests {
 
     #[test]
     fn a_part_that_is_made_too_late_is_dropped() {
-        let mut p = Participant::new(E);
+        let mut p = Participant::new(E, SnapshotId(0), I);
         p.step(0, prepare(100));
-        p.step(1, order(Order::Take));
+        p.step(1, order(Order::Take { incarnation: I }));
         assert_eq!(
             p.step(101, ParticipantEvent::Tick),
             [Output::ReleaseWrites { count: 0 }]
@@ -444,9 +487,9 @@ mod tests {
 
     #[test]
     fn refusals() {
-        let mut p = Participant::new(E);
+        let mut p = Participant::new(E, SnapshotId(0), I);
         let unknown = Output::Reply(T, Answer::Unknown);
-        assert_eq!(p.step(0, order(Order::Take)), [unknown]);
+        assert_eq!(p.step(0, order(Order::Take { incarnation: I })), [unknown]);
         let old = Order::Prepare {
             snapshot: S,
             epoch: Epoch(4),
@@ -472,8 +515,18 @@ mod tests {
     }
 
     #[test]
+    fn a_prepare_from_before_the_restart_does_not_touch_the_part_on_disk() {
+        let mut p = Participant::new(E, S, I);
+        assert_eq!(p.step(0, prepare(100)), [Output::Reply(T, Answer::Expired)]);
+        assert_eq!(
+            p.step(1, order(Order::Take { incarnation: I })),
+            [Output::Reply(T, Answer::Unknown)]
+        );
+    }
+
+    #[test]
     fn a_prepare_behind_its_release_does_not_hold() {
-        let mut p = Participant::new(E);
+        let mut p = Participant::new(E, SnapshotId(0), I);
         assert_eq!(p.step(0, order(Order::Release)), []);
         assert_eq!(p.step(1, prepare(100)), [Output::Reply(T, Answer::Expired)]);
         assert_eq!(p.deadline_ms(), None);
@@ -481,7 +534,7 @@ mod tests {
 
     #[test]
     fn the_hold_and_the_memory_are_bounded() {
-        let mut p = Participant::new(E);
+        let mut p = Participant::new(E, SnapshotId(0), I);
         p.step(0, prepare(u64::MAX));
         assert_eq!(p.deadline_ms(), Some(SNAPSHOT_HOLD_CAP_MS));
         for ticket in 0..1000 {

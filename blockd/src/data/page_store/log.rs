@@ -76,7 +76,7 @@ impl Log {
             self.write(disk, &Change::Pad(pad), &[])?;
         }
         let pos = self.write(disk, change, data)?;
-        if *change != Change::Mark {
+        if !matches!(change, Change::Mark { .. }) {
             self.last_change = self.head.lsn;
         }
         Ok(pos)

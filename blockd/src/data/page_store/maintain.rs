@@ -4,6 +4,7 @@
 //! A job is a plain value; whoever runs it brings the outcome back to `finish`.
 //!
 //! Order that makes recovery exact:
+//! 0. Pointer data is synced, a mark says so, then the log is synced: three steps of one flush.
 //! 1. A redo entry is applied only when its record is durable and a durable record says so
 //!    (`log.recorded`), in the order of the log.
 //! 2. A checkpoint at point C freezes the tables at C, applies everything up to C, syncs the slab,
@@ -36,7 +37,7 @@ const FREED_MAX: u64 = 1024;
 /// Work that waits for the device.
 #[derive(Debug)]
 pub enum Job {
-    /// Sync of the log (and of the slab before it).
+    /// Sync of the log, or before it of the slab if pointers wait for that.
     Sync(SyncJob),
     /// Copying from the log to the slab.
     Apply(ApplyJob),
@@ -53,7 +54,7 @@ pub enum Job {
 pub struct SyncJob {
     upto: LogPoint,
     carried: u64,
-    slab: bool,
+    file: DiskFile,
 }
 
 /// See `Job::Apply`.
@@ -114,10 +115,7 @@ impl Job {
 
 impl SyncJob {
     fn run<D: Disk + ?Sized>(&self, disk: &D) -> io::Result<u64> {
-        if self.slab {
-            disk.sync(DiskFile::Slab)?;
-        }
-        disk.sync(DiskFile::Log).map(|()| 0)
+        disk.sync(self.file).map(|()| 0)
     }
 }
 
@@ -241,6 +239,10 @@ pub(super) struct Upkeep {
     pub(super) copies: Vec<MetaCopy>,
     /// Last pointer record: its data is durable only after a sync of the slab.
     pub(super) last_pointer: u64,
+    /// Pointer data up to this point is synced in the slab.
+    pub(super) in_slab: LogPoint,
+    /// The next sync is that of the log, even if new pointers came.
+    slab_was_synced: bool,
     checkpoint: Option<Checkpoint>,
     sync_runs: bool,
     maintenance_runs: bool,
@@ -307,21 +309,56 @@ impl<D: Disk> Engine<D> {
         if !flush && !limit && !record {
             return Ok(None);
         }
+        self.upkeep.sync_runs = true;
+        let (head, carried) = (self.log.head, self.log.carried);
+        if self.upkeep.in_slab.lsn < self.upkeep.last_pointer && !self.upkeep.slab_was_synced {
+            return Ok(Some(Job::Sync(SyncJob {
+                upto: head,
+                carried,
+                file: DiskFile::Slab,
+            })));
+        }
+        self.upkeep.slab_was_synced = false;
         let all_durable = self.upkeep.recorded_wanted <= self.log.durable;
         if record
             && all_durable
             && self.log.carried < self.upkeep.recorded_wanted
             && self.log.has_room(64, 0)
         {
-            self.commit(&Change::Mark, &[])?;
+            self.mark()?;
         }
-        self.upkeep.sync_runs = true;
-        let slab = self.log.durable < self.upkeep.last_pointer;
+        let all_in_slab = self.upkeep.last_pointer <= self.upkeep.in_slab.lsn;
+        let upto = if all_in_slab {
+            self.log.head
+        } else {
+            self.upkeep.in_slab
+        };
+        let carried = self.log.carried;
         Ok(Some(Job::Sync(SyncJob {
-            upto: self.log.head,
-            carried: self.log.carried,
-            slab,
+            upto,
+            carried,
+            file: DiskFile::Log,
         })))
+    }
+
+    fn mark(&mut self) -> Result<(), StoreError> {
+        self.commit(
+            &Change::Mark {
+                in_slab: self.upkeep.in_slab.lsn,
+            },
+            &[],
+        )
+    }
+
+    /// The slab is synced: say so in the log, so that recovery need not guess from the data.
+    fn slab_synced(&mut self, upto: LogPoint) -> Result<(), StoreError> {
+        self.upkeep.in_slab = upto;
+        self.upkeep.slab_was_synced = true;
+        if self.log.has_room(64, 0) {
+            self.mark()
+        } else {
+            Ok(())
+        }
     }
 
     /// The next maintenance job, if there is something to do that can be done now.
@@ -514,6 +551,7 @@ impl<D: Disk> Engine<D> {
             Err(error) => return self.job_failed(done.job, error),
         };
         match done.job {
+            Job::Sync(job) if job.file == DiskFile::Slab => return self.slab_synced(job.upto),
             Job::Sync(job) => self.synced(job.upto, job.carried),
             Job::Apply(job) => self.applied(&job),
             Job::SyncSlab => {

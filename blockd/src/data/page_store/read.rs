@@ -228,6 +228,27 @@ impl<D: Disk> Engine<D> {
         Ok(())
     }
 
+    /// Bytes of a range as the device has them, unverified: for repair by hand when nothing else is left.
+    pub fn salvage(&self, at: PageAt, snapshot: Option<SnapshotId>) -> Result<Vec<u8>, StoreError> {
+        Self::check_range(&at)?;
+        let mut buf = Vec::new();
+        let Some((_, era)) = self.view(at.volume, snapshot)? else {
+            return Ok(vec![0; at.len_bytes as usize]);
+        };
+        for source in self.range_sources(at, era) {
+            let from = buf.len();
+            buf.resize(from + SUB, 0);
+            if let Source::Stored { file, pos, .. } = source {
+                self.disk
+                    .read_at(file, pos, &mut buf[from..])
+                    .map_err(|e| StoreError::read(file, e))?;
+            }
+        }
+        buf.drain(..at.offset_bytes as usize % SUB);
+        buf.truncate(at.len_bytes as usize);
+        Ok(buf)
+    }
+
     fn get(
         &self,
         read: ColdRead,

@@ -8,7 +8,7 @@
 //!      6    2  mask: sub-blocks whose bytes follow
 //!      8    8  lsn
 //!     16    8  highest lsn known durable when the record was written
-//!     24    8  volume
+//!     24    8  volume; of a mark: lsn up to which pointer data is synced
 //!     32    4  page
 //!     36    2  chunk of the page
 //!     38    2  zero: sub-blocks that become zeros
@@ -63,8 +63,8 @@ pub(super) enum DataKind {
 /// A change of the store, as logged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Change {
-    /// Nothing; it carries the durable lsn.
-    Mark,
+    /// Nothing; it carries the durable lsn. Pointer data up to lsn `in_slab` was synced before.
+    Mark { in_slab: u64 },
     /// Fills the end of the ring; bytes after the header.
     Pad(u32),
     /// Sub-blocks of one chunk.
@@ -150,7 +150,7 @@ pub(super) fn encode(
 /// Fills the fields that depend on the kind; gives the number of checksums.
 fn encode_fields(change: &Change, buf: &mut [u8]) -> usize {
     let (kind, volume, argument) = match change {
-        Change::Mark => (1, VolumeId(0), 0),
+        Change::Mark { in_slab } => (1, VolumeId(*in_slab), 0),
         Change::Pad(bytes) => (2, VolumeId(0), *bytes),
         Change::Data {
             kind: DataKind::Put,
@@ -283,7 +283,7 @@ fn decode_change(bytes: &[u8], mask: u16, argument: u32) -> Option<Change> {
         }
     };
     Some(match bytes[4] {
-        1 => Change::Mark,
+        1 => Change::Mark { in_slab: volume.0 },
         2 => Change::Pad(argument),
         3 => data(DataKind::Put),
         4 => data(DataKind::Fill),
@@ -303,4 +303,82 @@ fn decode_change(bytes: &[u8], mask: u16, argument: u32) -> Option<Change> {
         10 => Change::DropGroup(at),
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round_trip(change: Change) {
+        let mut buf = [0; HEAD_BYTES_MAX];
+        let (len, crc) = encode(&change, 7, 5, 0xaabb_ccdd, 0x1234, &mut buf);
+        let record = decode(&buf[..len], 0x1234).unwrap();
+        assert_eq!(
+            (record.lsn, record.durable, record.crc, &record.change),
+            (7, 5, crc, &change)
+        );
+        assert_eq!((record.head_bytes, record.len_bytes), sizes(&change));
+        assert_eq!(
+            decode(&buf[..len], 0x1235),
+            None,
+            "a record of another store"
+        );
+        for at in 0..len.min(60) {
+            buf[at] ^= 4;
+            assert_eq!(decode(&buf[..len], 0x1234), None, "flip in byte {at}");
+            buf[at] ^= 4;
+        }
+    }
+
+    fn sample() -> Change {
+        let at = ChunkAt {
+            volume: VolumeId(9),
+            page: PageNo(3),
+            chunk: 2,
+        };
+        let mut crcs = [0; SUBS];
+        (crcs[0], crcs[2]) = (0x1111_1111, 0x3333_3333);
+        Change::Data {
+            kind: DataKind::Put,
+            at,
+            slot: 11,
+            mask: 0b101,
+            zero: 0b10,
+            epoch: 6,
+            crcs,
+        }
+    }
+
+    #[test]
+    fn the_format_is_the_golden_file() {
+        let mut buf = [0; HEAD_BYTES_MAX];
+        let (len, _) = encode(&sample(), 7, 5, 0xaabb_ccdd, 0x1234, &mut buf);
+        assert_eq!(
+            &buf[..len],
+            include_bytes!("../../../tests/golden/log-record-v1.bin")
+        );
+    }
+
+    #[test]
+    fn every_kind_survives_the_round_trip() {
+        let at = ChunkAt {
+            volume: VolumeId(1 << 40),
+            page: PageNo(u32::MAX),
+            chunk: 8191,
+        };
+        let crcs = vec![[1; SUBS], [2; SUBS], [u32::MAX; SUBS]];
+        round_trip(sample());
+        round_trip(Change::Pointer {
+            at,
+            slot: 77,
+            epoch: 1,
+            crcs,
+        });
+        round_trip(Change::TakeSnapshot(VolumeId(1), SnapshotId(2)));
+        round_trip(Change::DropSnapshot(VolumeId(1), SnapshotId(2)));
+        round_trip(Change::DropVolume(VolumeId(3)));
+        round_trip(Change::DropGroup(at));
+        round_trip(Change::Mark { in_slab: 6 });
+        round_trip(Change::Pad(640));
+    }
 }

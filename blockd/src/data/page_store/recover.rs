@@ -4,12 +4,13 @@
 //! record before) goes, and the highest lsn known durable (`proven`) by any record or the superblock.
 //! Where the chain ends the rest of the ring is searched for records that prove the missing one was
 //! durable: then it is corruption and the store stays closed. Otherwise the end is a torn tail.
-//! Then the records are executed. Up to `proven` the data is not looked at: reads verify it. Beyond,
-//! the first record whose data does not verify was never flushed, nor was anything after it: cut.
+//! Then the records are executed. Up to `proven` the data is not looked at: reads verify it; nor is
+//! that of pointers up to the lsn that a mark calls synced in the slab. Beyond, the first record whose data does not verify was never flushed, nor was anything after it: cut.
 
 use super::catalog;
 use super::engine::Engine;
 use super::error::StoreError;
+use super::hash::FastMap;
 use super::log::{Log, LogPoint};
 use super::maintain::{Upkeep, catalog_file};
 use super::meta::{META_PAGE_BYTES, META_SLOTS, MetaCopy, MetaPage};
@@ -68,6 +69,7 @@ impl<D: Disk> Engine<D> {
         };
         upkeep.superblock = superblock;
         upkeep.last_pointer = last_pointer;
+        upkeep.in_slab = head;
         let mut engine = Engine::assemble(disk, options, tables, log, upkeep);
         engine.settle()?;
         Ok(engine)
@@ -85,7 +87,12 @@ impl<D: Disk> Engine<D> {
             .map_err(failed)?;
         self.synced(self.log.head, self.log.carried);
         if self.log.recorded < self.log.head.lsn && self.log.has_room(64, 0) {
-            self.commit(&Change::Mark, &[])?;
+            self.commit(
+                &Change::Mark {
+                    in_slab: self.log.head.lsn,
+                },
+                &[],
+            )?;
             disk.sync(DiskFile::Log).map_err(failed)?;
             self.synced(self.log.head, self.log.carried);
         }
@@ -336,17 +343,30 @@ fn redo<D: Disk>(
     tables: &mut Tables,
 ) -> Result<(LogPoint, u64), StoreError> {
     let (mut head, mut last_pointer) = (superblock.start, 0);
+    let in_slab = records.iter().map(|(_, record)| match record.change {
+        Change::Mark { in_slab } => in_slab,
+        _ => 0,
+    });
+    let in_slab = in_slab.max().unwrap_or(0);
+    let mut allocated: FastMap<u32, u64> = FastMap::default();
     for (pos, record) in records {
         let data_pos = pos % superblock.log_bytes + record.head_bytes as u64;
-        if proven < record.lsn && !verifies(disk, &record.change, data_pos)? {
+        let is_pointer = matches!(record.change, Change::Pointer { .. });
+        let is_sure = record.lsn <= proven || (is_pointer && record.lsn <= in_slab);
+        if !is_sure && !verifies(disk, &record.change, data_pos)? {
             break;
         }
+        allocated.extend(
+            tables
+                .allocates(&record.change)
+                .map(|slot| (slot, record.lsn)),
+        );
         let misfit =
             |m: super::tables::Misfit| corrupt("log", format!("record {}: {}", record.lsn, m.0));
         tables
             .execute(record.lsn, &record.change, data_pos)
             .map_err(misfit)?;
-        if matches!(record.change, Change::Pointer { .. }) {
+        if is_pointer {
             last_pointer = record.lsn;
         }
         head = LogPoint {
@@ -355,6 +375,7 @@ fn redo<D: Disk>(
             crc: record.crc,
         };
     }
+    tables.forget_redo_before(&allocated);
     Ok((head, last_pointer))
 }
 

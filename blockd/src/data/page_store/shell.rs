@@ -115,7 +115,7 @@ impl PageStore {
             let step = self.inner.engine.borrow().read(at, snapshot, &fetched)?;
             match step {
                 Step::Done(parts) => return Ok(parts),
-                Step::Cold(reads) => fetched = self.inner.fetch(reads).await?,
+                Step::Cold(reads) => fetched.extend(self.inner.fetch(reads).await?),
                 Step::Full => self.inner.wait_for_space().await?,
             }
         }
@@ -456,7 +456,7 @@ impl Inner {
             let step = request(&mut self.engine.borrow_mut(), &fetched);
             match step {
                 Ok(Step::Done(answer)) => return Ok(answer),
-                Ok(Step::Cold(reads)) => fetched = self.fetch(reads).await?,
+                Ok(Step::Cold(reads)) => fetched.extend(self.fetch(reads).await?),
                 Ok(Step::Full) => self.wait_for_space().await?,
                 Err(StoreError::NoSpace) if rounds < SPACE_ROUNDS && self.frees_are_pending() => {
                     rounds += 1;

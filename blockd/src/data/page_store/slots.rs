@@ -60,11 +60,6 @@ impl Slots {
         self.end
     }
 
-    /// Free slots below the end.
-    pub(super) fn free(&self) -> u64 {
-        self.warm.slots + self.cold.slots
-    }
-
     /// Free slots whose space is still allocated.
     pub(super) fn warm(&self) -> u64 {
         self.warm.slots
@@ -107,7 +102,7 @@ mod tests {
             slots.release(slot, false);
         }
         slots.release(5, true);
-        assert_eq!((slots.free(), slots.warm()), (4, 1));
+        assert_eq!((slots.cold.slots, slots.warm()), (3, 1));
         assert_eq!(slots.allocate(1), Some(5));
         assert_eq!(slots.allocate(3), Some(0));
         assert_eq!(slots.allocate(1), Some(6));

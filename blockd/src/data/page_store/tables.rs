@@ -100,6 +100,13 @@ pub(super) enum Redo {
 }
 
 impl Redo {
+    /// Slot that it is about.
+    fn slot(&self) -> u32 {
+        match self {
+            Redo::Write { slot, .. } | Redo::Trim { slot, .. } | Redo::Free { slot, .. } => *slot,
+        }
+    }
+
     /// Record that caused it.
     pub(super) fn lsn(&self) -> u64 {
         match self {
@@ -202,7 +209,7 @@ impl Tables {
         data_pos: u64,
     ) -> Result<(), Misfit> {
         match change {
-            Change::Mark | Change::Pad(_) => {}
+            Change::Mark { .. } | Change::Pad(_) => {}
             Change::Data {
                 kind,
                 at,
@@ -546,6 +553,39 @@ impl Tables {
         {
             self.volumes.remove(&volume.0);
         }
+    }
+
+    /// Slots that a record takes into use, if it were executed now.
+    pub(super) fn allocates(&self, change: &Change) -> std::ops::Range<u32> {
+        match change {
+            Change::Pointer { slot, crcs, .. } => {
+                *slot..slot.saturating_add(u32::try_from(crcs.len()).unwrap_or(u32::MAX))
+            }
+            Change::Data {
+                kind: DataKind::Put,
+                at,
+                slot,
+                ..
+            } => {
+                let volume = self.volumes.get(&at.volume.0);
+                let newest = volume.and_then(|v| v.chunk(at.page, at.chunk).first());
+                let is_known = newest.is_some_and(|v| v.slot == *slot);
+                *slot..slot.saturating_add(u32::from(!is_known))
+            }
+            _ => 0..0,
+        }
+    }
+
+    /// Recovery: what was to be done to a slot before it was taken into use again was done then, and
+    /// must not be done now to its new content.
+    pub(super) fn forget_redo_before(&mut self, allocated: &FastMap<u32, u64>) {
+        self.redo.retain(|entry| {
+            allocated
+                .get(&entry.slot())
+                .is_none_or(|lsn| *lsn <= entry.lsn())
+        });
+        let is_free = |entry: &&Redo| matches!(entry, Redo::Free { .. });
+        self.freed_in_redo = self.redo.iter().filter(is_free).count() as u64;
     }
 
     /// Record of a slot that has not changed since it was noted in `at`.

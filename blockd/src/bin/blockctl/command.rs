@@ -1,0 +1,233 @@
+//! What each noun and verb asks of the servers.
+
+use crate::args::{
+    Cli, ClusterVerb, Format, NodeVerb, Noun, RouteVerb, SnapshotVerb, VolumeCreateArgs, VolumeVerb,
+};
+use crate::failure::Failure;
+use crate::format::{Mkfs, copy_data};
+use crate::interrupt::Interrupt;
+use crate::output::{print, reply_json, reply_text};
+use crate::session::Session;
+use crate::{documents, mount, progress};
+use blockd::admin::{AdminReply, AdminRequest, SnapshotInfo, SnapshotName, VolumeCreate};
+use serde_json::json;
+use std::fs::File;
+use std::time::Instant;
+
+/// Runs one command to its end.
+pub(crate) async fn run(cli: &Cli) -> Result<(), Failure> {
+    match &cli.noun {
+        Noun::Cluster(verb) => ask_and_print(cli, cluster_request(verb)).await,
+        Noun::Node(verb) => ask_and_print(cli, node_request(verb)).await,
+        Noun::Volume(verb) => run_volume(cli, verb).await,
+        Noun::Snapshot(verb) => run_snapshot(cli, verb).await,
+        Noun::Route(RouteVerb::Show { volume }) => {
+            let volume = volume.clone();
+            ask_and_print(cli, AdminRequest::RouteShow { volume }).await
+        }
+        Noun::Version => ask_and_print(cli, AdminRequest::Version).await,
+        Noun::Mount(args) => Err(mount::mount(&cli.servers, args)),
+        Noun::Umount { dir } => Err(mount::umount(dir)),
+        Noun::Completion { shell } => documents::completion(*shell),
+        Noun::Man { dir } => documents::man_pages(dir),
+    }
+}
+
+async fn run_volume(cli: &Cli, verb: &VolumeVerb) -> Result<(), Failure> {
+    let request = match verb {
+        VolumeVerb::Create(args) => return create_volume(cli, args).await,
+        VolumeVerb::Delete { name, force } => return delete_volume(cli, name, *force).await,
+        VolumeVerb::List => AdminRequest::VolumeList,
+        VolumeVerb::Show { name } => AdminRequest::VolumeShow { name: name.clone() },
+        VolumeVerb::Resize {
+            name,
+            size,
+            allow_shrink,
+        } => AdminRequest::VolumeResize {
+            name: name.clone(),
+            size_bytes: *size,
+            allow_shrink: *allow_shrink,
+        },
+        VolumeVerb::Rename { name, new_name } => AdminRequest::VolumeRename {
+            name: name.clone(),
+            new_name: new_name.clone(),
+        },
+    };
+    ask_and_print(cli, request).await
+}
+
+async fn run_snapshot(cli: &Cli, verb: &SnapshotVerb) -> Result<(), Failure> {
+    match verb {
+        SnapshotVerb::Create { targets } => create_snapshots(cli, targets).await,
+        SnapshotVerb::List { volume } => {
+            let volume = volume.clone();
+            ask_and_print(cli, AdminRequest::SnapshotList { volume }).await
+        }
+        SnapshotVerb::Delete { target } => {
+            let busy = progress::spinner("deleting the snapshot");
+            let target = target.clone();
+            let reply = connect(cli)
+                .await?
+                .ask(AdminRequest::SnapshotDelete { target })
+                .await;
+            busy.finish_and_clear();
+            print_reply(cli, &reply?)
+        }
+    }
+}
+
+fn cluster_request(verb: &ClusterVerb) -> AdminRequest {
+    match verb {
+        ClusterVerb::Define { name } => AdminRequest::ClusterDefine { name: name.clone() },
+        ClusterVerb::Status => AdminRequest::ClusterStatus,
+    }
+}
+
+fn node_request(verb: &NodeVerb) -> AdminRequest {
+    match verb {
+        NodeVerb::List => AdminRequest::NodeList,
+        NodeVerb::Define {
+            address,
+            name,
+            online,
+        } => AdminRequest::NodeDefine {
+            address: address.clone(),
+            name: name.clone(),
+            online: *online,
+        },
+    }
+}
+
+/// The filesystem is made in a file first: what can fail without a volume fails without one.
+async fn create_volume(cli: &Cli, args: &VolumeCreateArgs) -> Result<(), Failure> {
+    let mut interrupt = Interrupt::listen()?;
+    let filesystem = match args.format {
+        Some(format) => Some((format, Mkfs::find(format)?.run(args.size)?)),
+        None => None,
+    };
+    let session = connect(cli).await?;
+    let request = AdminRequest::VolumeCreate(VolumeCreate {
+        name: args.name.clone(),
+        size_bytes: args.size,
+        servers: args.servers.clone(),
+        page_blocks: args.page_blocks,
+        format: args.format.map(|format| format.name().to_owned()),
+    });
+    let mut reply = session.ask(request).await?;
+    if let Some((format, file)) = filesystem {
+        let filled = tokio::select! {
+            filled = fill_volume(&session, &args.name, &file) => filled,
+            () = interrupt.wait() => Err(Failure::Interrupted),
+        };
+        if let Err(failure) = filled {
+            return Err(undo_create(&session, &args.name, format, failure).await);
+        }
+        let name = args.name.clone();
+        reply = session.ask(AdminRequest::VolumeShow { name }).await?;
+    }
+    print_reply(cli, &reply)
+}
+
+async fn fill_volume(session: &Session, name: &str, file: &File) -> Result<(), Failure> {
+    let bar = progress::bytes("writing the filesystem");
+    let target = session.open(name).await?;
+    let copied = copy_data(file, &target, &bar).await;
+    bar.finish_and_clear();
+    copied
+}
+
+/// A volume that was to have a filesystem and has none is taken away again.
+async fn undo_create(session: &Session, name: &str, format: Format, failure: Failure) -> Failure {
+    let request = AdminRequest::VolumeDelete {
+        name: name.to_owned(),
+    };
+    let aftermath = match session.ask(request).await {
+        Ok(_) => "the volume was deleted again".to_owned(),
+        Err(error) => format!(
+            "the volume could not be deleted again ({error}); \
+             try `blockctl volume delete {name}`"
+        ),
+    };
+    Failure::Format {
+        volume: name.to_owned(),
+        format: format.name(),
+        source: Box::new(failure),
+        aftermath,
+    }
+}
+
+/// With `force` the snapshots go first, one by one: each frees what only it holds.
+async fn delete_volume(cli: &Cli, name: &str, force: bool) -> Result<(), Failure> {
+    let session = connect(cli).await?;
+    if force {
+        delete_snapshots_of(&session, name).await?;
+    }
+    let busy = progress::spinner("deleting the volume");
+    let name = name.to_owned();
+    let reply = session.ask(AdminRequest::VolumeDelete { name }).await;
+    busy.finish_and_clear();
+    print_reply(cli, &reply?)
+}
+
+async fn delete_snapshots_of(session: &Session, volume: &str) -> Result<(), Failure> {
+    let snapshots = snapshots_of(session, volume).await?;
+    let bar = progress::count("deleting snapshots", snapshots.len() as u64);
+    for snapshot in snapshots {
+        let target = SnapshotName {
+            volume: snapshot.volume,
+            snapshot: snapshot.name,
+        };
+        session.ask(AdminRequest::SnapshotDelete { target }).await?;
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
+async fn snapshots_of(session: &Session, volume: &str) -> Result<Vec<SnapshotInfo>, Failure> {
+    let request = AdminRequest::SnapshotList {
+        volume: Some(volume.to_owned()),
+    };
+    match session.ask(request).await? {
+        AdminReply::Snapshots(snapshots) => Ok(snapshots),
+        _ => Err(Failure::UnexpectedReply {
+            what: "a list of snapshots",
+        }),
+    }
+}
+
+/// `took_ms` is the time from request to reply, without connecting.
+async fn create_snapshots(cli: &Cli, targets: &[SnapshotName]) -> Result<(), Failure> {
+    let session = connect(cli).await?;
+    let started = Instant::now();
+    let targets = targets.to_vec();
+    let reply = session
+        .ask(AdminRequest::SnapshotCreate { targets })
+        .await?;
+    let took_ms = (started.elapsed().as_secs_f64() * 1e6).round() / 1e3;
+    let snapshots = match &reply {
+        AdminReply::Snapshots(_) => reply_json(&reply),
+        _ => serde_json::Value::Null,
+    };
+    if cli.json {
+        return print(&json!({"took_ms": took_ms, "snapshots": snapshots}).to_string());
+    }
+    print(&format!("{}\ntaken in {took_ms:.1} ms", reply_text(&reply)))
+}
+
+async fn ask_and_print(cli: &Cli, request: AdminRequest) -> Result<(), Failure> {
+    let reply = connect(cli).await?.ask(request).await?;
+    print_reply(cli, &reply)
+}
+
+async fn connect(cli: &Cli) -> Result<Session, Failure> {
+    Session::connect(&cli.servers, cli.timeout).await
+}
+
+fn print_reply(cli: &Cli, reply: &AdminReply) -> Result<(), Failure> {
+    if cli.json {
+        print(&reply_json(reply).to_string())
+    } else {
+        print(&reply_text(reply))
+    }
+}

@@ -1,0 +1,51 @@
+//! `mount` and `umount`: handed over to `fuse-fs`, which runs on this host.
+
+use crate::args::Mount;
+use crate::failure::Failure;
+use std::env;
+use std::ffi::OsStr;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Becomes `fuse-fs mount --kernel`; returns only if that cannot be started.
+pub(crate) fn mount(servers: &[String], mount: &Mount) -> Failure {
+    let mut command = Command::new(fuse_fs());
+    command
+        .args(["mount", "--kernel", "--servers"])
+        .arg(servers.join(","))
+        .args(&mount.options)
+        .arg(&mount.target)
+        .arg(&mount.dir);
+    become_it(command)
+}
+
+/// Becomes `fuse-fs umount`; returns only if that cannot be started.
+pub(crate) fn umount(dir: &Path) -> Failure {
+    let mut command = Command::new(fuse_fs());
+    command.arg("umount").arg(dir);
+    become_it(command)
+}
+
+fn become_it(mut command: Command) -> Failure {
+    let error = command.exec();
+    let tool = Path::new(command.get_program()).display().to_string();
+    Failure::Tool {
+        tool,
+        reason: format!(
+            "{error}; build it with `cargo build --release -p fuse-fs` and keep it beside blockctl or in PATH"
+        ),
+    }
+}
+
+/// The one beside this executable if there is one, else whatever PATH has.
+fn fuse_fs() -> PathBuf {
+    let name = OsStr::new("fuse-fs");
+    let beside = env::current_exe().ok();
+    beside
+        .as_deref()
+        .and_then(Path::parent)
+        .map(|dir| dir.join(name))
+        .filter(|path| path.is_file())
+        .unwrap_or_else(|| PathBuf::from(name))
+}

@@ -1,0 +1,65 @@
+//! The only file of `blockctl` that knows the client library.
+
+use crate::failure::Failure;
+use blockd::admin::{AdminReply, AdminRequest};
+use blockd::client::{Client, ClientError, ClientOptions, Volume};
+use bytes::Bytes;
+use std::time::Duration;
+
+/// A connection to a group of servers, for the time of one command.
+pub(crate) struct Session {
+    client: Client,
+}
+
+impl Session {
+    /// `deadline` bounds the connecting, each request and each IO.
+    pub(crate) async fn connect(servers: &[String], deadline: Duration) -> Result<Self, Failure> {
+        let options = ClientOptions {
+            io_deadline: deadline,
+            admin_deadline: deadline,
+        };
+        let client = Client::connect(servers, options).await?;
+        Ok(Self { client })
+    }
+
+    /// Asks one server; a refusal is a failure.
+    pub(crate) async fn ask(&self, request: AdminRequest) -> Result<AdminReply, Failure> {
+        match self.client.admin(request).await? {
+            AdminReply::Refused(refusal) => Err(ClientError::Refused(refusal).into()),
+            reply => Ok(reply),
+        }
+    }
+
+    pub(crate) async fn open(&self, volume: &str) -> Result<Target, Failure> {
+        let volume = self.client.open(volume).await?;
+        Ok(Target { volume })
+    }
+}
+
+/// An open volume that is being filled.
+pub(crate) struct Target {
+    volume: Volume,
+}
+
+impl Target {
+    pub(crate) async fn write(&self, offset_bytes: u64, data: Bytes) -> Result<(), Failure> {
+        Ok(self.volume.write(offset_bytes, data).await?)
+    }
+
+    pub(crate) async fn flush(&self) -> Result<(), Failure> {
+        Ok(self.volume.flush().await?)
+    }
+}
+
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Self {
+        match error {
+            ClientError::Unreachable { .. } => Self::Unreachable(error.to_string()),
+            ClientError::Refused(refusal) => Self::Refused {
+                kind: refusal.kind,
+                message: refusal.message,
+            },
+            ClientError::Io { .. } => Self::VolumeIo(error.to_string()),
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! The command `fuse-fs`: arguments, log, exit codes; the work is in the modules named per subcommand.
+
+use crate::adapter::ViewOptions;
+use crate::backend::{Connect, ConnectOptions, TargetName};
+use crate::daemon::{self, Serve, Started};
+use crate::error::{EXIT_USAGE, FuseFsError};
+use crate::kernel_mount::{self, KernelMount};
+use crate::mountinfo;
+use crate::state_file::RuntimeDir;
+use crate::umount::{self, UmountOptions};
+use clap::{Args, Parser, Subcommand};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+use tracing_subscriber::EnvFilter;
+
+/// Volumes and snapshots of blockd as files, and mounted as filesystems.
+#[derive(Debug, Parser)]
+#[command(name = "fuse-fs", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Shows every volume and snapshot as a file: DIR/volumes/NAME, DIR/snapshots/NAME@SNAP.
+    Volumes(Volumes),
+    /// Mounts the filesystem on a volume (or, read-only, on a snapshot).
+    Mount(Mount),
+    /// Unmounts what `volumes` or `mount` mounted, after its data is flushed.
+    Umount(Umount),
+}
+
+#[derive(Debug, Args)]
+struct Common {
+    /// Servers of the group, HOST or HOST:PORT; any of them will do.
+    #[arg(long, env = "BLOCKD_SERVERS", value_delimiter = ',')]
+    servers: Vec<String>,
+    /// Seconds that an IO waits for servers that do not answer before it fails with EIO.
+    #[arg(long, value_name = "SECONDS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    io_deadline: u64,
+    #[command(flatten)]
+    runtime: Runtime,
+}
+
+#[derive(Debug, Args)]
+struct Runtime {
+    /// Where the state of mounts is kept [default: /run/blockd, or $XDG_RUNTIME_DIR/blockd of a user].
+    #[arg(long, value_name = "DIR")]
+    runtime_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct Volumes {
+    dir: PathBuf,
+    #[command(flatten)]
+    common: Common,
+    /// Stay in the foreground and log to standard error.
+    #[arg(short, long)]
+    foreground: bool,
+    /// Let other users in, within the modes of the files.
+    #[arg(long)]
+    allow_other: bool,
+    /// Cache data in the kernel: only while no other host or NBD client uses the volumes.
+    #[arg(long)]
+    cache: bool,
+    /// Log to this file (in the background, nothing is logged otherwise).
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// A loop device will lie on the view.
+    #[arg(long, hide = true)]
+    for_loop: bool,
+}
+
+#[derive(Debug, Args)]
+struct Mount {
+    /// VOL or VOL@SNAP.
+    target: String,
+    dir: PathBuf,
+    #[command(flatten)]
+    common: Common,
+    /// Use the kernel's own ext4 or xfs over a loop device (needs root).
+    #[arg(long)]
+    kernel: bool,
+    /// Mount options as in mount(8).
+    #[arg(short, long, value_name = "OPTS", value_delimiter = ',')]
+    options: Vec<String>,
+    /// Filesystem type; found on the volume if absent.
+    #[arg(short = 't', long = "type", value_name = "ext4|xfs", value_parser = ["ext4", "xfs"])]
+    filesystem: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct Umount {
+    dir: PathBuf,
+    /// Seconds to wait for the servers.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    timeout: u64,
+    /// After the timeout, detach all the same; data that was not flushed is lost.
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    runtime: Runtime,
+}
+
+/// Runs the command line of this process; `connect` reaches the servers.
+#[must_use]
+pub fn run(connect: Connect) -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let code = if error.use_stderr() { EXIT_USAGE } else { 0 };
+            // A closed standard error leaves only the exit code to tell.
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    let result = match arguments.command {
+        Verb::Volumes(volumes) => show(connect, &volumes),
+        Verb::Mount(mount) => mount_kernel(mount),
+        Verb::Umount(umount) => unmount(&umount),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("fuse-fs: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn show(connect: Connect, volumes: &Volumes) -> Result<u8, FuseFsError> {
+    let serve = Serve {
+        dir: absolute(&volumes.dir)?,
+        state: RuntimeDir::open(volumes.common.runtime.runtime_dir.as_deref())?,
+        servers: ConnectOptions {
+            servers: servers(&volumes.common)?,
+            io_deadline: Duration::from_secs(volumes.common.io_deadline),
+        },
+        view: ViewOptions {
+            allow_other: volumes.allow_other,
+            cache: volumes.cache,
+        },
+        for_loop: volumes.for_loop,
+    };
+    start_log(volumes.log.as_deref())?;
+    match daemon::start(volumes.foreground)? {
+        Started::Parent(code) => Ok(code),
+        Started::Daemon(ready) => daemon::serve(connect, &serve, ready).map(|()| 0),
+    }
+}
+
+fn mount_kernel(mount: Mount) -> Result<u8, FuseFsError> {
+    let target = TargetName::parse(&mount.target);
+    let target = target.ok_or_else(|| FuseFsError::TargetSyntax {
+        target: mount.target.clone(),
+    })?;
+    if !mount.kernel {
+        return Err(FuseFsError::OwnFilesystem {
+            target: mount.target,
+        });
+    }
+    start_log(None)?;
+    let state = RuntimeDir::open(mount.common.runtime.runtime_dir.as_deref())?;
+    let wanted = KernelMount {
+        target,
+        dir: absolute(&mount.dir)?,
+        servers: servers(&mount.common)?,
+        io_deadline: Duration::from_secs(mount.common.io_deadline),
+        filesystem: mount.filesystem,
+        options: mount.options.join(","),
+    };
+    for note in kernel_mount::mount(&wanted, &state)? {
+        eprintln!("fuse-fs: note: {note}");
+    }
+    Ok(0)
+}
+
+fn unmount(arguments: &Umount) -> Result<u8, FuseFsError> {
+    start_log(None)?;
+    let state = RuntimeDir::open(arguments.runtime.runtime_dir.as_deref())?;
+    let options = UmountOptions {
+        timeout: Duration::from_secs(arguments.timeout),
+        force: arguments.force,
+    };
+    umount::umount(&absolute(&arguments.dir)?, &state, options).map(|()| 0)
+}
+
+fn servers(common: &Common) -> Result<Vec<String>, FuseFsError> {
+    let given = common.servers.iter().map(|server| server.trim().to_owned());
+    let servers: Vec<_> = given.filter(|server| !server.is_empty()).collect();
+    if servers.is_empty() {
+        Err(FuseFsError::NoServers)
+    } else {
+        Ok(servers)
+    }
+}
+
+fn absolute(dir: &Path) -> Result<PathBuf, FuseFsError> {
+    mountinfo::absolute(dir).map_err(|error| FuseFsError::Directory {
+        dir: dir.to_owned(),
+        reason: error.to_string(),
+    })
+}
+
+/// Logs to `file`, or to standard error; `RUST_LOG` chooses what.
+fn start_log(file: Option<&Path>) -> Result<(), FuseFsError> {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false);
+    let Some(path) = file else {
+        builder.with_writer(std::io::stderr).init();
+        return Ok(());
+    };
+    let opened = File::options().create(true).append(true).open(path);
+    let file = opened.map_err(|error| FuseFsError::State {
+        file: path.to_owned(),
+        reason: error.to_string(),
+    })?;
+    builder.with_writer(Arc::new(file)).init();
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn servers_are_a_list() {
+        let line = ["fuse-fs", "volumes", "/mnt", "--servers", "a:1,,b "];
+        let Verb::Volumes(volumes) = Arguments::try_parse_from(line).unwrap().command else {
+            panic!("not volumes")
+        };
+        assert_eq!(servers(&volumes.common).unwrap(), ["a:1", "b"]);
+    }
+
+    #[test]
+    fn absurd_numbers_are_refused() {
+        for line in [
+            ["fuse-fs", "umount", "/mnt", "--timeout", "-1"],
+            ["fuse-fs", "volumes", "/mnt", "--io-deadline", "0"],
+        ] {
+            assert!(Arguments::try_parse_from(line).is_err(), "{line:?}");
+        }
+    }
+}

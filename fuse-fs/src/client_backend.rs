@@ -1,0 +1,248 @@
+//! The product's backend: `blockd::client`, which treats the servers as one.
+
+use crate::backend::{
+    Answer, Backend, BackendError, ConnectOptions, Extent, Listing, OpenTarget, Space, TargetInfo,
+    TargetName,
+};
+use blockd::admin::{AdminErrorKind, AdminReply, AdminRequest, OpenInfo, SnapshotInfo, VolumeInfo};
+use blockd::client::{Client, ClientError, ClientOptions, Volume};
+use bytes::Bytes;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Administrative requests touch no data; one that takes longer would stall an `ls`.
+const ADMIN_DEADLINE: Duration = Duration::from_secs(15);
+
+/// Reaches the servers of the group.
+#[must_use]
+pub fn connect(options: ConnectOptions) -> Answer<'static, Arc<dyn Backend>> {
+    Box::pin(async move {
+        let client_options = ClientOptions {
+            io_deadline: options.io_deadline,
+            admin_deadline: ADMIN_DEADLINE,
+        };
+        let client = Client::connect(&options.servers, client_options)
+            .await
+            .map_err(failed)?;
+        Ok(Arc::new(Servers { client }) as Arc<dyn Backend>)
+    })
+}
+
+struct Servers {
+    client: Client,
+}
+
+struct OpenVolume {
+    volume: Volume,
+}
+
+/// The errno for a failure of the client library.
+fn failed(error: ClientError) -> BackendError {
+    let errno = match &error {
+        ClientError::Unreachable { .. } => libc::EIO,
+        ClientError::Io { reason, .. } => reason.errno(),
+        ClientError::Refused(refused) => match refused.kind {
+            AdminErrorKind::NotFound => libc::ENOENT,
+            AdminErrorKind::Invalid => libc::EINVAL,
+            AdminErrorKind::Exists => libc::EEXIST,
+            AdminErrorKind::Conflict => libc::EBUSY,
+            AdminErrorKind::Unavailable | AdminErrorKind::Internal => libc::EIO,
+        },
+    };
+    BackendError::new(errno, error.to_string())
+}
+
+fn unexpected(what: &str) -> BackendError {
+    BackendError::new(
+        libc::EPROTO,
+        format!("{what}: the server gave an answer to another question"),
+    )
+}
+
+fn volume_info(volume: &VolumeInfo) -> TargetInfo {
+    TargetInfo {
+        name: TargetName {
+            volume: volume.name.clone(),
+            snapshot: None,
+        },
+        volume_id: volume.id,
+        snapshot_id: None,
+        size_bytes: volume.size_bytes,
+        epoch: volume.epoch,
+        allocated_bytes: volume.allocated_bytes,
+        created_unix_s: volume.created_unix_s,
+    }
+}
+
+/// What an open tells of `name`; the volume's allocation is not the snapshot's.
+fn open_info(name: &TargetName, open: &OpenInfo) -> TargetInfo {
+    let snapshot = open.snapshot.is_some();
+    TargetInfo {
+        name: name.clone(),
+        snapshot_id: open.snapshot,
+        size_bytes: open.size_bytes,
+        allocated_bytes: open.volume.allocated_bytes.filter(|_| !snapshot),
+        ..volume_info(&open.volume)
+    }
+}
+
+fn snapshot_info(snapshot: SnapshotInfo, volume: &VolumeInfo) -> TargetInfo {
+    TargetInfo {
+        name: TargetName {
+            volume: snapshot.volume,
+            snapshot: Some(snapshot.name),
+        },
+        volume_id: volume.id,
+        snapshot_id: Some(snapshot.id),
+        size_bytes: snapshot.size_bytes,
+        epoch: volume.epoch,
+        allocated_bytes: snapshot.referenced_bytes,
+        created_unix_s: snapshot.created_unix_ms / 1000,
+    }
+}
+
+impl Servers {
+    async fn admin(&self, request: AdminRequest) -> Result<AdminReply, BackendError> {
+        self.client.admin(request).await.map_err(failed)
+    }
+
+    async fn volumes(&self) -> Result<Vec<VolumeInfo>, BackendError> {
+        match self.admin(AdminRequest::VolumeList).await? {
+            AdminReply::Volumes(volumes) => Ok(volumes),
+            _ => Err(unexpected("volume list")),
+        }
+    }
+
+    /// A snapshot whose volume was deleted between the two requests is left out.
+    async fn snapshots(&self) -> Result<Vec<TargetInfo>, BackendError> {
+        let AdminReply::Snapshots(snapshots) = self
+            .admin(AdminRequest::SnapshotList { volume: None })
+            .await?
+        else {
+            return Err(unexpected("snapshot list"));
+        };
+        let volumes = self.volumes().await?;
+        let by_name: HashMap<_, _> = volumes
+            .iter()
+            .map(|volume| (volume.name.as_str(), volume))
+            .collect();
+        let info = |snapshot: SnapshotInfo| {
+            let volume = by_name.get(snapshot.volume.as_str())?;
+            Some(snapshot_info(snapshot, volume))
+        };
+        Ok(snapshots.into_iter().filter_map(info).collect())
+    }
+}
+
+impl Backend for Servers {
+    fn list(&self, listing: Listing) -> Answer<'_, Vec<TargetInfo>> {
+        Box::pin(async move {
+            match listing {
+                Listing::Volumes => Ok(self.volumes().await?.iter().map(volume_info).collect()),
+                Listing::Snapshots => self.snapshots().await,
+            }
+        })
+    }
+
+    fn find<'a>(&'a self, name: &'a TargetName) -> Answer<'a, TargetInfo> {
+        Box::pin(async move {
+            let request = AdminRequest::Open {
+                volume: name.volume.clone(),
+                snapshot: name.snapshot.clone(),
+            };
+            match self.admin(request).await? {
+                AdminReply::Open(open) => Ok(open_info(name, &open)),
+                _ => Err(unexpected("open")),
+            }
+        })
+    }
+
+    fn open<'a>(&'a self, name: &'a TargetName) -> Answer<'a, Arc<dyn OpenTarget>> {
+        Box::pin(async move {
+            let volume = self.client.open(&name.to_string()).await.map_err(failed)?;
+            Ok(Arc::new(OpenVolume { volume }) as Arc<dyn OpenTarget>)
+        })
+    }
+
+    fn grow<'a>(&'a self, volume: &'a str, size_bytes: u64) -> Answer<'a, ()> {
+        Box::pin(async move {
+            let name = volume.to_owned();
+            let allow_shrink = false;
+            let request = AdminRequest::VolumeResize {
+                name,
+                size_bytes,
+                allow_shrink,
+            };
+            self.admin(request).await.map(|_| ())
+        })
+    }
+
+    fn space(&self) -> Answer<'_, Space> {
+        Box::pin(async move {
+            let AdminReply::Nodes(nodes) = self.admin(AdminRequest::NodeList).await? else {
+                return Err(unexpected("node list"));
+            };
+            Ok(Space {
+                allocated_bytes: nodes.iter().filter_map(|node| node.allocated_bytes).sum(),
+                free_bytes: nodes.iter().filter_map(|node| node.free_bytes).sum(),
+            })
+        })
+    }
+}
+
+impl OpenTarget for OpenVolume {
+    fn size_bytes(&self) -> u64 {
+        self.volume.size_bytes()
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.volume.is_read_only()
+    }
+
+    fn read(&self, offset_bytes: u64, len_bytes: u32) -> Answer<'_, Bytes> {
+        Box::pin(async move {
+            self.volume
+                .read(offset_bytes, len_bytes)
+                .await
+                .map_err(failed)
+        })
+    }
+
+    fn write(&self, offset_bytes: u64, data: Bytes) -> Answer<'_, ()> {
+        Box::pin(async move { self.volume.write(offset_bytes, data).await.map_err(failed) })
+    }
+
+    fn zero(&self, offset_bytes: u64, len_bytes: u64, keep_allocated: bool) -> Answer<'_, ()> {
+        Box::pin(async move {
+            let zeroed = self
+                .volume
+                .zero(offset_bytes, len_bytes, keep_allocated)
+                .await;
+            zeroed.map_err(failed)
+        })
+    }
+
+    fn flush(&self) -> Answer<'_, ()> {
+        Box::pin(async move { self.volume.flush().await.map_err(failed) })
+    }
+
+    fn extents(&self, offset_bytes: u64, len_bytes: u64) -> Answer<'_, Vec<Extent>> {
+        Box::pin(async move {
+            let extents = self
+                .volume
+                .extents(offset_bytes, len_bytes)
+                .await
+                .map_err(failed)?;
+            let own = |extent: blockd::client::Extent| Extent {
+                len_bytes: extent.len_bytes,
+                hole: extent.hole,
+            };
+            Ok(extents.into_iter().map(own).collect())
+        })
+    }
+
+    fn refresh(&self) -> Answer<'_, ()> {
+        Box::pin(async move { self.volume.refresh().await.map_err(failed) })
+    }
+}

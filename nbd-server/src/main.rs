@@ -1,2 +1,0 @@
-//! Serves a file or memory over NBD.
-fn main() {}

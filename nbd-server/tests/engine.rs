@@ -1,0 +1,484 @@
+//! The connection engine over an in-process pipe and paused time: order, limits, drain and stalled clients.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use nbd_server::{
+    Budget, ConnectionError, Export, ExportEntry, ExportError, ExportInfo, Exports, Extent,
+    OpenError, ReadReply, ServeOptions, Shutdown, ZeroFlags, limits, serve_connection,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, LocalSet};
+
+type Ended = JoinHandle<Result<(), ConnectionError>>;
+
+/// What an export saw.
+#[derive(Default)]
+struct Seen {
+    started: u32,
+    running_max: u32,
+    running: u32,
+    written_bytes: u64,
+    flushes: u32,
+}
+
+/// Writes wait for the gate; everything else is ready at once.
+#[derive(Clone)]
+struct Gated {
+    seen: Rc<RefCell<Seen>>,
+    gate: watch::Receiver<bool>,
+}
+
+impl Export for Gated {
+    fn info(&self) -> ExportInfo {
+        ExportInfo::new(1 << 30)
+    }
+
+    async fn read(&self, _offset: u64, len: u32) -> Result<ReadReply, ExportError> {
+        Ok(Bytes::from(vec![7; len as usize]).into())
+    }
+
+    async fn write(&self, _offset: u64, data: Bytes, _fua: bool) -> Result<(), ExportError> {
+        let mut gate = self.gate.clone();
+        {
+            let mut seen = self.seen.borrow_mut();
+            seen.started += 1;
+            seen.running += 1;
+            seen.running_max = seen.running_max.max(seen.running);
+        }
+        gate.wait_for(|open| *open)
+            .await
+            .map_err(|_| ExportError::io("the gate is gone"))?;
+        let mut seen = self.seen.borrow_mut();
+        seen.running -= 1;
+        seen.written_bytes += data.len() as u64;
+        Ok(())
+    }
+
+    async fn flush(&self) -> Result<(), ExportError> {
+        self.seen.borrow_mut().flushes += 1;
+        Ok(())
+    }
+
+    async fn trim(&self, _offset: u64, _len: u64, _fua: bool) -> Result<(), ExportError> {
+        Ok(())
+    }
+
+    async fn write_zeroes(
+        &self,
+        _offset: u64,
+        _len: u64,
+        _flags: ZeroFlags,
+    ) -> Result<(), ExportError> {
+        Ok(())
+    }
+
+    async fn cache(&self, _offset: u64, _len: u64) -> Result<(), ExportError> {
+        Ok(())
+    }
+
+    async fn block_status(&self, _offset: u64, len: u64) -> Result<Vec<Extent>, ExportError> {
+        Ok(vec![Extent {
+            len,
+            hole: false,
+            zero: false,
+        }])
+    }
+}
+
+impl Exports for Gated {
+    type Export = Self;
+
+    async fn list(&self) -> Result<Vec<ExportEntry>, OpenError> {
+        Err(OpenError::Policy("the list is private".into()))
+    }
+
+    async fn open(&self, name: &str) -> Result<Self, OpenError> {
+        match name {
+            "draining" => Err(OpenError::Shutdown("this server is going down".into())),
+            _ => Ok(self.clone()),
+        }
+    }
+}
+
+struct Bench {
+    seen: Rc<RefCell<Seen>>,
+    gate: watch::Sender<bool>,
+    exports: Gated,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let seen = Rc::<RefCell<Seen>>::default();
+        let (gate, receiver) = watch::channel(false);
+        Self {
+            seen: Rc::clone(&seen),
+            gate,
+            exports: Gated {
+                seen,
+                gate: receiver,
+            },
+        }
+    }
+
+    fn connect(&self, options: &ServeOptions) -> (DuplexStream, Ended) {
+        let (client, server) = tokio::io::duplex(16 << 10);
+        (
+            client,
+            tokio::task::spawn_local(serve_connection(
+                server,
+                self.exports.clone(),
+                options.clone(),
+            )),
+        )
+    }
+
+    async fn open(&self, options: &ServeOptions) -> (DuplexStream, Ended) {
+        let (mut client, ended) = self.connect(options);
+        client
+            .write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0")
+            .await
+            .unwrap();
+        client.read_exact(&mut [0; 28]).await.unwrap();
+        (client, ended)
+    }
+}
+
+fn request(kind: u16, cookie: u64, len_bytes: u32) -> Vec<u8> {
+    let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
+    bytes.extend_from_slice(&[0, 0]);
+    bytes.extend_from_slice(&kind.to_be_bytes());
+    bytes.extend_from_slice(&cookie.to_be_bytes());
+    bytes.extend_from_slice(&[0; 8]);
+    bytes.extend_from_slice(&len_bytes.to_be_bytes());
+    bytes
+}
+
+fn write(cookie: u64, len_bytes: u32) -> Vec<u8> {
+    [request(1, cookie, len_bytes), vec![1; len_bytes as usize]].concat()
+}
+
+/// Cookie of the next simple reply, which must be a success.
+async fn reply(client: &mut DuplexStream) -> u64 {
+    let mut head = [0; 16];
+    client.read_exact(&mut head).await.unwrap();
+    assert_eq!(head[..8], *b"\x67\x44\x66\x98\0\0\0\0");
+    u64::from_be_bytes(head[8..].try_into().unwrap())
+}
+
+fn run(test: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    LocalSet::new().block_on(&runtime, test);
+}
+
+#[test]
+fn replies_leave_in_the_order_of_completion() {
+    run(async {
+        let bench = Bench::new();
+        let (mut client, ended) = bench.open(&ServeOptions::default()).await;
+        client
+            .write_all(
+                &[
+                    write(1, 4096),
+                    request(3, 2, 0),
+                    write(3, 512),
+                    request(3, 4, 0),
+                ]
+                .concat(),
+            )
+            .await
+            .unwrap();
+        assert_eq!((reply(&mut client).await, reply(&mut client).await), (2, 4));
+        bench.gate.send_replace(true);
+        let mut late = [reply(&mut client).await, reply(&mut client).await];
+        late.sort_unstable();
+        assert_eq!(late, [1, 3]);
+        client.write_all(&request(2, 0, 0)).await.unwrap();
+        ended.await.unwrap().unwrap();
+    });
+}
+
+#[test]
+fn no_more_requests_are_started_than_the_limit_allows() {
+    run(async {
+        let bench = Bench::new();
+        let (client, _ended) = bench.open(&ServeOptions::default()).await;
+        let (mut receive, mut send) = tokio::io::split(client);
+        let total = u64::from(limits::IN_FLIGHT_MAX) * 3;
+        let sender = tokio::task::spawn_local(async move {
+            for cookie in 0..total {
+                send.write_all(&write(cookie, 512)).await.unwrap();
+            }
+            send
+        });
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(bench.seen.borrow().started, limits::IN_FLIGHT_MAX);
+        bench.gate.send_replace(true);
+        for _ in 0..total {
+            receive.read_exact(&mut [0; 16]).await.unwrap();
+        }
+        sender.await.unwrap();
+        assert_eq!(bench.seen.borrow().running_max, limits::IN_FLIGHT_MAX);
+        assert_eq!(bench.seen.borrow().written_bytes, total * 512);
+    });
+}
+
+#[test]
+fn payload_bytes_in_flight_stay_within_the_budget() {
+    run(async {
+        let bench = Bench::new();
+        let options = ServeOptions {
+            budget: Budget::new(0),
+            ..ServeOptions::default()
+        };
+        let whole_bytes = options.budget.free_bytes();
+        let (mut first, _first_ended) = bench.open(&options).await;
+        let (mut second, _second_ended) = bench.open(&options).await;
+        let half = limits::PAYLOAD_BYTES / 2;
+        for cookie in 0..2 {
+            first.write_all(&write(cookie, half)).await.unwrap();
+        }
+        let sender = tokio::task::spawn_local(async move {
+            second.write_all(&write(9, half)).await.unwrap();
+            assert_eq!(reply(&mut second).await, 9);
+        });
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(
+            (bench.seen.borrow().started, options.budget.free_bytes()),
+            (2, 0)
+        );
+        bench.gate.send_replace(true);
+        sender.await.unwrap();
+        assert_eq!(reply(&mut first).await + reply(&mut first).await, 1);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(options.budget.free_bytes(), whole_bytes);
+    });
+}
+
+#[test]
+fn a_client_that_stalls_is_dropped_only_when_others_wait() {
+    run(async {
+        let bench = Bench::new();
+        bench.gate.send_replace(true);
+        let options = ServeOptions {
+            budget: Budget::new(0),
+            ..ServeOptions::default()
+        };
+        let (mut greedy, greedy_ended) = bench.open(&options).await;
+        greedy
+            .write_all(&request(1, 1, limits::PAYLOAD_BYTES))
+            .await
+            .unwrap();
+        greedy.write_all(&[1; 1000]).await.unwrap();
+        tokio::time::sleep(limits::STALL_DEADLINE * 10).await;
+        assert!(!greedy_ended.is_finished(), "nobody waits for its bytes");
+        let (mut honest, _honest_ended) = bench.open(&options).await;
+        honest.write_all(&write(2, 4096)).await.unwrap();
+        assert_eq!(reply(&mut honest).await, 2);
+        assert!(matches!(
+            greedy_ended.await.unwrap(),
+            Err(ConnectionError::Stalled(_))
+        ));
+        assert_eq!(
+            bench.seen.borrow().written_bytes,
+            4096,
+            "the partial payload must not be applied"
+        );
+    });
+}
+
+#[test]
+fn a_client_that_does_not_read_its_replies_is_bounded_and_dropped_when_others_wait() {
+    run(async {
+        let bench = Bench::new();
+        let options = ServeOptions {
+            budget: Budget::new(0),
+            ..ServeOptions::default()
+        };
+        let (mut greedy, greedy_ended) = bench.open(&options).await;
+        for cookie in 0..100 {
+            greedy
+                .write_all(&request(0, cookie, limits::PAYLOAD_BYTES / 4))
+                .await
+                .unwrap();
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(options.budget.free_bytes(), 0);
+        let (mut honest, _honest_ended) = bench.open(&options).await;
+        honest.write_all(&request(0, 2, 512)).await.unwrap();
+        assert_eq!(reply(&mut honest).await, 2);
+        assert!(matches!(
+            greedy_ended.await.unwrap(),
+            Err(ConnectionError::Stalled(_))
+        ));
+    });
+}
+
+#[test]
+fn writes_that_were_received_run_to_their_end_when_the_client_is_gone() {
+    run(async {
+        let bench = Bench::new();
+        let (mut client, ended) = bench.open(&ServeOptions::default()).await;
+        client
+            .write_all(
+                &[
+                    write(1, 4096),
+                    write(2, 100_000),
+                    request(1, 3, 4096),
+                    vec![1; 4095],
+                ]
+                .concat(),
+            )
+            .await
+            .unwrap();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        drop(client);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(!ended.is_finished());
+        bench.gate.send_replace(true);
+        assert!(matches!(ended.await.unwrap(), Err(ConnectionError::Io(_))));
+        assert_eq!(bench.seen.borrow().written_bytes, 104_096);
+    });
+}
+
+#[test]
+fn the_shutdown_signal_answers_what_runs_and_closes() {
+    run(async {
+        let bench = Bench::new();
+        let (sender, shutdown) = Shutdown::new();
+        let options = ServeOptions {
+            shutdown,
+            ..ServeOptions::default()
+        };
+        let (mut client, ended) = bench.open(&options).await;
+        let (mut idle, idle_ended) = bench.connect(&options);
+        client.write_all(&write(1, 4096)).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        sender.give();
+        idle_ended.await.unwrap().unwrap();
+        assert_eq!(
+            idle.read_to_end(&mut Vec::new()).await.unwrap(),
+            18,
+            "an unfinished handshake is just closed"
+        );
+        assert!(!ended.is_finished());
+        bench.gate.send_replace(true);
+        assert_eq!(reply(&mut client).await, 1);
+        assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+        ended.await.unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_handshake_has_a_deadline() {
+    run(async {
+        let bench = Bench::new();
+        let (_client, ended) = bench.connect(&ServeOptions::default());
+        assert!(
+            matches!(ended.await.unwrap(), Err(ConnectionError::HandshakeDeadline(deadline)) if deadline == limits::HANDSHAKE_DEADLINE)
+        );
+    });
+}
+
+#[test]
+fn refusals_to_list_and_open_carry_their_reason() {
+    run(async {
+        let bench = Bench::new();
+        let (mut client, _ended) = bench.connect(&ServeOptions::default());
+        client
+            .write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x03\0\0\0\0")
+            .await
+            .unwrap();
+        client
+            .write_all(b"IHAVEOPT\0\0\0\x07\0\0\0\x0e\0\0\0\x08draining\0\0")
+            .await
+            .unwrap();
+        client.read_exact(&mut [0; 18]).await.unwrap();
+        for (kind, text) in [
+            (0x8000_0002u32, "the list is private"),
+            (0x8000_0007, "this server is going down"),
+        ] {
+            let mut head = [0; 20];
+            client.read_exact(&mut head).await.unwrap();
+            assert_eq!(head[12..16], kind.to_be_bytes());
+            let mut message = vec![0; text.len()];
+            client.read_exact(&mut message).await.unwrap();
+            assert_eq!(message, text.as_bytes());
+        }
+    });
+}
+
+/// The future is `Send` where the implementor's are: this only has to compile.
+#[test]
+fn an_export_with_send_futures_can_be_served_by_a_multi_thread_runtime() {
+    #[derive(Clone)]
+    struct Zeroes;
+    impl Export for Zeroes {
+        fn info(&self) -> ExportInfo {
+            ExportInfo::new(1 << 20)
+        }
+        async fn read(&self, _offset: u64, len: u32) -> Result<ReadReply, ExportError> {
+            Ok(ReadReply::One(nbd_server::ReadPart::Hole(len)))
+        }
+        async fn write(&self, _offset: u64, _data: Bytes, _fua: bool) -> Result<(), ExportError> {
+            Ok(())
+        }
+        async fn flush(&self) -> Result<(), ExportError> {
+            Ok(())
+        }
+        async fn trim(&self, _offset: u64, _len: u64, _fua: bool) -> Result<(), ExportError> {
+            Ok(())
+        }
+        async fn write_zeroes(
+            &self,
+            _offset: u64,
+            _len: u64,
+            _flags: ZeroFlags,
+        ) -> Result<(), ExportError> {
+            Ok(())
+        }
+        async fn cache(&self, _offset: u64, _len: u64) -> Result<(), ExportError> {
+            Ok(())
+        }
+        async fn block_status(&self, _offset: u64, len: u64) -> Result<Vec<Extent>, ExportError> {
+            Ok(vec![Extent {
+                len,
+                hole: true,
+                zero: true,
+            }])
+        }
+    }
+    impl Exports for Zeroes {
+        type Export = Self;
+        async fn list(&self) -> Result<Vec<ExportEntry>, OpenError> {
+            Ok(Vec::new())
+        }
+        async fn open(&self, _name: &str) -> Result<Self, OpenError> {
+            Ok(self.clone())
+        }
+    }
+    fn spawnable<F: Future + Send + 'static>(future: F) -> F {
+        future
+    }
+    run(async {
+        let (mut client, server) = tokio::io::duplex(1 << 10);
+        let served = tokio::task::spawn_local(spawnable(serve_connection(
+            server,
+            Zeroes,
+            ServeOptions::default(),
+        )));
+        client
+            .write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x02\0\0\0\0")
+            .await
+            .unwrap();
+        served.await.unwrap().unwrap();
+    });
+}

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Measures our servers against their peers in one run: see scripts/bench.py.
+set -euo pipefail
+
+usage() {
+    cat <<'EOF'
+Usage: scripts/bench.sh [--quick] [--json FILE] [--rounds N] [--seconds N] [--only A,B] [--dir DIR]
+
+Installs what is missing, builds release and compares over unix sockets with fio's nbd engine:
+  ours1     one blockd                    ours3      three, pages spread, all IO through the first
+  qemu-raw  qemu-nbd, defaults            qemu-none  qemu-nbd, cache=none, aio=io_uring
+  qemu-qcow2  qemu-nbd, qcow2, cache=none   nbdkit     nbdkit file
+Interleaved in rounds; prints medians, ratios against the peers, and target and pass or miss.
+
+  --quick      one round of one second on 256 MiB: does it run, not how fast is it
+  --json FILE  write everything measured, default bench-results/DATE.json
+  --rounds N   rounds of each workload, default 3
+  --seconds N  seconds of each measurement, default 3
+  --only A,B   only these of the servers above
+  --dir DIR    put the data there (default ./var); all servers share that disk
+EOF
+}
+
+for arg in "$@"; do
+    if [ "$arg" = -h ] || [ "$arg" = --help ]; then
+        usage
+        exit 0
+    fi
+done
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PATH="$HOME/.cargo/bin:$PATH:/usr/sbin:/sbin"
+"$root/scripts/deps.sh" build bench >&2
+# Without our own servers (--only with peers alone) there is nothing to build.
+case " $* " in
+    *" --only "*ours* | *--only=*ours*) build=yes ;;
+    *" --only "* | *--only=*) build=no ;;
+    *) build=yes ;;
+esac
+if [ "$build" = yes ]; then
+    cargo build --release --locked --quiet --manifest-path "$root/Cargo.toml" -p blockd
+fi
+exec python3 -B "$root/scripts/bench.py" --bin "${CARGO_TARGET_DIR:-$root/target}/release" \
+    --root "$root" "$@"

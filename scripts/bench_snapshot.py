@@ -1,0 +1,154 @@
+"""What a snapshot costs: bytes written afterwards, and the time it takes under load.
+
+Bytes are the disk's own count of sectors written, because `write_bytes` of /proc/PID/io counts
+whole folios of the page cache (64 KiB for a buffered write of 4 KiB). It counts whatever else
+writes to that disk, too: the machine should be idle, and medians of rounds are taken. One 4 KiB
+block of each 64 KiB chunk is overwritten, the worst case for a copy of whole chunks, once before
+and once after a snapshot. The disk is read twice: when the writes are flushed, and when the
+servers have been quiet for some seconds and the page cache is synced (checkpoints and background
+copies included); the target is judged on the second.
+"""
+
+import os
+import signal
+import statistics
+import subprocess
+import time
+
+BLOCK_BYTES = 4096
+CHUNK_BYTES = 65536
+QUIET_S = 4
+SETTLE_MAX_S = 90
+SNAPSHOTS = 20
+# Milliseconds behind a reply in which a held write may still be seen to complete.
+AFTER_MS = 20
+BIG_BYTES = 1 << 40
+
+
+def settle(server):
+    """Waits until the servers' processes have written nothing for QUIET_S; whether they did so."""
+    last, since = server.written_bytes(), time.monotonic()
+    end = since + SETTLE_MAX_S
+    while time.monotonic() < min(end, since + QUIET_S):
+        time.sleep(0.2)
+        now = server.written_bytes()
+        if now != last:
+            last, since = now, time.monotonic()
+    os.sync()
+    return time.monotonic() < end
+
+
+def disk_bytes(path):
+    """Bytes written to the disk below `path` so far; None if no block device is below it."""
+    device = os.stat(path).st_dev
+    try:
+        with open(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat") as stat:
+            return int(stat.read().split()[6]) * 512
+    except FileNotFoundError:
+        return None
+
+
+def overwrite(fio, server, settings):
+    """Overwrites a block of every chunk; (flushed, settled) bytes on disk per write."""
+    writes = settings.size_bytes // CHUNK_BYTES
+    settle(server)
+    before = disk_bytes(server.data)
+    # `write:60k` leaves 60 KiB out behind each write; the IO size counts what is written.
+    options = [f"--rw=write:{(CHUNK_BYTES - BLOCK_BYTES) // 1024}k", "--bs=4k", "--iodepth=8"]
+    options += [f"--size={settings.size_bytes}", f"--io_size={writes * BLOCK_BYTES}"]
+    job = fio.run(server.uri, options + ["--end_fsync=1", "--refill_buffers"])
+    flushed = disk_bytes(server.data)
+    settle(server)
+    settled = disk_bytes(server.data)
+    done = job["write"]["total_ios"]
+    return (flushed - before) / done, (settled - before) / done
+
+
+def bytes_written(fio, server, settings):
+    if disk_bytes(server.data) is None:
+        return {"notes": ["no block device below the data: bytes after a snapshot not measured"]}
+    rounds = {"before": [], "after": []}
+    for number in range(settings.rounds):
+        rounds["before"].append(overwrite(fio, server, settings))
+        server.control("snapshot", "create", f"bench@cost{number}")
+        rounds["after"].append(overwrite(fio, server, settings))
+        server.control("snapshot", "delete", f"bench@cost{number}")
+    medians = {
+        when: [statistics.median(column) for column in zip(*pairs)]
+        for when, pairs in rounds.items()
+    }
+    (before_flushed, before_settled), (after_flushed, after_settled) = medians.values()
+    note = (
+        "bytes the disk wrote per 4 KiB write, one write per chunk: before a snapshot "
+        f"{before_flushed:,.0f} at the flush, {before_settled:,.0f} settled; after it "
+        f"{after_flushed:,.0f} and {after_settled:,.0f}"
+    )
+    return {
+        "rounds": rounds,
+        "ratio_flushed": after_flushed / before_flushed,
+        "ratio_settled": after_settled / before_settled,
+        "notes": [note],
+    }
+
+
+def times(fio, server, settings):
+    """SNAPSHOTS snapshots of a thin volume of 1 TiB while it is written at random."""
+    server.control("volume", "create", "big", "--size", str(BIG_BYTES))
+    log = os.path.join(fio.scratch, "load")
+    options = ["--rw=randwrite", "--bs=4k", "--iodepth=8", "--time_based", "--runtime=600"]
+    # At random over the whole volume at a fixed rate: the load is the requests, not the space.
+    options += [f"--size={BIG_BYTES}", "--rate_iops=5000"]
+    options += [f"--write_lat_log={log}", "--log_unix_epoch=1"]
+    uri = server.uri.replace("///bench?", "///big?")
+    load = subprocess.Popen(
+        fio.command(uri, options), cwd=fio.scratch, stdout=subprocess.DEVNULL
+    )
+    took, windows = [], []
+    try:
+        time.sleep(2)
+        for number in range(SNAPSHOTS):
+            start = time.time()
+            took.append(server.control("snapshot", "create", f"big@s{number}")["took_ms"])
+            windows.append((start * 1000, time.time() * 1000))
+            if load.poll() is not None:
+                raise RuntimeError("the load on the 1 TiB volume ended before the snapshots did")
+            time.sleep(0.2)
+    finally:
+        # fio writes its logs when it is interrupted.
+        load.send_signal(signal.SIGINT)
+        load.wait()
+    server.control("volume", "delete", "big", "--force")
+    held = longest_writes_ms(f"{log}_clat.1.log", windows)
+    command = [end - start for start, end in windows]
+    note = (
+        f"{SNAPSHOTS} snapshots of 1 TiB thin over three servers under 5,000 4 KiB writes/s: "
+        f"request to reply median {statistics.median(took):.1f} ms, max {max(took):.1f} ms; "
+        f"whole command median {statistics.median(command):.1f} ms; longest write around a "
+        f"snapshot median {statistics.median(held):.1f} ms, max {max(held):.1f} ms"
+    )
+    return {
+        "took_ms": took,
+        "command_ms": command,
+        "longest_write_ms": held,
+        "median_ms": statistics.median(took),
+        "max_ms": max(took),
+        "hold_max_ms": max(held),
+        "notes": [note],
+    }
+
+
+def longest_writes_ms(path, windows):
+    """For each window of wall clock ms, the longest completion latency of fio's log in it.
+
+    A write that is held completes when the hold ends, within the window or right behind it, so
+    the longest one is the hold at most, plus what that write would have taken anyway.
+    """
+    with open(path, encoding="ascii") as lines:
+        entries = [[int(field) for field in line.split(",")[:2]] for line in lines]
+    longest = []
+    for start, end in windows:
+        inside = [ns / 1e6 for at, ns in entries if start <= at <= end + AFTER_MS]
+        if not inside:
+            raise RuntimeError("no write completed around a snapshot: the hold cannot be told")
+        longest.append(max(inside))
+    return longest

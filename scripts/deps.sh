@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that are missing for building, running, testing or measuring.
+set -euo pipefail
+
+usage() {
+    cat <<'EOF'
+Usage: scripts/deps.sh [--check] SET...
+
+Installs what is missing of the sets, with apt-get (as root, or through sudo):
+  build   to compile the workspace
+  run     for scripts/quickstart.sh: filesystems, mounts and the NBD clients it shows
+  test    for scripts/test.sh
+  bench   for scripts/bench.sh
+Does nothing when all is there. --check only says what is missing (exit code 1 if anything is).
+The Rust toolchain is not a Debian package of the version needed: it must be there already.
+EOF
+}
+
+# Lines "PACKAGE COMMAND...": the package is missing when none of the commands is found. By command
+# and not by package state, so that a newer build of a tool from elsewhere is left alone.
+packages_of() {
+    case $1 in
+        build) printf '%s\n' 'gcc cc' 'libc6-dev /usr/include/stdio.h' 'git git' 'jq jq' ;;
+        run) printf '%s\n' 'fuse3 fusermount3' 'e2fsprogs mkfs.ext4' 'util-linux losetup' \
+            'mount mount' 'jq jq' 'libnbd-bin nbdinfo' 'qemu-utils qemu-img' ;;
+        test) printf '%s\n' 'fio fio' 'nbdkit nbdkit' 'libnbd-bin nbdinfo' 'nbd-client nbd-client' \
+            'python3-libnbd python:nbd' 'qemu-utils qemu-nbd' 'fuse3 fusermount3' \
+            'xfsprogs mkfs.xfs' 'e2fsprogs mkfs.ext4' 'util-linux losetup' 'mount mount' \
+            'jq jq' 'python3 python3' 'shellcheck shellcheck' ;;
+        bench) printf '%s\n' 'fio fio' 'nbdkit nbdkit' 'qemu-utils qemu-nbd' 'python3 python3' ;;
+        *)
+            echo "deps.sh: unknown set '$1'; the sets are build, run, test, bench" >&2
+            exit 2
+            ;;
+    esac
+}
+
+is_there() {
+    case $1 in
+        python:*) /usr/bin/python3 -c "import ${1#python:}" 2>/dev/null ;;
+        /*) [ -e "$1" ] ;;
+        *) command -v "$1" >/dev/null || [ -x "/usr/sbin/$1" ] || [ -x "/sbin/$1" ] ;;
+    esac
+}
+
+require_rust() {
+    if ! command -v cargo >/dev/null && [ ! -x "$HOME/.cargo/bin/cargo" ]; then
+        echo "deps.sh: cargo is missing; install Rust 1.95 or later (rustup), it is no Debian package" >&2
+        exit 1
+    fi
+}
+
+check_only=no
+sets=()
+for arg in "$@"; do
+    case $arg in
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        --check) check_only=yes ;;
+        *) sets+=("$arg") ;;
+    esac
+done
+if [ ${#sets[@]} -eq 0 ]; then
+    usage >&2
+    exit 2
+fi
+
+missing=()
+for set in "${sets[@]}"; do
+    [ "$set" != build ] || require_rust
+    wanted=$(packages_of "$set")
+    while read -r package command; do
+        if ! is_there "$command" && [[ " ${missing[*]-} " != *" $package "* ]]; then
+            missing+=("$package")
+        fi
+    done <<<"$wanted"
+done
+
+if [ ${#missing[@]} -eq 0 ]; then
+    echo "deps.sh: everything for '${sets[*]}' is installed"
+    exit 0
+fi
+echo "deps.sh: missing: ${missing[*]}"
+[ "$check_only" = no ] || exit 1
+
+as_root=()
+if [ "$(id -u)" -ne 0 ]; then
+    if ! command -v sudo >/dev/null; then
+        echo "deps.sh: not root and no sudo; as root: apt-get install ${missing[*]}" >&2
+        exit 1
+    fi
+    as_root=(sudo)
+fi
+"${as_root[@]}" apt-get update -q </dev/null
+"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y -q --no-install-recommends "${missing[@]}" </dev/null
+echo "deps.sh: installed: ${missing[*]}"
