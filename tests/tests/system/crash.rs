@@ -132,7 +132,8 @@ async fn library_user(
     let mut random = Random::new(seed ^ number);
     let mut register = Register::new(number + 1, number * REGION, REGION);
     while !stop.load(Ordering::Relaxed) {
-        let (at, len) = register.pick(&mut random, if random.one_in(8) { 700 } else { 24 });
+        let longest = if random.one_in(8) { 700 } else { 24 };
+        let (at, len) = register.pick(&mut random, longest);
         let started = Instant::now();
         match random.within(0..10) {
             0..4 => {
