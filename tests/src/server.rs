@@ -77,6 +77,7 @@ impl Server {
         command.arg("serve").arg("--state").arg(&self.state);
         command.args(["--listen", &self.address.to_string()]);
         command.arg("--nbd-unix").arg(self.socket()).arg("--config").arg(config);
+        command.env("BLOCKD_LOG", "info,openraft=warn");
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         self.process = Some(command.spawn().unwrap());
     }
