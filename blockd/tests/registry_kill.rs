@@ -1,5 +1,7 @@
 //! kill -9 of a registry server: what it acknowledged is there when it starts again.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use blockd::control::registry::{Key, NodeRecord, Object, Outcome, Transaction, UniqueId};
 use blockd::id::NodeNo;
 use blockd::node::registry::{RaftTransport, Registry, RegistryOptions};

@@ -1,5 +1,7 @@
 //! The pure registry: transactions, executed once, and the changes that the product makes.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use blockd::control::registry::{
     ChangeError, Command, Key, Machine, NameError, NodeRecord, Object, Outcome, Refusal,
     RegistryState, RouteError, SnapshotState, Transaction, UniqueId, VolumeSpec, change, routes,

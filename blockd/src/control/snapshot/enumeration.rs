@@ -365,7 +365,6 @@ fn explore(start: World) -> (usize, usize) {
                 .filter(|next| seen.insert(next.clone())),
         );
     }
-    eprintln!("{} states", seen.len());
     (seen.len(), committed)
 }
 
