@@ -44,12 +44,12 @@ async fn run(store: &PageStore) {
     let mut state = 0x1234_5678_9abc_def1;
     let data = Bytes::from(
         (0..1u32 << 20)
-            .map(|i| (i * 31 >> 3) as u8)
+            .map(|i| ((i * 31) >> 3) as u8)
             .collect::<Vec<_>>(),
     );
     for round in 0..2 {
         let start = Instant::now();
-        let count = PAGES * u64::from(PAGE) >> 20;
+        let count = (PAGES * u64::from(PAGE)) >> 20;
         for i in 0..count {
             let page = PageNo(u32::try_from(i / 4).unwrap());
             let offset_bytes = u32::try_from(i % 4).unwrap() << 20;
