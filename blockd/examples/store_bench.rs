@@ -47,7 +47,7 @@ async fn run(store: &PageStore) {
             .map(|i| ((i * 31) >> 3) as u8)
             .collect::<Vec<_>>(),
     );
-    for round in 0..2 {
+    for round in 0..4 {
         let start = Instant::now();
         let count = (PAGES * u64::from(PAGE)) >> 20;
         for i in 0..count {

@@ -108,8 +108,13 @@ fn every_device_operation_of_200_workloads_survives_a_crash() {
         }
     }
     checkpoints -= SUPERBLOCKS_ANYWAY * workloads as usize;
-    println!("{workloads} workloads, {points} crash points, {checkpoints} checkpoints, no violation");
-    assert!(workloads as usize * 2 < checkpoints, "the workloads must checkpoint under way");
+    println!(
+        "{workloads} workloads, {points} crash points, {checkpoints} checkpoints, no violation"
+    );
+    assert!(
+        workloads as usize * 2 < checkpoints,
+        "the workloads must checkpoint under way"
+    );
 }
 
 /// Counts the workloads in which a changed trace shows a violation.
