@@ -62,10 +62,11 @@ async fn run(store: &PageStore) {
             store.write(at, data.clone(), Epoch(1)).await.unwrap();
         }
         report(
-            [
-                "write 1 MiB sequential, fresh",
-                "write 1 MiB sequential, overwrite",
-            ][round],
+            if round == 0 {
+                "write 1 MiB, fresh"
+            } else {
+                "write 1 MiB, overwrite"
+            },
             count,
             1 << 20,
             start,
