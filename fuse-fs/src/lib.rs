@@ -11,13 +11,14 @@
 //! | [`adapter`] | FUSE requests to operations of the view; the only file that names `fuser` |
 //! | [`view`], [`open_file`] | the operations: names to volumes, bytes of one open volume |
 //! | [`volumes`] | the tree `/volumes/NAME`, `/snapshots/NAME@SNAP` as pure data |
-//! | [`backend`] | the seam: `blockd::client` in the product, a double in the tests |
+//! | [`backend`] | the seam: [`client_backend`] in the product, a double in the tests |
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod adapter;
 pub mod backend;
 pub mod cli;
+pub mod client_backend;
 pub mod daemon;
 pub mod error;
 pub mod kernel_mount;

@@ -211,7 +211,12 @@ fn fio_verifies_random_writes_at_depth_32() {
                 "fio",
                 &[
                     &args[..],
-                    &["--verify=crc32c", "--do_verify=1", "--verify_fatal=1"],
+                    &[
+                        "--verify=crc32c",
+                        "--do_verify=1",
+                        "--verify_fatal=1",
+                        "--verify_state_save=0",
+                    ],
                 ]
                 .concat(),
             );
