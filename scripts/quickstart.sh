@@ -43,7 +43,8 @@ ctl() { "$bin/blockctl" "$@"; }
 server_pid() {
     local pid
     pid=$(cat "$var/s$1/pid" 2>/dev/null) || return 1
-    [ -n "$pid" ] && tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null |
+    [ -n "$pid" ] && [ -r "/proc/$pid/cmdline" ] || return 1
+    { tr '\0' ' ' <"/proc/$pid/cmdline"; } 2>/dev/null |
         grep -qF -- "--state $var/s$1/state " || return 1
     echo "$pid"
 }
