@@ -46,7 +46,11 @@ fn has_garbage(member: &Member, state: &RegistryState) -> bool {
 async fn sweep_store(member: &Member, confirmed: &RegistryState) {
     let store = &member.owner().store;
     let reached = confirmed.cluster().map(|cluster| cluster.next_volume);
-    for volume in store.volumes().into_iter().filter(|volume| Some(*volume) < reached) {
+    for volume in store
+        .volumes()
+        .into_iter()
+        .filter(|volume| Some(*volume) < reached)
+    {
         let Some(record) = confirmed.volume(volume) else {
             log(store.delete_volume(volume).await, "volume", &volume);
             continue;
