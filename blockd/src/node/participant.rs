@@ -48,11 +48,17 @@ impl Participants {
             return request.refuse(Status::Gone, "no such volume");
         };
         let ticket = TicketId(request.aux);
-        let answer = match order {
-            Order::Prepare { .. } => self.prepare(&state, ticket, order).await,
-            Order::Take { .. } => self.take(&state, ticket, order).await,
-            Order::Release => self.release(&state, ticket).await,
-        };
+        // In a task of its own: an order is carried out to its end also when the coordinator's
+        // connection ends, or the machine would wait for ever for writes that finished.
+        let this = self.clone();
+        let carried_out = tokio::task::spawn_local(async move {
+            match order {
+                Order::Prepare { .. } => this.prepare(&state, ticket, order).await,
+                Order::Take { .. } => this.take(&state, ticket, order).await,
+                Order::Release => this.release(&state, ticket).await,
+            }
+        });
+        let answer = carried_out.await.unwrap_or(Answer::Failed);
         request.answer(Status::Ok, encode_control(&answer))
     }
 
@@ -92,11 +98,11 @@ impl Participants {
         }
         let outputs = self.step(state, ParticipantEvent::Order(ticket, order));
         let holding = outputs.contains(&Output::HoldWrites);
+        let deadline = self.expire_later(state);
         if let (false, Some(answer)) = (holding && executing > 0, reply(&outputs)) {
             self.finish_writes(state, executing);
             return answer;
         }
-        let deadline = self.expire_later(state);
         let quiet = timeout_at(deadline, state.quiet()).await.is_ok();
         for _ in 0..state.waiting() {
             self.step(state, ParticipantEvent::WriteArrived);
