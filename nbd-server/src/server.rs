@@ -118,7 +118,6 @@ fn is_abandoned(path: &Path) -> bool {
     tried.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
-
 /// Serves connections of any number of listeners, one task each.
 #[derive(Debug)]
 pub struct Server<P> {

@@ -43,7 +43,10 @@ impl Chain {
     /// Place and value of the write with this number, from 0 on.
     #[must_use]
     pub fn write(&self, number: u64) -> (usize, u64) {
-        (usize::try_from(number % self.places).unwrap(), number / self.places + 1)
+        (
+            usize::try_from(number % self.places).unwrap(),
+            number / self.places + 1,
+        )
     }
 
     /// The number of writes that a point in time with these values holds.
@@ -53,7 +56,9 @@ impl Chain {
     pub fn cut(&self, values: &[u64]) -> Result<u64, String> {
         let count: u64 = values.iter().sum();
         let must = |place: u64| (count + self.places - 1 - place) / self.places;
-        let right = (0..self.places).zip(values).all(|(place, value)| must(place) == *value);
+        let right = (0..self.places)
+            .zip(values)
+            .all(|(place, value)| must(place) == *value);
         match right {
             true => Ok(count),
             false => Err(format!("{values:?} is no prefix of the chain")),

@@ -64,7 +64,10 @@ impl Cluster {
     /// Servers that are neither started nor defined.
     #[must_use]
     pub fn undefined(options: &ClusterOptions) -> Self {
-        let directory = tempfile::Builder::new().prefix("blockd-test").tempdir().unwrap();
+        let directory = tempfile::Builder::new()
+            .prefix("blockd-test")
+            .tempdir()
+            .unwrap();
         let addresses = AddressBlock::claim();
         let make = |number: u8| {
             let name = directory.path().join(format!("s{number}"));
@@ -75,7 +78,11 @@ impl Cluster {
         Self {
             servers: (1..=options.servers).map(make).collect(),
             addresses,
-            runtime: Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap(),
+            runtime: Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .unwrap(),
             client: None,
             directory,
         }
@@ -136,7 +143,10 @@ impl Cluster {
 
     #[must_use]
     pub fn client_with(&self, indices: &[usize], options: ClientOptions) -> Client {
-        let servers: Vec<String> = indices.iter().map(|i| self.servers[*i].peer_address()).collect();
+        let servers: Vec<String> = indices
+            .iter()
+            .map(|i| self.servers[*i].peer_address())
+            .collect();
         self.block(Client::connect(&servers, options)).unwrap()
     }
 
@@ -202,7 +212,10 @@ impl Cluster {
     /// The routing table of a volume as one server shows it.
     pub fn route(&self, index: usize, volume: &str) -> RouteInfo {
         let volume = volume.to_owned();
-        match self.admin_at(index, AdminRequest::RouteShow { volume }).unwrap() {
+        match self
+            .admin_at(index, AdminRequest::RouteShow { volume })
+            .unwrap()
+        {
             AdminReply::Route(route) => route,
             other => panic!("{other:?}"),
         }
@@ -265,7 +278,10 @@ impl Cluster {
     /// Bytes that the state directories take on disk.
     #[must_use]
     pub fn disk_bytes(&self) -> u64 {
-        self.servers.iter().map(|server| allocated_bytes(&server.state)).sum()
+        self.servers
+            .iter()
+            .map(|server| allocated_bytes(&server.state))
+            .sum()
     }
 }
 

@@ -13,7 +13,18 @@ impl Tmpfs {
     pub fn mount(path: &Path, size_bytes: u64) -> Self {
         std::fs::create_dir_all(path).unwrap();
         let options = format!("size={size_bytes}");
-        run(20, "mount", ["-t", "tmpfs", "-o", &options, "blockd-test", path.to_str().unwrap()]);
+        run(
+            20,
+            "mount",
+            [
+                "-t",
+                "tmpfs",
+                "-o",
+                &options,
+                "blockd-test",
+                path.to_str().unwrap(),
+            ],
+        );
         Self(path.to_owned())
     }
 
@@ -51,7 +62,9 @@ impl FuseMount {
     pub fn volumes(servers: &str, directory: &Path, name: &str) -> Self {
         let mount = Self::new(servers, directory, name);
         let log = directory.join(format!("{name}.log"));
-        mount.fuse_fs(&["volumes"], &["--log", log.to_str().unwrap()]).ok()
+        mount
+            .fuse_fs(&["volumes"], &["--log", log.to_str().unwrap()])
+            .ok()
             .code
             .unwrap();
         mount
@@ -61,7 +74,11 @@ impl FuseMount {
     #[must_use]
     pub fn kernel(servers: &str, directory: &Path, name: &str, target: &str) -> Self {
         let mount = Self::new(servers, directory, name);
-        mount.fuse_fs(&["mount", "--kernel", target], &[]).ok().code.unwrap();
+        mount
+            .fuse_fs(&["mount", "--kernel", target], &[])
+            .ok()
+            .code
+            .unwrap();
         mount
     }
 

@@ -50,8 +50,13 @@ pub fn try_run<S: AsRef<OsStr>>(
     arguments: impl IntoIterator<Item = S>,
 ) -> Ran {
     let mut command = Command::new("timeout");
-    command.args(["--kill-after=5", &limit_s.to_string()]).arg(program.as_ref());
-    command.args(arguments).env("LC_ALL", "C").env_remove("BLOCKD_SERVERS");
+    command
+        .args(["--kill-after=5", &limit_s.to_string()])
+        .arg(program.as_ref());
+    command
+        .args(arguments)
+        .env("LC_ALL", "C")
+        .env_remove("BLOCKD_SERVERS");
     let shown = format!("{command:?}");
     let Output {
         status,
@@ -65,7 +70,10 @@ pub fn try_run<S: AsRef<OsStr>>(
         stdout: text(stdout),
         stderr: text(stderr),
     };
-    assert!(ran.code != Some(127), "{ran:?}: not installed? see scripts/deps.sh test");
+    assert!(
+        ran.code != Some(127),
+        "{ran:?}: not installed? see scripts/deps.sh test"
+    );
     assert!(ran.code != Some(124), "not done after {limit_s} s: {ran:?}");
     ran
 }

@@ -15,7 +15,9 @@ impl Random {
     /// A generator seeded from the clock, and its seed for the log.
     #[must_use]
     pub fn fresh() -> (Self, u64) {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap();
         let seed = u64::try_from(now.as_nanos() & u128::from(u64::MAX)).unwrap();
         (Self(seed), seed)
     }

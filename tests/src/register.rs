@@ -59,7 +59,10 @@ impl Register {
     pub fn data(&mut self, offset_bytes: u64, len_bytes: u32) -> (Content, Vec<u8>) {
         self.writes += 1;
         let content = Content::Write(self.owner << 40 | self.writes);
-        (content, self.image(offset_bytes, &vec![content; len_bytes as usize / BLOCK]))
+        (
+            content,
+            self.image(offset_bytes, &vec![content; len_bytes as usize / BLOCK]),
+        )
     }
 
     /// The range holds `content` from now on.

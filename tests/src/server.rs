@@ -69,16 +69,31 @@ impl Server {
 
     /// Starts the process without waiting for it.
     pub fn spawn(&mut self) {
-        assert!(self.process.is_none(), "server {} runs already", self.number);
+        assert!(
+            self.process.is_none(),
+            "server {} runs already",
+            self.number
+        );
         let config = self.directory.join("blockd.toml");
         fs::write(&config, &self.config).unwrap();
-        let log = File::options().create(true).append(true).open(self.log_path()).unwrap();
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.log_path())
+            .unwrap();
         let mut command = Command::new(binary("blockd"));
         command.arg("serve").arg("--state").arg(&self.state);
         command.args(["--listen", &self.address.to_string()]);
-        command.arg("--nbd-unix").arg(self.socket()).arg("--config").arg(config);
+        command
+            .arg("--nbd-unix")
+            .arg(self.socket())
+            .arg("--config")
+            .arg(config);
         command.env("BLOCKD_LOG", "info,openraft=warn");
-        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log);
         self.process = Some(command.spawn().unwrap());
     }
 
@@ -95,7 +110,12 @@ impl Server {
             if let Some(status) = self.ended() {
                 panic!("server {} ended with {status}\n{}", self.number, self.log());
             }
-            assert!(Instant::now() < deadline, "server {} not ready\n{}", self.number, self.log());
+            assert!(
+                Instant::now() < deadline,
+                "server {} not ready\n{}",
+                self.number,
+                self.log()
+            );
             sleep(POLL);
         }
     }
@@ -104,7 +124,9 @@ impl Server {
         let Ok(mut stream) = UnixStream::connect(self.socket()) else {
             return false;
         };
-        stream.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(1)))
+            .unwrap();
         let mut greeting = [0; 8];
         stream.read_exact(&mut greeting).is_ok() && greeting == *b"NBDMAGIC"
     }
@@ -122,7 +144,12 @@ impl Server {
                 self.process = None;
                 return status;
             }
-            assert!(Instant::now() < deadline, "server {} goes on\n{}", self.number, self.log());
+            assert!(
+                Instant::now() < deadline,
+                "server {} goes on\n{}",
+                self.number,
+                self.log()
+            );
             sleep(POLL);
         }
     }
@@ -161,7 +188,10 @@ impl Server {
     pub fn resident_bytes(&self) -> u64 {
         let path = format!("/proc/{}/status", self.pid().as_raw_nonzero());
         let status = fs::read_to_string(path).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .unwrap();
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
     }
 

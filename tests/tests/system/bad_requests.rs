@@ -25,7 +25,10 @@ fn refuses(cluster: &Cluster, request: AdminRequest, kind: AdminErrorKind, words
     let refusal = cluster.refused(request.clone());
     assert_eq!(refusal.kind, kind, "{request:?}: {refusal}");
     for word in words {
-        assert!(refusal.message.contains(word), "{request:?}: no {word:?} in: {refusal}");
+        assert!(
+            refusal.message.contains(word),
+            "{request:?}: no {word:?} in: {refusal}"
+        );
     }
 }
 
@@ -46,17 +49,32 @@ fn impossible_sizes_pages_and_servers() {
         (1 << 47, &["pages", "possible"]),
         (u64::MAX - 511, &["pages", "possible"]),
     ] {
-        refuses(&cluster, volume(&|wanted| wanted.size_bytes = size_bytes), invalid, words);
+        refuses(
+            &cluster,
+            volume(&|wanted| wanted.size_bytes = size_bytes),
+            invalid,
+            words,
+        );
     }
     for page_blocks in [0, 3, 8191, 1 << 21, u32::MAX] {
         let words = &["page", "power of two"];
-        refuses(&cluster, volume(&|wanted| wanted.page_blocks = page_blocks), invalid, words);
+        refuses(
+            &cluster,
+            volume(&|wanted| wanted.page_blocks = page_blocks),
+            invalid,
+            words,
+        );
     }
     let twice = volume(&|wanted| wanted.servers = vec![NodeNo(1), NodeNo(1)]);
     refuses(&cluster, twice, invalid, &["1", "twice"]);
     for number in [4, 65_535] {
         let unknown = volume(&|wanted| wanted.servers = vec![NodeNo(1), NodeNo(number)]);
-        refuses(&cluster, unknown, AdminErrorKind::NotFound, &[&number.to_string()]);
+        refuses(
+            &cluster,
+            unknown,
+            AdminErrorKind::NotFound,
+            &[&number.to_string()],
+        );
     }
     cluster.create("good", 64 * MIB);
     for size_bytes in [0, 513, 1 << 50] {
@@ -83,14 +101,26 @@ fn bad_names() {
         name: name.to_owned(),
         new_name: new_name.to_owned(),
     };
-    for name in ["", "-x", ".x", "a b", "a/b", "a@b", "a\nb", "\u{e4}", "a\0", "../x", &long] {
+    for name in [
+        "", "-x", ".x", "a b", "a/b", "a@b", "a\nb", "\u{e4}", "a\0", "../x", &long,
+    ] {
         let invalid = AdminErrorKind::Invalid;
-        refuses(&cluster, AdminRequest::VolumeCreate(create(name, MIB)), invalid, &["name"]);
+        refuses(
+            &cluster,
+            AdminRequest::VolumeCreate(create(name, MIB)),
+            invalid,
+            &["name"],
+        );
         refuses(&cluster, rename("taken", name), invalid, &["name"]);
         refuses(&cluster, snapshot("taken", name), invalid, &["name"]);
     }
     let exists = AdminErrorKind::Exists;
-    refuses(&cluster, AdminRequest::VolumeCreate(create("taken", MIB)), exists, &["taken"]);
+    refuses(
+        &cluster,
+        AdminRequest::VolumeCreate(create("taken", MIB)),
+        exists,
+        &["taken"],
+    );
     refuses(&cluster, snapshot("taken", "s"), exists, &["taken", "s"]);
     let not_found = AdminErrorKind::NotFound;
     refuses(&cluster, rename("absent", "other"), not_found, &["absent"]);
@@ -100,13 +130,23 @@ fn bad_names() {
         AdminRequest::VolumeShow { name: absent() },
         AdminRequest::VolumeDelete { name: absent() },
         AdminRequest::RouteShow { volume: absent() },
-        AdminRequest::SnapshotList { volume: Some(absent()) },
-        AdminRequest::Open { volume: absent(), snapshot: None },
-        AdminRequest::Open { volume: "taken".to_owned(), snapshot: Some(absent()) },
+        AdminRequest::SnapshotList {
+            volume: Some(absent()),
+        },
+        AdminRequest::Open {
+            volume: absent(),
+            snapshot: None,
+        },
+        AdminRequest::Open {
+            volume: "taken".to_owned(),
+            snapshot: Some(absent()),
+        },
     ] {
         refuses(&cluster, request, not_found, &["absent"]);
     }
-    let define = AdminRequest::ClusterDefine { name: "second".to_owned() };
+    let define = AdminRequest::ClusterDefine {
+        name: "second".to_owned(),
+    };
     refuses(&cluster, define, exists, &["test"]);
     assert_eq!(cluster.snapshots("taken").len(), 1);
 }
@@ -165,16 +205,25 @@ fn blockctl_says_what_is_wrong() {
     let cluster = Cluster::three();
     let servers = cluster.server_list();
     let blockctl = |arguments: &[&str]| {
-        let all = ["--servers", &servers].into_iter().chain(arguments.iter().copied());
+        let all = ["--servers", &servers]
+            .into_iter()
+            .chain(arguments.iter().copied());
         try_run(40, binary("blockctl"), all)
     };
-    blockctl(&["volume", "create", "v", "--size", "64MiB"]).ok().code.unwrap();
+    blockctl(&["volume", "create", "v", "--size", "64MiB"])
+        .ok()
+        .code
+        .unwrap();
     blockctl(&["snapshot", "create", "v@s"]).ok().code.unwrap();
     for (arguments, code, words) in [
         (&["volume", "create", "w", "--size", "0"][..], 2, "size"),
         (&["volume", "create", "w", "--size", "-4GiB"], 2, "negative"),
         (&["volume", "create", "w", "--size", "4XB"], 2, "4XB"),
-        (&["volume", "create", "w", "--size", "4000000TiB"], 2, "4000000TiB"),
+        (
+            &["volume", "create", "w", "--size", "4000000TiB"],
+            2,
+            "4000000TiB",
+        ),
         (&["volume", "create", "v", "--size", "1GiB"], 1, "v"),
         (&["volume", "create", "a/b", "--size", "1GiB"], 1, "name"),
         (&["volume", "delete", "v"], 1, "snapshot"),
@@ -183,7 +232,11 @@ fn blockctl_says_what_is_wrong() {
         (&["snapshot", "create", "v@s"], 1, "s"),
         (&["snapshot", "delete", "v@absent"], 1, "absent"),
         (&["route", "show", "absent"], 1, "absent"),
-        (&["node", "define", "127.255.255.1", "--online"], 1, "127.255.255.1"),
+        (
+            &["node", "define", "127.255.255.1", "--online"],
+            1,
+            "127.255.255.1",
+        ),
         (&["cluster", "define", "again"], 1, "test"),
         (&["nonsense"], 2, "nonsense"),
     ] {

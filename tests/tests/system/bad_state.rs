@@ -15,7 +15,13 @@ fn one() -> ClusterOptions {
 /// a panic.
 fn start_fails(cluster: &Cluster, state: &Path, words: &[&str]) {
     let address = cluster.addresses.of(100).to_string();
-    let arguments = ["serve", "--state", state.to_str().unwrap(), "--listen", &address];
+    let arguments = [
+        "serve",
+        "--state",
+        state.to_str().unwrap(),
+        "--listen",
+        &address,
+    ];
     let ran = try_run(30, binary("blockd"), arguments);
     assert_eq!(ran.code, Some(1), "{ran:?}");
     for word in words {
@@ -90,7 +96,11 @@ fn a_state_directory_of_a_newer_version_or_damaged() {
     ] {
         fs::write(&node, &text).unwrap();
         start_fails(&cluster, &state, words);
-        assert_eq!(fs::read_to_string(&node).unwrap(), text, "the file was changed");
+        assert_eq!(
+            fs::read_to_string(&node).unwrap(),
+            text,
+            "the file was changed"
+        );
     }
     fs::write(&node, good).unwrap();
     cluster.servers[0].start();
@@ -107,7 +117,10 @@ fn a_state_directory_of_another_cluster() {
     cluster.nbd(0, "v").write(0, &[3; 4096]).unwrap();
     assert!(cluster.servers[0].stop().success());
     assert!(other.servers[0].stop().success());
-    let (ours, theirs) = (cluster.servers[0].state.clone(), other.servers[0].state.clone());
+    let (ours, theirs) = (
+        cluster.servers[0].state.clone(),
+        other.servers[0].state.clone(),
+    );
     for part in ["store", "registry"] {
         let aside = ours.join("aside");
         fs::rename(ours.join(part), &aside).unwrap();
@@ -168,6 +181,10 @@ fn an_address_in_use() {
     let mut second = Server::new(2, address, &cluster.path("second"));
     second.spawn();
     assert_eq!(second.wait_end().code(), Some(1));
-    assert!(second.log().contains(&address.to_string()), "{}", second.log());
+    assert!(
+        second.log().contains(&address.to_string()),
+        "{}",
+        second.log()
+    );
     cluster.servers[0].wait_ready();
 }

@@ -59,7 +59,11 @@ impl Patient {
                 Ok(()) => return,
                 Err(NbdError::Errno(errno)) => panic!("{}: errno {errno}", self.address),
                 Err(NbdError::Lost(error)) => {
-                    assert!(Instant::now() < deadline, "{} stays away: {error}", self.address);
+                    assert!(
+                        Instant::now() < deadline,
+                        "{} stays away: {error}",
+                        self.address
+                    );
                     self.connection = None;
                     sleep(Duration::from_millis(10));
                 }
@@ -228,12 +232,19 @@ impl Load {
     pub fn marks(&self) -> Vec<(u64, u64)> {
         let writers = self.writers.iter().map(|writer| &writer.progress);
         let all = writers.chain(self.spanners.iter().map(|spanner| &spanner.progress));
-        all.map(|progress| (progress.acknowledged(), progress.issued())).collect()
+        all.map(|progress| (progress.acknowledged(), progress.issued()))
+            .collect()
     }
 
     pub fn check_running(&self) {
-        assert!(self.writers.iter().all(Writer::is_running), "a chain's writer has ended");
-        assert!(self.spanners.iter().all(Spanner::is_running), "a spanning writer has ended");
+        assert!(
+            self.writers.iter().all(Writer::is_running),
+            "a chain's writer has ended"
+        );
+        assert!(
+            self.spanners.iter().all(Spanner::is_running),
+            "a spanning writer has ended"
+        );
     }
 
     /// Checks `@SNAP` of both volumes through one server against the marks before the command and
@@ -271,7 +282,10 @@ impl Load {
             });
             let mark = self.writers.len() + number;
             let allowed = before[mark].0..=after[mark].1;
-            assert!(allowed.contains(&value), "{snapshot}, span {number}: {value}, {allowed:?}");
+            assert!(
+                allowed.contains(&value),
+                "{snapshot}, span {number}: {value}, {allowed:?}"
+            );
         }
     }
 

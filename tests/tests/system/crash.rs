@@ -74,13 +74,21 @@ fn sixty_kills_of_any_server() {
         }
         let failed = workers.iter().any(|worker| worker.is_finished())
             || nbd_workers.iter().any(|worker| worker.is_finished());
-        assert!(!failed, "seed {seed}: a worker has ended after {} kills", kill + 1);
+        assert!(
+            !failed,
+            "seed {seed}: a worker has ended after {} kills",
+            kill + 1
+        );
     }
     drop(stopper);
-    let registers: Vec<Register> =
-        workers.into_iter().map(|worker| cluster.block(worker).unwrap()).collect();
-    let nbd_registers: Vec<Register> =
-        nbd_workers.into_iter().map(|worker| worker.join().unwrap()).collect();
+    let registers: Vec<Register> = workers
+        .into_iter()
+        .map(|worker| cluster.block(worker).unwrap())
+        .collect();
+    let nbd_registers: Vec<Register> = nbd_workers
+        .into_iter()
+        .map(|worker| worker.join().unwrap())
+        .collect();
     check_everything(&mut cluster, &registers, &nbd_registers, &snapshots);
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     eprintln!(
@@ -94,8 +102,15 @@ fn sixty_kills_of_any_server() {
         count(&counts.nbd_reconnects),
         snapshots.len(),
     );
-    assert!(snapshots.len() >= 3, "only {} snapshots were taken", snapshots.len());
-    assert!(count(&counts.nbd_reconnects) >= 10, "the kills did not reach the NBD clients");
+    assert!(
+        snapshots.len() >= 3,
+        "only {} snapshots were taken",
+        snapshots.len()
+    );
+    assert!(
+        count(&counts.nbd_reconnects) >= 10,
+        "the kills did not reach the NBD clients"
+    );
 }
 
 /// kill -9 at a random time; now and then again while the server recovers, or two at a time.
@@ -148,7 +163,10 @@ async fn library_user(
                 counts.changes.fetch_add(1, Ordering::Relaxed);
             }
             8 => {
-                volume.zero(at, u64::from(len), random.one_in(2)).await.unwrap();
+                volume
+                    .zero(at, u64::from(len), random.one_in(2))
+                    .await
+                    .unwrap();
                 register.acknowledge(at, len, Content::Zeros);
                 counts.changes.fetch_add(1, Ordering::Relaxed);
             }
@@ -185,7 +203,9 @@ fn nbd_user(address: &str, number: u64, seed: u64, counts: &Counts, stop: &Atomi
             Err(NbdError::Lost(_)) => {
                 counts.nbd_reconnects.fetch_add(1, Ordering::Relaxed);
                 unanswered = Some(write);
-                let Some(again) = connect(address, &AtomicBool::new(false)) else { break };
+                let Some(again) = connect(address, &AtomicBool::new(false)) else {
+                    break;
+                };
                 connection = again;
             }
         }
@@ -256,11 +276,17 @@ fn check_everything(
         for (name, before) in snapshots {
             let mut connection = cluster.nbd(index, name);
             let len = u32::try_from(connection.size_bytes()).unwrap();
-            assert!(connection.read(0, len).unwrap() == *before, "{name} has changed");
+            assert!(
+                connection.read(0, len).unwrap() == *before,
+                "{name} has changed"
+            );
         }
     }
-    let listed: Vec<String> =
-        cluster.snapshots("v").iter().map(|info| format!("v@{}", info.name)).collect();
+    let listed: Vec<String> = cluster
+        .snapshots("v")
+        .iter()
+        .map(|info| format!("v@{}", info.name))
+        .collect();
     for (name, _) in snapshots {
         assert!(listed.contains(name), "{name} is not listed: {listed:?}");
     }
@@ -288,7 +314,10 @@ fn a_stopped_server_is_a_pause() {
             async move { volume.write(0, data).await }
         });
         sleep(Duration::from_millis(400));
-        assert!(!write.is_finished(), "a write over all owners ended without one of them");
+        assert!(
+            !write.is_finished(),
+            "a write over all owners ended without one of them"
+        );
         victim.signal(rustix::process::Signal::CONT);
         cluster.block(write).unwrap().unwrap();
         cluster.block(volume.flush()).unwrap();

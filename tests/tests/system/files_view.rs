@@ -11,8 +11,20 @@ fn cluster() -> Cluster {
     let cluster = Cluster::three();
     let servers = cluster.server_list();
     let size = SIZE.to_string();
-    let create = ["--servers", &servers, "volume", "create", "demo", "--size", &size];
-    run(60, binary("blockctl"), create.iter().chain(&["--format", "ext4"]));
+    let create = [
+        "--servers",
+        &servers,
+        "volume",
+        "create",
+        "demo",
+        "--size",
+        &size,
+    ];
+    run(
+        60,
+        binary("blockctl"),
+        create.iter().chain(&["--format", "ext4"]),
+    );
     cluster
 }
 
@@ -34,9 +46,18 @@ fn a_snapshot_keeps_the_file_that_was_overwritten() {
     fs::write(mount.path.join("file"), &new).unwrap();
     fs::remove_file(mount.path.join("dir/small")).unwrap();
     let mut first = FuseMount::kernel(&servers, &directory, "first", "demo@first");
-    assert!(fs::read(first.path.join("file")).unwrap() == old, "the snapshot's file has changed");
-    assert_eq!(fs::read_to_string(first.path.join("dir/small")).unwrap(), "small");
-    assert!(fs::write(first.path.join("file"), "x").is_err(), "a snapshot was written to");
+    assert!(
+        fs::read(first.path.join("file")).unwrap() == old,
+        "the snapshot's file has changed"
+    );
+    assert_eq!(
+        fs::read_to_string(first.path.join("dir/small")).unwrap(),
+        "small"
+    );
+    assert!(
+        fs::write(first.path.join("file"), "x").is_err(),
+        "a snapshot was written to"
+    );
     assert!(fs::read(mount.path.join("file")).unwrap() == new);
     first.umount(&[]).ok().code.unwrap();
     mount.umount(&[]).ok().code.unwrap();
@@ -51,7 +72,15 @@ fn a_snapshot_keeps_the_file_that_was_overwritten() {
 fn images_are_equal(cluster: &Cluster, export: &str) {
     let image = cluster.path("image");
     let other = cluster.path("other");
-    run(60, "nbdcopy", ["--connections=4", &cluster.servers[0].uris(export)[0], text(&image)]);
+    run(
+        60,
+        "nbdcopy",
+        [
+            "--connections=4",
+            &cluster.servers[0].uris(export)[0],
+            text(&image),
+        ],
+    );
     if !export.contains('@') {
         run(60, "e2fsck", ["-f", "-n", text(&image)]);
     }
@@ -78,25 +107,51 @@ fn volumes_and_snapshots_are_files() {
     let mut view = FuseMount::volumes(&servers, cluster.directory(), "view");
     let file = view.path.join("volumes/v");
     assert_eq!(fs::metadata(&file).unwrap().len(), 24 * MIB);
-    assert_eq!(fs::metadata(view.path.join("volumes/w")).unwrap().len(), 3 * MIB);
+    assert_eq!(
+        fs::metadata(view.path.join("volumes/w")).unwrap().len(),
+        3 * MIB
+    );
     let old = Random::new(5).bytes(24 << 20);
     let raw = cluster.path("raw");
     fs::write(&raw, &old).unwrap();
-    run(60, "dd", [
-        &format!("if={}", text(&raw)),
-        &format!("of={}", text(&file)),
-        "bs=1M",
-        "conv=notrunc,fsync",
-    ]);
+    run(
+        60,
+        "dd",
+        [
+            &format!("if={}", text(&raw)),
+            &format!("of={}", text(&file)),
+            "bs=1M",
+            "conv=notrunc,fsync",
+        ],
+    );
     run(60, "cmp", [&raw, &file]);
     assert!(cluster.nbd(1, "v").read(0, 24 << 20).unwrap() == old);
     cluster.snapshot("v@s");
     cluster.nbd(2, "v").write(0, &[9; 1 << 20]).unwrap();
     let snapshot = view.path.join("snapshots/v@s");
     run(60, "cmp", [&raw, &snapshot]);
-    assert_ne!(try_run(60, "cmp", [&raw, &file]).code, Some(0), "the volume shows its snapshot");
-    assert!(fs::OpenOptions::new().write(true).open(&snapshot).is_err(), "writable snapshot");
-    let map = run(60, "qemu-img", ["compare", "-f", "raw", "-F", "raw", text(&raw), text(&snapshot)]);
+    assert_ne!(
+        try_run(60, "cmp", [&raw, &file]).code,
+        Some(0),
+        "the volume shows its snapshot"
+    );
+    assert!(
+        fs::OpenOptions::new().write(true).open(&snapshot).is_err(),
+        "writable snapshot"
+    );
+    let map = run(
+        60,
+        "qemu-img",
+        [
+            "compare",
+            "-f",
+            "raw",
+            "-F",
+            "raw",
+            text(&raw),
+            text(&snapshot),
+        ],
+    );
     assert!(map.contains("identical"), "{map}");
     view.umount(&[]).ok().code.unwrap();
 }
@@ -127,8 +182,14 @@ fn servers_die_under_a_mount() {
     let started = Instant::now();
     let refused = mount.umount(&["--timeout", "2"]);
     let forced = mount.umount(&["--force", "--timeout", "2"]);
-    assert!(started.elapsed() < Duration::from_secs(90), "{refused:?}, then {forced:?}");
-    assert!(refused.code == Some(0) || forced.code == Some(0), "{refused:?}, then {forced:?}");
+    assert!(
+        started.elapsed() < Duration::from_secs(90),
+        "{refused:?}, then {forced:?}"
+    );
+    assert!(
+        refused.code == Some(0) || forced.code == Some(0),
+        "{refused:?}, then {forced:?}"
+    );
     cluster.servers[0].start();
     cluster.wait_writable();
     let mut again = FuseMount::kernel(&servers, &directory, "again", "demo");

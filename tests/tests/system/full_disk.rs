@@ -44,25 +44,37 @@ fn a_full_disk_refuses_writes_and_nothing_else() {
     cluster.create_on("elsewhere", 32 * MIB, 8192, &[1, 3]);
     let mut connection = cluster.nbd(0, "full");
     let written = fill(&mut connection, 400);
-    assert!(written >= 40, "only {written} MiB of {} were used", DISK / MIB);
+    assert!(
+        written >= 40,
+        "only {written} MiB of {} were used",
+        DISK / MIB
+    );
     connection.flush().unwrap();
     let check = |cluster: &Cluster, from: u64| {
         let mut connection = cluster.nbd(2, "full");
         for step in from..written {
             let found = connection.read(step * MIB, 1 << 20).unwrap();
-            assert!(found == Random::new(step).bytes(STEP), "MiB {step} has changed");
+            assert!(
+                found == Random::new(step).bytes(STEP),
+                "MiB {step} has changed"
+            );
         }
     };
     check(&cluster, 0);
     let volume = cluster.open("full");
     let refused = cluster.block(volume.write(500 * MIB, vec![1; STEP].into()));
     match refused {
-        Err(ClientError::Io { reason: IoErrorKind::NoSpace, .. }) => {}
+        Err(ClientError::Io {
+            reason: IoErrorKind::NoSpace,
+            ..
+        }) => {}
         other => panic!("{other:?} instead of no space"),
     }
     cluster.nbd(1, "elsewhere").write(0, &[4; 8 << 20]).unwrap();
     cluster.create("another", MIB);
-    cluster.admin(blockd::admin::AdminRequest::ClusterStatus).unwrap();
+    cluster
+        .admin(blockd::admin::AdminRequest::ClusterStatus)
+        .unwrap();
     cluster.servers[1].kill();
     cluster.servers[1].start();
     cluster.wait_writable();
@@ -78,7 +90,10 @@ fn a_full_disk_refuses_writes_and_nothing_else() {
     check(&cluster, 24);
     for step in 0..16 {
         let found = connection.read((300 + step) * MIB, 1 << 20).unwrap();
-        assert!(found == Random::new(1000 + step).bytes(STEP), "written after TRIM, now changed");
+        assert!(
+            found == Random::new(1000 + step).bytes(STEP),
+            "written after TRIM, now changed"
+        );
     }
 }
 
@@ -108,11 +123,16 @@ fn deleting_makes_room_on_a_full_disk() {
     }
     cluster.snapshot("full@s");
     let written = fill(&mut connection, 400);
-    assert!(written < 120, "{written} MiB fit beside a snapshot of 30 MiB");
+    assert!(
+        written < 120,
+        "{written} MiB fit beside a snapshot of 30 MiB"
+    );
     cluster.delete_snapshot("full@s");
     write_soon(&mut connection, 300 * MIB, &data);
     let name = "full".to_owned();
-    cluster.admin(blockd::admin::AdminRequest::VolumeDelete { name }).unwrap();
+    cluster
+        .admin(blockd::admin::AdminRequest::VolumeDelete { name })
+        .unwrap();
     cluster.create_on("next", 512 * MIB, 8192, &[2]);
     let mut connection = cluster.nbd(2, "next");
     for step in 0..40 {

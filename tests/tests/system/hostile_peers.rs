@@ -31,8 +31,12 @@ fn an_idle_server_is_small() {
 
 fn connect(address: &str) -> TcpStream {
     let stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-    stream.set_write_timeout(Some(Duration::from_secs(30))).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(30)))
+        .unwrap();
+    stream
+        .set_write_timeout(Some(Duration::from_secs(30)))
+        .unwrap();
     stream
 }
 
@@ -54,7 +58,12 @@ fn check_alive(cluster: &Cluster, limit_bytes: u64) {
         connection.write(0, &[7; 4096]).unwrap();
         assert_eq!(connection.read(0, 4096).unwrap(), [7; 4096]);
         let resident = server.resident_bytes();
-        assert!(resident < limit_bytes, "server {}: {} MiB", server.number, resident / MIB);
+        assert!(
+            resident < limit_bytes,
+            "server {}: {} MiB",
+            server.number,
+            resident / MIB
+        );
         assert!(!server.log().contains("panicked"), "{}", server.log());
     }
 }
@@ -68,7 +77,11 @@ fn garbage_on_every_port() {
     for round in 0..120 {
         let server = &cluster.servers[round % 3];
         let peer = round % 2 == 0;
-        let address = if peer { server.peer_address() } else { server.nbd_address() };
+        let address = if peer {
+            server.peer_address()
+        } else {
+            server.nbd_address()
+        };
         let mut stream = connect(&address);
         let len = [1, 20, 64, 4096, 300_000][random.index(5)];
         let mut garbage = random.bytes(len);
@@ -187,7 +200,11 @@ fn half_and_lying_nbd_requests() {
         let mut reply = [0; 16];
         stream.read_exact(&mut reply).unwrap();
         assert_eq!(reply[..4], 0x6744_6698_u32.to_be_bytes(), "kind {kind}");
-        assert_ne!(reply[4..8], [0; 4], "kind {kind} at {offset} of {len} bytes was accepted");
+        assert_ne!(
+            reply[4..8],
+            [0; 4],
+            "kind {kind} at {offset} of {len} bytes was accepted"
+        );
         assert_eq!(reply[8..], 77_u64.to_be_bytes());
     }
     check_alive(&cluster, 4 * IDLE_BYTES_MAX);
@@ -199,7 +216,9 @@ fn a_thousand_idle_connections() {
     let cluster = Cluster::three();
     cluster.create("v", 8 * MIB);
     let server = &cluster.servers[2];
-    let silent: Vec<TcpStream> = (0..CROWD).map(|_| connect(&server.peer_address())).collect();
+    let silent: Vec<TcpStream> = (0..CROWD)
+        .map(|_| connect(&server.peer_address()))
+        .collect();
     report(server, "1000 silent peers");
     check_alive(&cluster, 2 * IDLE_BYTES_MAX);
     drop(silent);
@@ -212,10 +231,13 @@ fn a_thousand_idle_connections() {
     report(server, "1000 idle NBD connections");
     check_alive(&cluster, 8 * IDLE_BYTES_MAX);
     let stream = opened.last_mut().unwrap();
-    let mut client = nbd::client::NbdClient::new(stream, &nbd::Export {
-        size: 8 * MIB,
-        ..nbd::Export::default()
-    });
+    let mut client = nbd::client::NbdClient::new(
+        stream,
+        &nbd::Export {
+            size: 8 * MIB,
+            ..nbd::Export::default()
+        },
+    );
     let mut block = [0; 4096];
     client.read_exact(&mut block).unwrap();
     assert_eq!(block, [7; 4096]);

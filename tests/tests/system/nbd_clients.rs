@@ -14,16 +14,26 @@ fn image(path: &Path, seed: u64) -> PathBuf {
     let mut random = Random::new(seed);
     let mut file = fs::File::create(path).unwrap();
     file.set_len(SIZE).unwrap();
-    for (at, len) in [(0, 3 * MIB), (5 * MIB + 4096, 12_288), (9 * MIB, 6 * MIB), (SIZE - 512, 512)] {
+    for (at, len) in [
+        (0, 3 * MIB),
+        (5 * MIB + 4096, 12_288),
+        (9 * MIB, 6 * MIB),
+        (SIZE - 512, 512),
+    ] {
         file.seek(SeekFrom::Start(at)).unwrap();
-        file.write_all(&random.bytes(usize::try_from(len).unwrap())).unwrap();
+        file.write_all(&random.bytes(usize::try_from(len).unwrap()))
+            .unwrap();
     }
     path.to_owned()
 }
 
 /// Every way to reach an export: server by server, TCP and unix.
 fn all_uris(cluster: &Cluster, export: &str) -> Vec<String> {
-    cluster.servers.iter().flat_map(|server| server.uris(export)).collect()
+    cluster
+        .servers
+        .iter()
+        .flat_map(|server| server.uris(export))
+        .collect()
 }
 
 fn text(path: &Path) -> &str {
@@ -86,17 +96,33 @@ fn qemu_img() {
             let uri = &server.uris(&name)[kind];
             let raw = image(&cluster.path(&name), number as u64);
             let convert = ["convert", "-n", "-f", "raw", "-O", "raw", "-W", "-m", "8"];
-            run(60, "qemu-img", convert.iter().copied().chain([text(&raw), uri]));
+            run(
+                60,
+                "qemu-img",
+                convert.iter().copied().chain([text(&raw), uri]),
+            );
             let behind = &cluster.servers[(number + 1) % 3].uris(&name)[other];
-            run(60, "qemu-img", ["compare", "-f", "raw", "-F", "raw", text(&raw), behind]);
+            run(
+                60,
+                "qemu-img",
+                ["compare", "-f", "raw", "-F", "raw", text(&raw), behind],
+            );
             let back = cluster.path("back");
-            run(60, "qemu-img", ["convert", "-f", "raw", "-O", "raw", behind, text(&back)]);
+            run(
+                60,
+                "qemu-img",
+                ["convert", "-f", "raw", "-O", "raw", behind, text(&back)],
+            );
             run(60, "cmp", [&raw, &back]);
             let changed = format!("write -P 1 {}M 4k", 4 + number);
             run(60, "qemu-io", ["-f", "raw", uri, "-c", &changed]);
             let compared = ["compare", "-f", "raw", "-F", "raw", text(&raw), behind];
             let differs = try_run(60, "qemu-img", compared);
-            assert_eq!(differs.code, Some(1), "a difference was not seen: {differs:?}");
+            assert_eq!(
+                differs.code,
+                Some(1),
+                "a difference was not seen: {differs:?}"
+            );
         }
     }
 }
@@ -117,7 +143,12 @@ fn maps_show_what_was_written() {
         let map: serde_json::Value = serde_json::from_str(&map).unwrap();
         let extent = |entry: &serde_json::Value| {
             let zero = entry["zero"].as_bool().unwrap();
-            (!zero).then(|| (entry["start"].as_u64().unwrap(), entry["length"].as_u64().unwrap()))
+            (!zero).then(|| {
+                (
+                    entry["start"].as_u64().unwrap(),
+                    entry["length"].as_u64().unwrap(),
+                )
+            })
         };
         let found: Vec<_> = map.as_array().unwrap().iter().filter_map(extent).collect();
         assert_eq!(merged(found), data, "{uri}");
@@ -125,7 +156,12 @@ fn maps_show_what_was_written() {
         let map: serde_json::Value = serde_json::from_str(&map).unwrap();
         let extent = |entry: &serde_json::Value| {
             let is_data = entry["type"] == 0;
-            is_data.then(|| (entry["offset"].as_u64().unwrap(), entry["length"].as_u64().unwrap()))
+            is_data.then(|| {
+                (
+                    entry["offset"].as_u64().unwrap(),
+                    entry["length"].as_u64().unwrap(),
+                )
+            })
         };
         let found: Vec<_> = map.as_array().unwrap().iter().filter_map(extent).collect();
         assert_eq!(merged(found), data, "{uri}");
@@ -167,17 +203,27 @@ fn every_server_describes_the_same_exports() {
             }
             run(60, "nbdinfo", ["--can", "multi-conn", &uri]);
             run(60, "nbdinfo", ["--can", "structured-reply", &uri]);
-            assert_eq!(run(60, "nbdinfo", ["--size", &uri]).trim(), SIZE.to_string());
+            assert_eq!(
+                run(60, "nbdinfo", ["--size", &uri]).trim(),
+                SIZE.to_string()
+            );
         }
         for uri in server.uris("v@s") {
             run(60, "nbdinfo", ["--is", "read-only", &uri]);
             let write = ["-f", "raw", &uri, "-c", "write 0 4k"];
-            assert_ne!(try_run(60, "qemu-io", write).code, Some(0), "{uri} was written to");
+            assert_ne!(
+                try_run(60, "qemu-io", write).code,
+                Some(0),
+                "{uri} was written to"
+            );
         }
         for uri in server.uris("absent") {
             let absent = try_run(60, "nbdinfo", ["--size", &uri]);
             assert_ne!(absent.code, Some(0), "{uri} exists");
-            assert!(absent.stderr.contains("absent"), "the error names no export: {absent:?}");
+            assert!(
+                absent.stderr.contains("absent"),
+                "the error names no export: {absent:?}"
+            );
         }
         lists_all_exports(server);
     }
@@ -191,11 +237,18 @@ fn lists_all_exports(server: &Server) {
         let mut found: Vec<_> = exports
             .iter()
             .map(|export| {
-                (export["export-name"].as_str().unwrap(), export["export-size"].as_u64().unwrap())
+                (
+                    export["export-name"].as_str().unwrap(),
+                    export["export-size"].as_u64().unwrap(),
+                )
             })
             .collect();
         found.sort_unstable();
-        assert_eq!(found, [("v", SIZE), ("v@s", SIZE), ("w", 2 * SIZE)], "{uri}");
+        assert_eq!(
+            found,
+            [("v", SIZE), ("v@s", SIZE), ("w", 2 * SIZE)],
+            "{uri}"
+        );
     }
     let address = server.address.to_string();
     let socket = server.socket();
@@ -216,12 +269,20 @@ fn nbdcopy_with_four_connections() {
     let uris = all_uris(&cluster, "v");
     for (number, uri) in uris.iter().enumerate() {
         let raw = image(&cluster.path("raw"), 100 + number as u64);
-        run(60, "nbdcopy", ["--connections=4", "--flush", text(&raw), uri]);
+        run(
+            60,
+            "nbdcopy",
+            ["--connections=4", "--flush", text(&raw), uri],
+        );
         let behind = &uris[(number + 3) % uris.len()];
         for from in [uri, behind] {
             let back = cluster.path("back");
             fs::File::create(&back).unwrap().set_len(SIZE).unwrap();
-            run(60, "nbdcopy", ["--connections=4", "--requests=64", from, text(&back)]);
+            run(
+                60,
+                "nbdcopy",
+                ["--connections=4", "--requests=64", from, text(&back)],
+            );
             run(60, "cmp", [&raw, &back]);
         }
     }
@@ -240,10 +301,23 @@ fn fio_crc32c_verify() {
         for (mode, through) in [("--do_verify=1", uri), ("--verify_only=1", behind)] {
             let uri = format!("--uri={through}");
             let arguments = [
-                "--name=v", "--ioengine=nbd", &uri, &seed, mode, "--rw=randwrite", "--bs=4k",
-                "--iodepth=32", "--numjobs=4", "--size=6m", "--offset_increment=16m",
-                "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--thread",
-                "--group_reporting", "--minimal",
+                "--name=v",
+                "--ioengine=nbd",
+                &uri,
+                &seed,
+                mode,
+                "--rw=randwrite",
+                "--bs=4k",
+                "--iodepth=32",
+                "--numjobs=4",
+                "--size=6m",
+                "--offset_increment=16m",
+                "--verify=crc32c",
+                "--verify_fatal=1",
+                "--verify_state_save=0",
+                "--thread",
+                "--group_reporting",
+                "--minimal",
             ];
             run(60, "fio", arguments);
         }

@@ -20,7 +20,11 @@ fn a_stop_of_all_servers_keeps_everything() {
     for round in 0..3 {
         for server in &mut cluster.servers {
             let status = server.stop();
-            assert!(status.success(), "round {round}: {status}\n{}", server.log());
+            assert!(
+                status.success(),
+                "round {round}: {status}\n{}",
+                server.log()
+            );
         }
         cluster.servers.iter_mut().rev().for_each(Server::start);
         cluster.wait_writable();
@@ -46,9 +50,9 @@ fn facts(cluster: &Cluster) -> Vec<String> {
     }
     match cluster.admin(AdminRequest::NodeList).unwrap() {
         AdminReply::Nodes(nodes) => {
-            let stable = nodes.iter().map(|node| {
-                format!("{} {} {}", node.number, node.unique_id, node.peer_address)
-            });
+            let stable = nodes
+                .iter()
+                .map(|node| format!("{} {} {}", node.number, node.unique_id, node.peer_address));
             facts.extend(stable);
         }
         other => panic!("{other:?}"),
@@ -76,5 +80,8 @@ fn pages_of_other_servers_stay_served() {
     let mut waiting = cluster.nbd(first, "v");
     let read = std::thread::spawn(move || waiting.read(0, 1 << 20));
     cluster.servers[away].start();
-    assert!(read.join().unwrap().unwrap() == data, "the page that came back has changed");
+    assert!(
+        read.join().unwrap().unwrap() == data,
+        "the page that came back has changed"
+    );
 }

@@ -44,20 +44,38 @@ fn pages_are_spread_evenly_and_all_servers_agree() {
         ("odd", 25 * MIB + 512, 8192),
     ] {
         let info = cluster.create_on(name, size_bytes, page_blocks, &[]);
-        assert_eq!((info.size_bytes, info.page_blocks), (size_bytes, page_blocks));
+        assert_eq!(
+            (info.size_bytes, info.page_blocks),
+            (size_bytes, page_blocks)
+        );
         let route = common_route(&cluster, name);
         let pages = size_bytes.div_ceil(u64::from(page_blocks) * 512);
         assert_eq!(route.page_count, pages, "{name}");
-        assert_eq!(owners(&route).len() as u64, pages, "{name}: a page without an owner");
+        assert_eq!(
+            owners(&route).len() as u64,
+            pages,
+            "{name}: a page without an owner"
+        );
         let shares = shares(&route);
-        let (most, least) = (shares.values().max().unwrap(), shares.values().min().unwrap());
-        let longest = route.runs.iter().map(|run| u64::from(run.page_count)).max().unwrap();
+        let (most, least) = (
+            shares.values().max().unwrap(),
+            shares.values().min().unwrap(),
+        );
+        let longest = route
+            .runs
+            .iter()
+            .map(|run| u64::from(run.page_count))
+            .max()
+            .unwrap();
         assert_eq!(shares.len(), 3, "{name}: {shares:?}");
         assert!(most - least <= longest, "{name}: {shares:?}");
     }
     cluster.create_on("subset", 40 * MIB, 8192, &[1, 3]);
     let route = common_route(&cluster, "subset");
-    assert_eq!(shares(&route), BTreeMap::from([(NodeNo(1), 5), (NodeNo(3), 5)]));
+    assert_eq!(
+        shares(&route),
+        BTreeMap::from([(NodeNo(1), 5), (NodeNo(3), 5)])
+    );
     cluster.create_on("single", 40 * MIB, 8192, &[2]);
     let route = common_route(&cluster, "single");
     assert_eq!(shares(&route), BTreeMap::from([(NodeNo(2), 10)]));
@@ -84,7 +102,11 @@ fn exercise(cluster: &Cluster, name: &str, size_bytes: u64, page_blocks: u32) {
     let mut connections: Vec<_> = (0..3).map(|index| cluster.nbd(index, name)).collect();
     let page_bytes = u64::from(page_blocks) * 512;
     let window = size_bytes.min(4 * MIB);
-    let start = if size_bytes > 12 * MIB { page_bytes - window / 2 } else { 0 };
+    let start = if size_bytes > 12 * MIB {
+        page_bytes - window / 2
+    } else {
+        0
+    };
     let mut register = Register::new(1, start, window);
     for round in 0..60 {
         let (at, len) = register.pick(&mut random, [2, 40, 1024][round % 3]);
@@ -129,11 +151,16 @@ fn unaligned_requests_touch_only_their_bytes() {
         let data = random.bytes(range.len());
         connections[random.index(3)].write(at, &data).unwrap();
         image[range.clone()].copy_from_slice(&data);
-        let found = connections[random.index(3)].read(at, u32::try_from(len).unwrap()).unwrap();
+        let found = connections[random.index(3)]
+            .read(at, u32::try_from(len).unwrap())
+            .unwrap();
         assert_eq!(found, image[range], "{len} bytes at {at}");
     }
     for connection in &mut connections {
-        assert!(connection.read(0, 64 << 10).unwrap() == image, "the whole image differs");
+        assert!(
+            connection.read(0, 64 << 10).unwrap() == image,
+            "the whole image differs"
+        );
     }
 }
 
@@ -145,8 +172,12 @@ fn a_volume_grows_and_shrinks() {
     cluster.create("v", 32 * MIB);
     let volume = cluster.open("v");
     let kept = Random::new(1).bytes(MIB as usize);
-    cluster.block(volume.write(3 * MIB, kept.clone().into())).unwrap();
-    cluster.block(volume.write(30 * MIB, Bytes::from(vec![9; MIB as usize]))).unwrap();
+    cluster
+        .block(volume.write(3 * MIB, kept.clone().into()))
+        .unwrap();
+    cluster
+        .block(volume.write(30 * MIB, Bytes::from(vec![9; MIB as usize])))
+        .unwrap();
     let resize = |size_bytes, allow_shrink| AdminRequest::VolumeResize {
         name: "v".to_owned(),
         size_bytes,
@@ -157,8 +188,13 @@ fn a_volume_grows_and_shrinks() {
     assert_eq!(cluster.nbd(1, "v").size_bytes(), 64 * MIB);
     cluster.block(volume.refresh()).unwrap();
     let end = Bytes::from(vec![5; 512]);
-    cluster.block(volume.write(64 * MIB - 512, end.clone())).unwrap();
-    assert_eq!(cluster.block(volume.read(64 * MIB - 512, 512)).unwrap(), end);
+    cluster
+        .block(volume.write(64 * MIB - 512, end.clone()))
+        .unwrap();
+    assert_eq!(
+        cluster.block(volume.read(64 * MIB - 512, 512)).unwrap(),
+        end
+    );
     let refusal = cluster.refused(resize(10 * MIB + 512, false));
     assert_eq!(refusal.kind, AdminErrorKind::Conflict);
     assert!(refusal.message.contains("--allow-shrink"), "{refusal}");
@@ -172,7 +208,10 @@ fn a_volume_grows_and_shrinks() {
         let mut connection = cluster.nbd(index, "v");
         let found = connection.read(0, 32 << 20).unwrap();
         assert!(found[3 << 20..4 << 20] == kept, "what was kept has changed");
-        assert!(found[4 << 20..].iter().all(|byte| *byte == 0), "what was cut off came back");
+        assert!(
+            found[4 << 20..].iter().all(|byte| *byte == 0),
+            "what was cut off came back"
+        );
         let found = connection.read(64 * MIB - 512, 512).unwrap();
         assert_eq!(found, vec![0; 512], "what was cut off came back");
     }
@@ -196,13 +235,22 @@ fn renamed_keeps_its_data_and_recreated_has_none() {
         assert!(cluster.nbd(index, "new").read(0, 24 << 20).unwrap() == data);
     }
     let name = "new".to_owned();
-    cluster.admin(AdminRequest::VolumeDelete { name: name.clone() }).unwrap();
+    cluster
+        .admin(AdminRequest::VolumeDelete { name: name.clone() })
+        .unwrap();
     let refusal = cluster.refused(AdminRequest::VolumeShow { name });
     assert_eq!(refusal.kind, AdminErrorKind::NotFound);
     cluster.create("new", 24 * MIB);
     for index in 0..3 {
         let found = cluster.nbd(index, "new").read(0, 24 << 20).unwrap();
-        assert!(found.iter().all(|byte| *byte == 0), "data of the deleted volume came back");
+        assert!(
+            found.iter().all(|byte| *byte == 0),
+            "data of the deleted volume came back"
+        );
     }
-    assert_eq!(cluster.show("new").allocated_bytes, Some(0), "the old data still takes space");
+    assert_eq!(
+        cluster.show("new").allocated_bytes,
+        Some(0),
+        "the old data still takes space"
+    );
 }

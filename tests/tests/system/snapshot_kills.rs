@@ -24,7 +24,11 @@ fn a_killed_server_leaves_no_partial_snapshot() {
     for round in 0..ROUNDS {
         let name = format!("s{round}");
         let coordinator = round % 3;
-        let victim = if random.one_in(2) { coordinator } else { (coordinator + 1) % 3 };
+        let victim = if random.one_in(2) {
+            coordinator
+        } else {
+            (coordinator + 1) % 3
+        };
         let before = load.marks();
         let taking = start_snapshot(&cluster, coordinator, &name);
         sleep(Duration::from_micros(random.within(0..25_000)));
@@ -37,7 +41,10 @@ fn a_killed_server_leaves_no_partial_snapshot() {
         marks.insert(name.clone(), (before, load.marks()));
         load.check_running();
         let listed = listed(&cluster);
-        assert!(!answered_well || listed.contains(&name), "{name} was taken and is not listed");
+        assert!(
+            !answered_well || listed.contains(&name),
+            "{name} was taken and is not listed"
+        );
         if listed.contains(&name) {
             let (before, after) = &marks[&name];
             for server in 0..3 {
@@ -80,7 +87,11 @@ fn start_snapshot(
 /// Names of the snapshots; both volumes have the same ones, because they are taken together.
 fn listed(cluster: &Cluster) -> Vec<String> {
     let names = |volume| -> Vec<String> {
-        cluster.snapshots(volume).into_iter().map(|info| info.name).collect()
+        cluster
+            .snapshots(volume)
+            .into_iter()
+            .map(|info| info.name)
+            .collect()
     };
     let (v, w) = (names("v"), names("w"));
     assert_eq!(v, w, "a snapshot exists of one volume only");
@@ -95,7 +106,10 @@ fn writes_go_through(cluster: &Cluster, seed: u64) {
             let started = Instant::now();
             connection.write(page * PAGE, &[1; 512]).unwrap();
             let took = started.elapsed();
-            assert!(took < RELEASED_WITHIN, "seed {seed}: a write was held for {took:?}");
+            assert!(
+                took < RELEASED_WITHIN,
+                "seed {seed}: a write was held for {took:?}"
+            );
         }
     }
 }

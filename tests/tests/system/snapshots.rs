@@ -22,7 +22,9 @@ fn snapshots_under_load_are_a_point_in_time() {
         let before = load.marks();
         let started = Instant::now();
         let targets = [format!("v@{name}"), format!("w@{name}")];
-        let taken = cluster.snapshot_at(number % 3, &[&targets[0], &targets[1]]).unwrap();
+        let taken = cluster
+            .snapshot_at(number % 3, &[&targets[0], &targets[1]])
+            .unwrap();
         slowest_ms = slowest_ms.max(started.elapsed().as_millis());
         let after = load.marks();
         assert_eq!(taken.len(), 2);
@@ -34,16 +36,24 @@ fn snapshots_under_load_are_a_point_in_time() {
     load.finish();
     let total: u64 = marks.iter().map(|(acknowledged, _)| acknowledged).sum();
     eprintln!("snapshots: 36 under {total} dependent writes, slowest {slowest_ms} ms");
-    assert!(marks.iter().all(|(acknowledged, _)| *acknowledged > 36), "{marks:?}: no real load");
+    assert!(
+        marks.iter().all(|(acknowledged, _)| *acknowledged > 36),
+        "{marks:?}: no real load"
+    );
     for volume in ["v", "w"] {
         assert_eq!(cluster.snapshots(volume).len(), 36);
         let images: Vec<Vec<u8>> = (0..3)
             .map(|index| {
                 let mut connection = cluster.nbd(index, &format!("{volume}@s17"));
-                connection.read(0, u32::try_from(64 * PAGE).unwrap()).unwrap()
+                connection
+                    .read(0, u32::try_from(64 * PAGE).unwrap())
+                    .unwrap()
             })
             .collect();
-        assert!(images.windows(2).all(|pair| pair[0] == pair[1]), "{volume}@s17 differs");
+        assert!(
+            images.windows(2).all(|pair| pair[0] == pair[1]),
+            "{volume}@s17 differs"
+        );
     }
 }
 
@@ -58,22 +68,41 @@ fn copy_on_write_takes_only_what_changes() {
     cluster.block(volume.write(0, data.clone())).unwrap();
     cluster.block(volume.flush()).unwrap();
     let full = cluster.show("v").allocated_bytes.unwrap();
-    assert!((48 * MIB..49 * MIB).contains(&full), "{full} bytes for 48 MiB");
+    assert!(
+        (48 * MIB..49 * MIB).contains(&full),
+        "{full} bytes for 48 MiB"
+    );
     let taken = cluster.snapshot("v@s");
     assert_eq!(taken.referenced_bytes, Some(48 * MIB));
     assert_eq!(taken.unique_bytes, Some(0));
-    assert_eq!(cluster.show("v").allocated_bytes, Some(full), "the snapshot itself takes space");
+    assert_eq!(
+        cluster.show("v").allocated_bytes,
+        Some(full),
+        "the snapshot itself takes space"
+    );
     let changed = Bytes::from(vec![1; 4096]);
     for page in 0..12 {
-        cluster.block(volume.write(page * 4 * MIB + 8192, changed.clone())).unwrap();
+        cluster
+            .block(volume.write(page * 4 * MIB + 8192, changed.clone()))
+            .unwrap();
     }
     cluster.block(volume.flush()).unwrap();
     let listed = cluster.snapshots("v").remove(0);
     assert_eq!(listed.referenced_bytes, Some(48 * MIB));
-    assert_eq!(listed.unique_bytes, Some(12 * 4096), "12 blocks were changed");
+    assert_eq!(
+        listed.unique_bytes,
+        Some(12 * 4096),
+        "12 blocks were changed"
+    );
     let after = cluster.show("v").allocated_bytes.unwrap();
-    assert!(after <= full + 12 * 65_536, "{} bytes for 12 blocks", after - full);
-    let found = cluster.block(cluster.open("v@s").read(0, 48 << 20)).unwrap();
+    assert!(
+        after <= full + 12 * 65_536,
+        "{} bytes for 12 blocks",
+        after - full
+    );
+    let found = cluster
+        .block(cluster.open("v@s").read(0, 48 << 20))
+        .unwrap();
     assert!(found == data, "the snapshot has changed");
 }
 
@@ -88,7 +117,9 @@ fn deleting_gives_space_back_to_the_disk() {
     let fill = |seed| {
         let data = Bytes::from(Random::new(seed).bytes(32 << 20));
         for part in 0..4 {
-            cluster.block(volume.write(part * 32 * MIB, data.clone())).unwrap();
+            cluster
+                .block(volume.write(part * 32 * MIB, data.clone()))
+                .unwrap();
         }
         cluster.block(volume.flush()).unwrap();
     };
@@ -107,8 +138,12 @@ fn deleting_gives_space_back_to_the_disk() {
         cluster.disk_bytes() < empty + 128 * MIB + SLACK
     });
     let name = "v".to_owned();
-    cluster.admin(blockd::admin::AdminRequest::VolumeDelete { name }).unwrap();
-    settles("the disk has the volume's space back", || cluster.disk_bytes() < empty + SLACK);
+    cluster
+        .admin(blockd::admin::AdminRequest::VolumeDelete { name })
+        .unwrap();
+    settles("the disk has the volume's space back", || {
+        cluster.disk_bytes() < empty + SLACK
+    });
 }
 
 /// Logs that were not written yet when the disk was measured, and slots kept for reuse.
