@@ -177,7 +177,12 @@ impl Client {
     ) -> Result<Result<AdminReply, ClientError>, LinkError> {
         let mut frame = Frame::request(Kind::Admin, VolumeId(0));
         frame.payload = encode_control(request);
-        let reply = self.shared.peers.call(server, frame).await?;
+        let link = self.shared.peers.link(server).await?;
+        if let Some(cluster) = &link.welcome().cluster_id {
+            // From now on a server of another cluster refuses this client.
+            self.shared.peers.insist(cluster);
+        }
+        let reply = link.call(frame).await?;
         let refused = |kind, message| Ok(Err(AdminError { kind, message }.into()));
         if reply.status != Status::Ok {
             return refused(AdminErrorKind::Unavailable, reply.text());

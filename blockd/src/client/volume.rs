@@ -5,7 +5,7 @@
 
 use super::replay::{Change, Replay};
 use super::{Client, ClientError, Extent, IoErrorKind};
-use crate::admin::OpenInfo;
+use crate::admin::{AdminErrorKind, OpenInfo};
 use crate::data::error::DataError;
 use crate::data::forward::{self, ForwardError, PartIo};
 use crate::data::router::{Part, RoutingTable};
@@ -507,6 +507,12 @@ impl Patience {
     async fn refresh(&self, volume: &Volume) -> Result<(), ClientError> {
         match volume.refresh().await {
             Err(ClientError::Unreachable { .. }) if Instant::now() < self.deadline => Ok(()),
+            Err(ClientError::Refused(refusal))
+                if refusal.kind == AdminErrorKind::Unavailable
+                    && Instant::now() < self.deadline =>
+            {
+                Ok(())
+            }
             other => other,
         }
     }

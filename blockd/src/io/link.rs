@@ -314,6 +314,11 @@ impl Peers {
         *lock(&self.node) = node;
     }
 
+    /// Wants this cluster from now on, unless a cluster is set already.
+    pub fn insist(&self, cluster_id: &str) {
+        lock(&self.cluster_id).get_or_insert_with(|| cluster_id.to_owned());
+    }
+
     /// The link to `address`, connecting if there is none.
     ///
     /// # Errors

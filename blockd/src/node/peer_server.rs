@@ -200,7 +200,7 @@ async fn handle(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
             request.answer(Status::Ok, bytes::Bytes::from(answer).into())
         }
         Kind::Snapshot => member.participant.answer(&member, &request).await,
-        _ => match execute(&node, &member, &spans, &request).await {
+        _ => match execute_known(&node, &member, &spans, &request).await {
             Ok((frame_flags, payload)) => {
                 let mut reply = request.answer(Status::Ok, payload);
                 reply.flags = frame_flags;
@@ -214,6 +214,17 @@ async fn handle(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
 }
 
 type Executed = Result<(u16, Payload), DataError>;
+
+/// Executes a request once this server knows its volume: after a restart its copy of the registry
+/// may be old, and a volume that it does not have yet is not gone.
+async fn execute_known(node: &Node, member: &Member, spans: &Spans, request: &Frame) -> Executed {
+    let volume = request.volume;
+    if volume != VolumeId(0) && member.owner().volume(volume).is_none() {
+        member.registry.barrier().await.map_err(unavailable)?;
+        member.publish();
+    }
+    execute(node, member, spans, request).await
+}
 
 async fn execute(node: &Node, member: &Member, spans: &Spans, request: &Frame) -> Executed {
     let owner = member.owner();

@@ -3,7 +3,8 @@
 //! A volume or snapshot whose record is gone from the registry was deleted, or never came to be,
 //! while this server was down or its coordinator died. Before anything is dropped the registry
 //! is read through its majority: ids are never used twice and a record is committed before its
-//! first byte is stored, so what a confirmed state does not have can only be garbage.
+//! first byte is stored, so what a confirmed state does not have can only be garbage. An id that
+//! the state has not reached yet is left alone all the same.
 
 use super::{Member, Node, snapshot};
 use crate::control::registry::RegistryState;
@@ -44,12 +45,18 @@ fn has_garbage(member: &Member, state: &RegistryState) -> bool {
 
 async fn sweep_store(member: &Member, confirmed: &RegistryState) {
     let store = &member.owner().store;
-    for volume in store.volumes() {
-        if confirmed.volume(volume).is_none() {
+    let reached = confirmed.cluster().map(|cluster| cluster.next_volume);
+    for volume in store
+        .volumes()
+        .into_iter()
+        .filter(|volume| Some(*volume) < reached)
+    {
+        let Some(record) = confirmed.volume(volume) else {
             log(store.delete_volume(volume).await, "volume", &volume);
             continue;
-        }
-        for snapshot in store.snapshots(volume) {
+        };
+        let known = store.snapshots(volume).into_iter();
+        for snapshot in known.filter(|snapshot| *snapshot < record.next_snapshot) {
             if confirmed.snapshot(volume, snapshot).is_none() {
                 let dropped = store.delete_snapshot(volume, snapshot).await;
                 log(

@@ -1,8 +1,10 @@
 //! State directories that a server must not use, and configurations that it cannot.
 
+use blockd::client::{ClientError, ClientOptions, IoErrorKind};
 use blockd_tests::{Cluster, ClusterOptions, MIB, Random, Server, Tmpfs, binary, try_run};
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 fn one() -> ClusterOptions {
     ClusterOptions {
@@ -107,31 +109,53 @@ fn a_state_directory_of_a_newer_version_or_damaged() {
     cluster.wait_writable();
 }
 
-/// A directory of another cluster: the store and the registry of one server under the identity of
-/// another are refused, and the right one starts again.
+/// A server that comes back with the state directory of another cluster is no member: the others
+/// and the clients get none of its data, and the right directory works again.
 #[test]
 fn a_state_directory_of_another_cluster() {
-    let mut cluster = Cluster::start(&one());
+    let mut cluster = Cluster::three();
     let mut other = Cluster::start(&one());
-    cluster.create("v", MIB);
-    cluster.nbd(0, "v").write(0, &[3; 4096]).unwrap();
-    assert!(cluster.servers[0].stop().success());
-    assert!(other.servers[0].stop().success());
-    let (ours, theirs) = (
-        cluster.servers[0].state.clone(),
-        other.servers[0].state.clone(),
-    );
-    for part in ["store", "registry"] {
-        let aside = ours.join("aside");
-        fs::rename(ours.join(part), &aside).unwrap();
-        fs::rename(theirs.join(part), ours.join(part)).unwrap();
-        start_fails(&cluster, &ours, &["another"]);
-        fs::rename(ours.join(part), theirs.join(part)).unwrap();
-        fs::rename(&aside, ours.join(part)).unwrap();
+    for (which, value) in [(&cluster, 1), (&other, 2)] {
+        which.create("v", 12 * MIB);
+        let volume = which.open("v");
+        which
+            .block(volume.write(0, vec![value; 12 << 20].into()))
+            .unwrap();
     }
-    cluster.servers[0].start();
+    let page = cluster
+        .route(0, "v")
+        .runs
+        .iter()
+        .position(|run| run.owner.0 == 3)
+        .unwrap();
+    let at = page as u64 * 4 * MIB;
+    assert!(other.servers[0].stop().success());
+    assert!(cluster.servers[2].stop().success());
+    let right = cluster.servers[2].state.clone();
+    cluster.servers[2].state.clone_from(&other.servers[0].state);
+    cluster.servers[2].start();
+    let options = ClientOptions {
+        io_deadline: Duration::from_secs(2),
+        ..ClientOptions::default()
+    };
+    let client = cluster.client_with(&[0, 1], options);
+    let volume = cluster.block(client.open("v")).unwrap();
+    match cluster.block(volume.read(at, 4096)) {
+        Err(ClientError::Io {
+            reason: IoErrorKind::Deadline,
+            ..
+        }) => {}
+        other => panic!("{other:?} from a server of another cluster"),
+    }
+    assert!(cluster.servers[2].stop().success());
+    cluster.servers[2].state = right;
+    cluster.servers[2].start();
     cluster.wait_writable();
-    assert_eq!(cluster.nbd(0, "v").read(0, 4096).unwrap(), [3; 4096]);
+    assert_eq!(cluster.nbd(0, "v").read(at, 4096).unwrap(), [1; 4096]);
+    assert_eq!(
+        cluster.block(volume.read(at, 4096)).unwrap(),
+        [1; 4096].as_slice()
+    );
 }
 
 /// Configurations with mistakes are refused with the key and what it may be.

@@ -8,30 +8,30 @@ use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
 /// Bytes of a page in these tests (64 blocks): pages of all servers lie close together.
-pub const PAGE: u64 = 32 << 10;
-pub const PAGE_BLOCKS: u32 = 64;
+pub(crate) const PAGE: u64 = 32 << 10;
+pub(crate) const PAGE_BLOCKS: u32 = 64;
 const BLOCK: usize = 4096;
 
 /// Where the steps of a chain go: volume, byte, and the server that is asked.
 #[derive(Clone, Debug)]
-pub struct Place {
-    pub volume: &'static str,
-    pub offset: u64,
-    pub server: usize,
+pub(crate) struct Place {
+    pub(crate) volume: &'static str,
+    pub(crate) offset: u64,
+    pub(crate) server: usize,
 }
 
 /// A chain being written.
-pub struct Writer {
-    pub places: Vec<Place>,
-    pub progress: Arc<Progress>,
+pub(crate) struct Writer {
+    pub(crate) places: Vec<Place>,
+    pub(crate) progress: Arc<Progress>,
     thread: JoinHandle<()>,
 }
 
 /// Pairs of blocks on both sides of a page boundary, written with one request each.
-pub struct Spanner {
-    pub volume: &'static str,
-    pub offset: u64,
-    pub progress: Arc<Progress>,
+pub(crate) struct Spanner {
+    pub(crate) volume: &'static str,
+    pub(crate) offset: u64,
+    pub(crate) progress: Arc<Progress>,
     thread: JoinHandle<()>,
 }
 
@@ -81,7 +81,7 @@ impl Patient {
 }
 
 /// Writes a chain, each place through its server's NBD, until told to stop.
-pub fn write_chain(cluster: &Cluster, places: Vec<Place>, stop: &Arc<AtomicBool>) -> Writer {
+pub(crate) fn write_chain(cluster: &Cluster, places: Vec<Place>, stop: &Arc<AtomicBool>) -> Writer {
     let progress = Arc::new(Progress::default());
     let mut connections: Vec<Patient> = places
         .iter()
@@ -112,7 +112,7 @@ pub fn write_chain(cluster: &Cluster, places: Vec<Place>, stop: &Arc<AtomicBool>
 }
 
 /// Writes pairs across a page boundary through the server's NBD, or through the client library.
-pub fn write_spans(
+pub(crate) fn write_spans(
     cluster: &Cluster,
     volume: &'static str,
     boundary: u64,
@@ -162,30 +162,30 @@ fn library_write(
 }
 
 impl Writer {
-    pub fn join(self) {
+    pub(crate) fn join(self) {
         self.thread.join().unwrap();
     }
 
-    pub fn is_running(&self) -> bool {
+    pub(crate) fn is_running(&self) -> bool {
         !self.thread.is_finished()
     }
 }
 
 impl Spanner {
-    pub fn join(self) {
+    pub(crate) fn join(self) {
         self.thread.join().unwrap();
     }
 
-    pub fn is_running(&self) -> bool {
+    pub(crate) fn is_running(&self) -> bool {
         !self.thread.is_finished()
     }
 }
 
 /// The writers of a test and how far they were at some moment.
-pub struct Load {
-    pub stop: Arc<AtomicBool>,
-    pub writers: Vec<Writer>,
-    pub spanners: Vec<Spanner>,
+pub(crate) struct Load {
+    pub(crate) stop: Arc<AtomicBool>,
+    pub(crate) writers: Vec<Writer>,
+    pub(crate) spanners: Vec<Spanner>,
 }
 
 impl Drop for Load {
@@ -196,7 +196,7 @@ impl Drop for Load {
 
 impl Load {
     /// Chains over all servers and both volumes, and spans over pages of different owners.
-    pub fn start(cluster: &Cluster, volumes: [&'static str; 2]) -> Self {
+    pub(crate) fn start(cluster: &Cluster, volumes: [&'static str; 2]) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let place = |volume, page: u64, block: u64, server| Place {
             volume,
@@ -229,14 +229,14 @@ impl Load {
     }
 
     /// Acknowledged and issued writes of each writer, then of each spanner.
-    pub fn marks(&self) -> Vec<(u64, u64)> {
+    pub(crate) fn marks(&self) -> Vec<(u64, u64)> {
         let writers = self.writers.iter().map(|writer| &writer.progress);
         let all = writers.chain(self.spanners.iter().map(|spanner| &spanner.progress));
         all.map(|progress| (progress.acknowledged(), progress.issued()))
             .collect()
     }
 
-    pub fn check_running(&self) {
+    pub(crate) fn check_running(&self) {
         assert!(
             self.writers.iter().all(Writer::is_running),
             "a chain's writer has ended"
@@ -249,7 +249,7 @@ impl Load {
 
     /// Checks `@SNAP` of both volumes through one server against the marks before the command and
     /// after the completion (S003-25, S003-33).
-    pub fn check(
+    pub(crate) fn check(
         &self,
         cluster: &Cluster,
         server: usize,
@@ -290,7 +290,7 @@ impl Load {
     }
 
     /// Stops the writers and fails if one of them failed.
-    pub fn finish(mut self) {
+    pub(crate) fn finish(mut self) {
         self.stop.store(true, Ordering::Relaxed);
         self.writers.drain(..).for_each(Writer::join);
         self.spanners.drain(..).for_each(Spanner::join);

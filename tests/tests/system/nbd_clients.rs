@@ -255,7 +255,7 @@ fn lists_all_exports(server: &Server) {
     for arguments in [vec!["-l", &address], vec!["-l", "-u", text(&socket)]] {
         let listed = run(60, "nbd-client", &arguments);
         for name in ["v", "v@s", "w"] {
-            let names = |line: &str| line.split([' ', '[']).next() == Some(name);
+            let names = |line: &str| line.split([' ', ':']).next() == Some(name);
             assert!(listed.lines().any(names), "{arguments:?}: {listed}");
         }
     }

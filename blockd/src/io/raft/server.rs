@@ -130,7 +130,13 @@ impl Server {
             return Reply::NotLeader;
         }
         match self.engine.get_read_log_id().await {
-            Ok((id, _)) => Reply::ReadIndex(id.map_or(0, |id| id.index)),
+            Ok((id, _)) => {
+                // A leader that was killed and leads on in the same term forgets how far its log
+                // was committed, and openraft names the first entry of the term; whatever was
+                // acknowledged is in the leader's log.
+                let in_log = self.engine.metrics().borrow().last_log_index;
+                Reply::ReadIndex(id.map_or(0, |id| id.index).max(in_log.unwrap_or(0)))
+            }
             Err(e) => failed(e),
         }
     }

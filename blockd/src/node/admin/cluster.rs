@@ -12,7 +12,7 @@ use crate::control::registry::change::{define_cluster, define_node as node_chang
 use crate::control::registry::{ChangeError, NodeRecord, Transaction, UniqueId, check_name};
 use crate::id::{NodeNo, VolumeId};
 use crate::io::host::random_u128;
-use crate::io::link::{decode_control, encode_control};
+use crate::io::link::{LinkError, decode_control, encode_control};
 use crate::io::wire::{Frame, Kind, Status};
 use crate::node::config::with_peer_port;
 use crate::node::{Member, Node};
@@ -200,7 +200,13 @@ async fn ask(node: &Node, address: &str, request: AdminRequest) -> Answer {
     let mut frame = Frame::request(Kind::Admin, VolumeId(0));
     frame.payload = encode_control(&request);
     let reply = node.peers.call(address, frame).await;
-    let reply = reply.map_err(|error| refused(AdminErrorKind::Unavailable, error.to_string()))?;
+    let reply = reply.map_err(|error| match &error {
+        LinkError::Refused { status, .. } if *status == Status::WrongCluster as u16 => {
+            let hint = "to move that server, give it an empty state directory";
+            refused(AdminErrorKind::Conflict, format!("{error}; {hint}"))
+        }
+        _ => refused(AdminErrorKind::Unavailable, error.to_string()),
+    })?;
     if reply.status != Status::Ok {
         return Err(refused(AdminErrorKind::Unavailable, reply.text()));
     }
