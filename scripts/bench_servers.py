@@ -165,7 +165,7 @@ class Cluster(Server):
         return route["page_blocks"] * 512, pages
 
     def written_bytes(self):
-        """A count that stands still while the servers' processes write nothing."""
+        """`write_bytes` of all the servers' processes."""
         total = 0
         for process in self.processes:
             with open(f"/proc/{process.pid}/io", encoding="ascii") as lines:

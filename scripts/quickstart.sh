@@ -43,7 +43,8 @@ ctl() { "$bin/blockctl" "$@"; }
 server_pid() {
     local pid
     pid=$(cat "$var/s$1/pid" 2>/dev/null) || return 1
-    [ -n "$pid" ] && tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null |
+    [ -n "$pid" ] && [ -r "/proc/$pid/cmdline" ] || return 1
+    { tr '\0' ' ' <"/proc/$pid/cmdline"; } 2>/dev/null |
         grep -qF -- "--state $var/s$1/state " || return 1
     echo "$pid"
 }
@@ -143,9 +144,9 @@ mount_volume() {
     setsid "$bin/blockctl" mount demo "$mnt" </dev/null >>"$var/mount.log" 2>&1 9>&- &
     local mounter=$! end=$((SECONDS + ANSWER_S))
     until is_mounted "$mnt"; do
-        if [ ! -d "/proc/$mounter" ] && ! wait "$mounter"; then
+        if [ ! -d "/proc/$mounter" ] && ! is_mounted "$mnt"; then
             tail -n 20 "$var/mount.log" >&2
-            die "the mount failed; the end of $var/mount.log is above"
+            die "the mount command has ended without a mount; the end of $var/mount.log is above"
         fi
         [ "$SECONDS" -lt "$end" ] || die "the mount did not appear; see $var/mount.log"
         sleep 0.1

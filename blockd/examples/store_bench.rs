@@ -44,12 +44,12 @@ async fn run(store: &PageStore) {
     let mut state = 0x1234_5678_9abc_def1;
     let data = Bytes::from(
         (0..1u32 << 20)
-            .map(|i| (i * 31 >> 3) as u8)
+            .map(|i| ((i * 31) >> 3) as u8)
             .collect::<Vec<_>>(),
     );
-    for round in 0..2 {
+    for round in 0..4 {
         let start = Instant::now();
-        let count = PAGES * u64::from(PAGE) >> 20;
+        let count = (PAGES * u64::from(PAGE)) >> 20;
         for i in 0..count {
             let page = PageNo(u32::try_from(i / 4).unwrap());
             let offset_bytes = u32::try_from(i % 4).unwrap() << 20;
@@ -62,10 +62,11 @@ async fn run(store: &PageStore) {
             store.write(at, data.clone(), Epoch(1)).await.unwrap();
         }
         report(
-            [
-                "write 1 MiB sequential, fresh",
-                "write 1 MiB sequential, overwrite",
-            ][round],
+            if round == 0 {
+                "write 1 MiB, fresh"
+            } else {
+                "write 1 MiB, overwrite"
+            },
             count,
             1 << 20,
             start,

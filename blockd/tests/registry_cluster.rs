@@ -1,6 +1,8 @@
 //! Three registry servers in one process over a network in memory: forwarding, loss of the leader,
 //! partition, lost answers, snapshots to a server that lags, restart of all.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use blockd::control::registry::{
     Key, NodeRecord, Object, Outcome, RegistryState, Transaction, UniqueId, change,
 };

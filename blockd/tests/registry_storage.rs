@@ -1,5 +1,7 @@
 //! openraft's own storage suite on the redb log and state machine, and the file's identity checks.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use blockd::id::NodeNo;
 use blockd::io::raft::{LogStore, StateMachine, Store, StoreError, TypeConfig};
 use openraft::testing::{StoreBuilder, Suite};

@@ -51,11 +51,20 @@ impl Listener {
         Ok(Self::Tcp(socket.listen(limits::LISTEN_BACKLOG)?))
     }
 
-    /// Listens on a path, which must not exist. Needs a tokio runtime.
+    /// Listens on a path; replaces a socket there on which nobody listens any more. Needs a tokio runtime.
     pub fn bind_unix(path: &Path) -> io::Result<Self> {
-        let socket = UnixSocket::new_stream()?;
-        socket.bind(path)?;
-        Ok(Self::Unix(socket.listen(limits::LISTEN_BACKLOG)?))
+        let bind = || -> io::Result<_> {
+            let socket = UnixSocket::new_stream()?;
+            socket.bind(path)?;
+            socket.listen(limits::LISTEN_BACKLOG)
+        };
+        match bind() {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_abandoned(path) => {
+                std::fs::remove_file(path)?;
+                bind().map(Self::Unix)
+            }
+            bound => bound.map(Self::Unix),
+        }
     }
 
     /// Takes over a socket that listens already (systemd socket activation). Needs a tokio runtime.
@@ -101,6 +110,12 @@ impl Listener {
                 .map_ok(|(stream, _)| Accepted::Unix(stream)),
         }
     }
+}
+
+/// Whether the path is a socket that a dead process left behind: nobody listens on it.
+fn is_abandoned(path: &Path) -> bool {
+    let tried = std::os::unix::net::UnixStream::connect(path);
+    tried.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// Serves connections of any number of listeners, one task each.

@@ -1,1 +1,28 @@
-//! stub
+//! The harness of the system tests: real servers on loopback addresses, real clients, oracles.
+//!
+//! A [`Cluster`] starts servers from the binaries beside the test's own (`cargo build --workspace`
+//! makes them), on addresses that no other test uses and in temporary directories. Dropping it,
+//! also in a panic, stops every process by its pid. The oracles ([`Register`], [`Chain`]) know
+//! only the promises of the design and none of the code that they judge.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod address;
+mod chain;
+mod cluster;
+mod mount;
+mod nbd;
+mod program;
+mod random;
+mod register;
+mod server;
+
+pub use address::AddressBlock;
+pub use chain::{Chain, Progress, Tag};
+pub use cluster::{Cluster, ClusterOptions, MIB};
+pub use mount::{FuseMount, Tmpfs};
+pub use nbd::{NbdConnection, NbdError, Reply};
+pub use program::{Ran, binary, run, try_run};
+pub use random::Random;
+pub use register::{Content, Register};
+pub use server::Server;

@@ -1,1 +1,28 @@
-//! stub
+//! The system tests: real `blockd` processes under real clients. One binary, a module a subject.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "system/bad_requests.rs"]
+mod bad_requests;
+#[path = "system/bad_state.rs"]
+mod bad_state;
+#[path = "system/chains.rs"]
+mod chains;
+#[path = "system/crash.rs"]
+mod crash;
+#[path = "system/files_view.rs"]
+mod files_view;
+#[path = "system/full_disk.rs"]
+mod full_disk;
+#[path = "system/hostile_peers.rs"]
+mod hostile_peers;
+#[path = "system/nbd_clients.rs"]
+mod nbd_clients;
+#[path = "system/restart.rs"]
+mod restart;
+#[path = "system/routing.rs"]
+mod routing;
+#[path = "system/snapshot_kills.rs"]
+mod snapshot_kills;
+#[path = "system/snapshots.rs"]
+mod snapshots;

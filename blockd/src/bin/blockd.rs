@@ -1,9 +1,10 @@
 //! The daemon: `blockd serve`.
 
-use anyhow::Context;
+use anyhow::anyhow;
 use blockd::node::config::ConfigFile;
 use blockd::node::serve;
 use clap::{Parser, Subcommand};
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
@@ -42,16 +43,18 @@ struct Serve {
 }
 
 fn main() -> ExitCode {
-    let filter = EnvFilter::try_from_env("BLOCKD_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("BLOCKD_LOG")
+        .unwrap_or_else(|_| EnvFilter::new("info,openraft=error"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     let Command::Serve(arguments) = Arguments::parse().command;
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error:#}");
+            tracing::error!("{error}");
             ExitCode::FAILURE
         }
     }
@@ -70,5 +73,5 @@ fn run(arguments: Serve) -> anyhow::Result<()> {
     };
     let config = command_line.or(file).resolve(arguments.state)?;
     let state = config.state.display().to_string();
-    serve(config).with_context(|| format!("server of {state}"))
+    serve(config).map_err(|error| anyhow!("server of {state}: {error}"))
 }

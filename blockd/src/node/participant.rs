@@ -8,7 +8,7 @@
 use super::Member;
 use crate::control::snapshot::{Answer, Order, Output, Participant, ParticipantEvent};
 use crate::data::owner::VolumeState;
-use crate::data::page_store::PageStore;
+use crate::data::page_store::{PageStore, StoreError};
 use crate::id::{SnapshotId, TicketId, VolumeId};
 use crate::io::link::{decode_control, encode_control};
 use crate::io::wire::{Frame, Status};
@@ -16,7 +16,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::time::Duration;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 /// The participants of all volumes of this server.
 #[derive(Clone)]
@@ -65,10 +65,9 @@ impl Participants {
         let now_ms = self.now_ms();
         let mut machines = self.machines.borrow_mut();
         let epoch = state.table().epoch;
-        let machine = machines.entry(state.id).or_insert_with(|| {
-            let newest = self.store.snapshots(state.id).last().copied();
-            Participant::new(epoch, newest.unwrap_or_default(), self.incarnation)
-        });
+        let machine = machines
+            .entry(state.id)
+            .or_insert_with(|| Participant::new(epoch, self.incarnation));
         let outputs = machine.step(now_ms, event);
         for output in &outputs {
             match output {
@@ -135,7 +134,7 @@ impl Participants {
         let Some(snapshot) = wanted else {
             return reply(&outputs).unwrap_or(Answer::Unknown);
         };
-        let made = self.store.take_snapshot(state.id, snapshot);
+        let made = self.make(state.id, snapshot).await;
         if let Err(error) = &made {
             tracing::error!(volume = %state.id, %error, "snapshot not taken");
         }
@@ -148,6 +147,16 @@ impl Participants {
         match self.store.flush().await {
             Ok(()) => reply(&outputs).unwrap_or(Answer::Failed),
             Err(_) => Answer::Failed,
+        }
+    }
+
+    /// Takes the part; a full log frees itself within milliseconds, and the hold has a deadline.
+    async fn make(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<(), StoreError> {
+        loop {
+            match self.store.take_snapshot(volume, snapshot) {
+                Err(StoreError::LogFull) => sleep(Duration::from_millis(1)).await,
+                made => return made,
+            }
         }
     }
 

@@ -163,7 +163,7 @@ impl Registry {
             .await
             .map_err(|e| bad(e.to_string()))?;
         let (store, machine, published) = opened;
-        let config = Arc::new(config_of(&options).map_err(|e| bad(e.to_string()))?);
+        let config = Arc::new(config_of(&options).map_err(bad)?);
         let network = Network {
             transport: transport.clone(),
         };
@@ -497,7 +497,7 @@ async fn open_file(
         .unwrap_or_else(|e| Err(StoreError::Redb(e.to_string())))
 }
 
-fn config_of(options: &RegistryOptions) -> Result<Config, openraft::ConfigError> {
+fn config_of(options: &RegistryOptions) -> Result<Config, String> {
     let ms = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
     let config = Config {
         cluster_name: "blockd".to_owned(),
@@ -511,5 +511,5 @@ fn config_of(options: &RegistryOptions) -> Result<Config, openraft::ConfigError>
         snapshot_max_chunk_size: REGISTRY_SNAPSHOT_CHUNK_BYTES,
         ..Config::default()
     };
-    config.validate()
+    config.validate().map_err(|e| e.to_string())
 }

@@ -39,6 +39,11 @@ pub(super) async fn create(
     if targets.is_empty() {
         return Err(refused(AdminErrorKind::Invalid, "no VOL@SNAP was named"));
     }
+    if let Some(twice) = (1..targets.len()).find(|at| targets[..*at].contains(&targets[*at])) {
+        let SnapshotName { volume, snapshot } = &targets[twice];
+        let text = format!("{volume}@{snapshot} is named twice");
+        return Err(refused(AdminErrorKind::Invalid, text));
+    }
     catch_up(member).await?;
     let mut verdict = run(node, member, &targets).await?;
     for _ in 1..TRIES {

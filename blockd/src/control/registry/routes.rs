@@ -218,3 +218,153 @@ fn push(runs: &mut Vec<RouteRun>, run: RouteRun) {
         _ => runs.push(run),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn servers(count: u16) -> Vec<NodeNo> {
+        (1..=count).map(NodeNo).collect()
+    }
+
+    fn run(first_page: u32, page_count: u32, owner: u16) -> RouteRun {
+        RouteRun {
+            first_page,
+            page_count,
+            owner: NodeNo(owner),
+        }
+    }
+
+    /// (pages, servers, runs at the most, pages of a run at the most)
+    #[test]
+    fn small_volumes_are_fine_and_large_ones_bounded() {
+        for (pages, count, runs_max, run_max) in [
+            (1, 3, 1, 1),
+            (1024, 3, 1024, 1),
+            (8192, 4, 1024, 8),
+            (262_144, 3, 1024, 256),
+            (VOLUME_PAGES_MAX, 16, 1024, 16_384),
+        ] {
+            let runs = spread(pages, &servers(count), 0).unwrap();
+            assert!(runs.len() <= runs_max, "{pages} pages: {} runs", runs.len());
+            assert!(
+                runs.iter().all(|r| r.page_count <= run_max),
+                "{pages} pages"
+            );
+            check(&runs, pages).unwrap();
+        }
+        assert_eq!(spread(1000, &servers(1), 5).unwrap(), [run(0, 1000, 1)]);
+    }
+
+    #[test]
+    fn small_volumes_begin_on_different_servers() {
+        let first = |start| spread(1, &servers(3), start).unwrap()[0].owner.0;
+        assert_eq!([0, 1, 2, 3].map(first), [1, 2, 3, 1]);
+    }
+
+    #[test]
+    fn what_is_no_spread_is_refused() {
+        assert_eq!(spread(1, &[], 0), Err(RouteError::NoServers));
+        let twice = [NodeNo(1), NodeNo(2), NodeNo(1)];
+        assert_eq!(spread(1, &twice, 0), Err(RouteError::BadServer(NodeNo(1))));
+        assert_eq!(
+            spread(1, &[NodeNo(0)], 0),
+            Err(RouteError::BadServer(NodeNo(0)))
+        );
+        for pages in [0, VOLUME_PAGES_MAX + 1] {
+            let refused = Err(RouteError::PageCount(u64::from(pages)));
+            assert_eq!(spread(pages, &servers(2), 0), refused);
+        }
+    }
+
+    #[test]
+    fn a_table_with_a_gap_an_overlap_or_an_end_elsewhere_is_refused() {
+        let cases: &[(&[RouteRun], u32, Option<u32>)] = &[
+            (&[run(0, 2, 1), run(2, 3, 2)], 5, None),
+            (&[run(0, 2, 1), run(3, 2, 2)], 5, Some(2)),
+            (&[run(0, 2, 1), run(1, 4, 2)], 5, Some(2)),
+            (&[run(0, 0, 1), run(0, 5, 2)], 5, Some(0)),
+            (&[run(1, 4, 1)], 5, Some(0)),
+            (&[run(0, 4, 1)], 5, Some(4)),
+            (&[run(0, 6, 1)], 5, Some(5)),
+            (
+                &[run(0, u32::MAX, 1), run(u32::MAX, 7, 1)],
+                6,
+                Some(u32::MAX),
+            ),
+            (&[], 1, Some(0)),
+        ];
+        for (runs, pages, gap) in cases {
+            let want = gap.map_or(Ok(()), |page| Err(RouteError::Gap(page)));
+            assert_eq!(check(runs, *pages), want, "{runs:?}");
+        }
+        assert_eq!(
+            check(&[run(0, 5, 0)], 5),
+            Err(RouteError::BadServer(NodeNo(0)))
+        );
+    }
+
+    #[test]
+    fn growing_page_by_page_keeps_the_table_small_and_even() {
+        let all = servers(3);
+        let mut runs = spread(1, &all, 0).unwrap();
+        for pages in 2..=20_000 {
+            runs = extend(&runs, pages, &all).unwrap();
+        }
+        check(&runs, 20_000).unwrap();
+        assert!(runs.len() <= 4096, "{} runs", runs.len());
+        let loads = owners(&runs);
+        let (least, most) = (loads.values().min().unwrap(), loads.values().max().unwrap());
+        assert!(most - least <= 2 * run_pages(20_000), "{loads:?}");
+    }
+
+    #[test]
+    fn new_pages_go_to_the_given_servers_only() {
+        let runs = spread(10, &servers(2), 0).unwrap();
+        let grown = extend(&runs, 40, &[NodeNo(7), NodeNo(8)]).unwrap();
+        assert_eq!(cut(&grown, 10), runs);
+        assert_eq!(owners(&grown)[&NodeNo(7)], 15);
+        assert_eq!(owners(&grown)[&NodeNo(8)], 15);
+    }
+
+    proptest! {
+        #[test]
+        fn a_spread_is_gapless_even_and_found_page_by_page(
+            pages in 1_u32..100_000, count in 1_u16..20, start in any::<u64>(), probe in any::<u32>()
+        ) {
+            let runs = spread(pages, &servers(count), start).unwrap();
+            prop_assert_eq!(check(&runs, pages), Ok(()));
+            let loads = owners(&runs);
+            let least = if loads.len() < usize::from(count) { 0 } else { *loads.values().min().unwrap() };
+            prop_assert!(loads.values().max().unwrap() - least <= run_pages(pages));
+            let flat = flat(&runs);
+            prop_assert_eq!(flat.len(), pages as usize);
+            let page = probe % (pages + 10);
+            prop_assert_eq!(owner(&runs, page), flat.get(page as usize).copied());
+        }
+
+        #[test]
+        fn resizes_keep_the_owners_of_pages_that_stay(
+            sizes in proptest::collection::vec(1_u32..5_000, 1..12), count in 1_u16..6, fewer in 1_u16..6
+        ) {
+            let mut runs = spread(sizes[0], &servers(count), 1).unwrap();
+            for pages in sizes {
+                let before = flat(&runs);
+                let grows = pages as usize > before.len();
+                runs = if grows { extend(&runs, pages, &servers(fewer)).unwrap() } else { cut(&runs, pages) };
+                prop_assert_eq!(check(&runs, pages), Ok(()));
+                let kept = before.len().min(pages as usize);
+                let after = flat(&runs);
+                prop_assert_eq!(&after[..kept], &before[..kept]);
+                let mut added = BTreeMap::new();
+                for owner in &after[kept..] {
+                    *added.entry(*owner).or_insert(0_u32) += 1;
+                }
+                let least = if added.len() < usize::from(fewer) { 0 } else { *added.values().min().unwrap() };
+                let most = added.values().max().copied().unwrap_or(0);
+                prop_assert!(most - least.min(most) <= run_pages(pages), "{:?}", added);
+            }
+        }
+    }
+}

@@ -282,3 +282,128 @@ impl Coordinator {
         vec![Action::Finished(verdict)]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const T: TicketId = TicketId(3);
+
+    fn part(node: u16) -> Part {
+        Part {
+            node: NodeNo(node),
+            volume: VolumeId(18),
+        }
+    }
+
+    fn ready(node: u16) -> CoordinatorEvent {
+        CoordinatorEvent::Answer(
+            part(node),
+            Answer::Ready {
+                held: 0,
+                incarnation: u64::from(node),
+            },
+        )
+    }
+
+    fn begun() -> Coordinator {
+        let plan = |node| Plan {
+            part: part(node),
+            snapshot: SnapshotId(1),
+            epoch: Epoch(2),
+        };
+        let mut c = Coordinator::new(T, &[161, 162, 163].map(plan), 500, 0, 0);
+        assert_eq!(
+            c.step(0, CoordinatorEvent::Started).len(),
+            3,
+            "only the owners are asked"
+        );
+        c
+    }
+
+    fn taken(node: u16) -> CoordinatorEvent {
+        CoordinatorEvent::Answer(part(node), Answer::Taken)
+    }
+
+    /// S003-38: with one late `ready`, its own even, no `take` goes out before it.
+    #[test]
+    fn take_waits_for_every_ready_and_commit_for_every_taken() {
+        let mut c = begun();
+        assert_eq!(c.step(1, ready(161)), []);
+        assert_eq!(c.step(2, ready(163)), []);
+        assert_eq!(c.step(3, ready(163)), [], "a repeated answer counts once");
+        let take = |node| {
+            Action::Send(
+                part(node),
+                Order::Take {
+                    incarnation: u64::from(node),
+                },
+            )
+        };
+        assert_eq!(c.step(400, ready(162)), [161, 162, 163].map(take));
+        assert_eq!(c.step(401, taken(161)), []);
+        assert_eq!(c.step(401, taken(162)), []);
+        assert_eq!(c.step(402, taken(163)), [Action::Commit]);
+        assert_eq!(c.deadline_ms(), None, "the registry has its own deadline");
+        let done = CoordinatorEvent::CommitDone(CommitResult::Committed);
+        assert_eq!(c.step(9000, done), [Action::Finished(Verdict::Committed)]);
+        assert_eq!(c.step(9001, CoordinatorEvent::PeerLost(NodeNo(161))), []);
+    }
+
+    /// S003-35: whatever is missing, refusing or late ends in a release of all and a discard.
+    #[test]
+    fn everything_else_aborts_and_releases_all() {
+        let refused = |answer| CoordinatorEvent::Answer(part(162), answer);
+        let cases = [
+            (
+                1,
+                refused(Answer::Busy),
+                Abort::Answer(part(162), Answer::Busy),
+            ),
+            (
+                1,
+                refused(Answer::Unknown),
+                Abort::Answer(part(162), Answer::Unknown),
+            ),
+            (
+                1,
+                refused(Answer::Expired),
+                Abort::Answer(part(162), Answer::Expired),
+            ),
+            (
+                1,
+                refused(Answer::Taken),
+                Abort::Answer(part(162), Answer::Taken),
+            ),
+            (
+                1,
+                CoordinatorEvent::PeerLost(NodeNo(163)),
+                Abort::PeerLost(NodeNo(163)),
+            ),
+            (501, CoordinatorEvent::Tick, Abort::TooLate),
+            (501, ready(162), Abort::TooLate),
+        ];
+        for (now_ms, event, why) in cases {
+            let mut c = begun();
+            c.step(1, ready(161));
+            let mut want = [161, 162, 163]
+                .map(|n| Action::Send(part(n), Order::Release))
+                .to_vec();
+            want.extend([Action::Discard, Action::Finished(Verdict::Aborted(why))]);
+            assert_eq!(c.step(now_ms, event), want, "{event:?}");
+            assert_eq!(c.step(now_ms, ready(162)), [], "it ended");
+            assert_eq!(c.verdict(), Some(Verdict::Aborted(why)));
+        }
+    }
+
+    #[test]
+    fn a_server_that_has_taken_its_part_may_be_lost() {
+        let mut c = begun();
+        for node in [161, 162, 163] {
+            c.step(1, ready(node));
+        }
+        c.step(2, taken(161));
+        assert_eq!(c.step(3, CoordinatorEvent::PeerLost(NodeNo(161))), []);
+        assert_ne!(c.step(3, CoordinatorEvent::PeerLost(NodeNo(162))), []);
+    }
+}

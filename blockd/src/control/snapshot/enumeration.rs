@@ -37,12 +37,22 @@ enum Write {
     Acknowledged,
 }
 
+/// What the part on disk shows of the client's write to this server.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Image {
+    Without,
+    With,
+    /// Made while the write was executing.
+    Torn,
+}
+
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Server {
     machine: Participant,
     starts: u64,
-    /// The part on disk, with whether this server's write of the client is in it.
-    part: Option<bool>,
+    part: Option<Image>,
+    /// Whether this server's clock is behind every deadline that was set before.
+    late: bool,
     making: bool,
     write: Write,
 }
@@ -59,14 +69,18 @@ enum Process {
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct World {
-    /// 0: before every deadline; 1 and 2: behind those of what was prepared before.
-    late: u8,
+    /// Whether the coordinator's clock is behind its deadline; clocks run as they like.
+    late: bool,
     coordinator: Process,
     commit_asked: bool,
     record: Record,
     servers: Vec<Server>,
     network: BTreeSet<Message>,
     deaths_left: u8,
+}
+
+fn clock_ms(late: bool) -> u64 {
+    if late { 2 * HOLD_MS + 1 } else { 1 }
 }
 
 fn part(at: usize) -> Part {
@@ -85,14 +99,15 @@ impl World {
         };
         let plans: Vec<_> = (0..servers).map(plan).collect();
         let server = Server {
-            machine: Participant::new(EPOCH, SnapshotId(0), 1),
+            machine: Participant::new(EPOCH, 1),
             starts: 1,
             part: None,
+            late: false,
             making: false,
             write: Write::NotIssued,
         };
         let mut world = World {
-            late: 0,
+            late: false,
             coordinator: Process::Runs(Coordinator::new(TICKET, &plans, HOLD_MS, 0, 0)),
             commit_asked: false,
             record: Record::Pending,
@@ -104,12 +119,8 @@ impl World {
         world
     }
 
-    fn now_ms(&self) -> u64 {
-        1 + u64::from(self.late) * 2 * HOLD_MS
-    }
-
     fn coordinate(&mut self, event: CoordinatorEvent) {
-        let now_ms = self.now_ms();
+        let now_ms = clock_ms(self.late);
         let Process::Runs(coordinator) = &mut self.coordinator else {
             return;
         };
@@ -142,8 +153,8 @@ impl World {
     }
 
     fn participate(&mut self, at: usize, event: ParticipantEvent) {
-        let (now_ms, mut answers) = (self.now_ms(), Vec::new());
-        let server = &mut self.servers[at];
+        let (server, mut answers) = (&mut self.servers[at], Vec::new());
+        let now_ms = clock_ms(server.late);
         for output in server.machine.step(now_ms, event) {
             match output {
                 Output::StartWrite => server.write = Write::Executing,
@@ -183,11 +194,16 @@ impl World {
         }
     }
 
-    /// The part on disk has the write if it was executed, acknowledged or not.
+    /// The store takes the part while the machine still thinks what it thinks.
     fn make(&mut self, at: usize, made: bool) {
-        self.servers[at].making = false;
+        let server = &mut self.servers[at];
+        server.making = false;
         if made {
-            self.servers[at].part = Some(self.servers[at].write == Write::Acknowledged);
+            server.part = Some(match server.write {
+                Write::Acknowledged => Image::With,
+                Write::Executing => Image::Torn,
+                Write::NotIssued | Write::Parked => Image::Without,
+            });
         }
         let event = ParticipantEvent::SnapshotMade {
             ticket: TICKET,
@@ -200,13 +216,8 @@ impl World {
     /// kill -9 and restart: parts and acknowledged writes are on disk, the rest is lost.
     fn kill_server(&mut self, at: usize) {
         let server = &mut self.servers[at];
-        let newest = if server.part.is_some() {
-            SNAPSHOT
-        } else {
-            SnapshotId(0)
-        };
         server.starts += 1;
-        server.machine = Participant::new(EPOCH, newest, server.starts);
+        server.machine = Participant::new(EPOCH, server.starts);
         server.making = false;
         if server.write != Write::Acknowledged {
             server.write = Write::NotIssued;
@@ -251,9 +262,6 @@ impl World {
         for at in 0..self.servers.len() {
             self.server_successors(at, &mut next);
         }
-        if self.late < 2 {
-            next.push(self.after(|w| w.late += 1));
-        }
         self.coordinator_successors(&mut next);
         next
     }
@@ -275,9 +283,9 @@ impl World {
                 w.participate(at, ParticipantEvent::WriteFinished);
             }));
         }
-        if self.late > 0 {
-            next.push(self.after(|w| w.participate(at, ParticipantEvent::Tick)));
-        }
+        let tick = ParticipantEvent::Tick;
+        next.push(self.after(|w| w.servers[at].late = true));
+        next.push(self.after(|w| w.participate(at, tick)));
         if self.deaths_left > 0 {
             next.push(self.after(|w| w.kill_server(at)));
         }
@@ -295,9 +303,8 @@ impl World {
                     next.push(self.after(|w| w.commit_unanswered(false)));
                     next.push(self.after(|w| w.commit_unanswered(true)));
                 }
-                if self.late > 0 {
-                    next.push(self.after(|w| w.coordinate(CoordinatorEvent::Tick)));
-                }
+                next.push(self.after(|w| w.late = true));
+                next.push(self.after(|w| w.coordinate(CoordinatorEvent::Tick)));
                 if self.deaths_left > 0 {
                     next.push(self.after(|w| {
                         w.coordinator = Process::Dead;
@@ -318,12 +325,10 @@ impl World {
     /// What holds in every reachable state.
     fn check(&self) {
         if self.record == Record::Committed {
-            assert!(
-                self.servers.iter().all(|s| s.part.is_some()),
-                "partial: {self:#?}"
-            );
+            let whole = |s: &Server| matches!(s.part, Some(Image::With | Image::Without));
+            assert!(self.servers.iter().all(whole), "partial or torn: {self:#?}");
             let (first, last) = (&self.servers[0], &self.servers[self.servers.len() - 1]);
-            let closed = last.part != Some(true) || first.part == Some(true);
+            let closed = last.part != Some(Image::With) || first.part == Some(Image::With);
             assert!(closed, "w2 is in, w1 before it is not: {self:#?}");
         }
         for server in &self.servers {
@@ -334,7 +339,7 @@ impl World {
                 );
                 continue;
             };
-            assert!(deadline_ms <= self.now_ms() + HOLD_MS, "{self:#?}");
+            assert!(deadline_ms <= clock_ms(server.late) + HOLD_MS, "{self:#?}");
             let mut machine = server.machine.clone();
             machine.step(deadline_ms + 1, ParticipantEvent::Tick);
             assert_eq!(
@@ -365,7 +370,6 @@ fn explore(start: World) -> (usize, usize) {
                 .filter(|next| seen.insert(next.clone())),
         );
     }
-    eprintln!("{} states", seen.len());
     (seen.len(), committed)
 }
 

@@ -91,19 +91,15 @@ pub struct Participant {
     executing: u32,
     held: u32,
     phase: Phase,
-    /// Newest snapshot of which this server has, or had, a part; a prepare up to it is an old one.
-    newest: SnapshotId,
     decided: VecDeque<(TicketId, Decision)>,
 }
 
 impl Participant {
-    /// A volume on which nothing goes on, with this epoch of its routing table. `newest` is the
-    /// newest snapshot of which the store has a part (0: none): without it a repeated prepare after
-    /// a restart could take, and then drop, a part that is committed. `incarnation` is another
-    /// number at every start of the server: without it a repeated prepare after a restart could
-    /// begin a second hold that passes for the first one.
+    /// A volume on which nothing goes on, with this epoch of its routing table. `incarnation` is
+    /// another number at every start of the server: without it a repeated prepare after a restart
+    /// could begin a second hold that passes for the first one.
     #[must_use]
-    pub fn new(epoch: Epoch, newest: SnapshotId, incarnation: u64) -> Self {
+    pub fn new(epoch: Epoch, incarnation: u64) -> Self {
         let (phase, decided) = (Phase::Idle, VecDeque::new());
         Self {
             incarnation,
@@ -111,7 +107,6 @@ impl Participant {
             executing: 0,
             held: 0,
             phase,
-            newest,
             decided,
         }
     }
@@ -200,9 +195,6 @@ impl Participant {
         match self.hold() {
             Some(current) if current.ticket == hold.ticket => self.reply_if_ready(out),
             Some(_) => out.push(Output::Reply(hold.ticket, Answer::Busy)),
-            None if hold.snapshot <= self.newest => {
-                out.push(Output::Reply(hold.ticket, Answer::Expired));
-            }
             None if epoch != self.epoch => {
                 out.push(Output::Reply(hold.ticket, Answer::OtherEpoch(self.epoch)));
             }
@@ -312,9 +304,6 @@ impl Participant {
     /// The only place that ends a hold.
     fn decide(&mut self, ticket: TicketId, decision: Decision, out: &mut Vec<Output>) {
         self.remember(ticket, decision);
-        if let Decision::Taken(snapshot) = decision {
-            self.newest = self.newest.max(snapshot);
-        }
         self.phase = Phase::Idle;
         self.executing += self.held;
         out.push(Output::ReleaseWrites {
@@ -383,7 +372,7 @@ mod tests {
             made: true,
         };
         run(
-            &mut Participant::new(E, SnapshotId(0), I),
+            &mut Participant::new(E, I),
             &[
                 (0, WriteArrived, &[Output::StartWrite]),
                 (1, prepare(100), &[Output::HoldWrites]),
@@ -441,7 +430,7 @@ mod tests {
         let released = Output::ReleaseWrites { count: 0 };
         let expired = Output::Reply(T, Answer::Expired);
         for tick in [false, true] {
-            let mut p = Participant::new(E, SnapshotId(0), I);
+            let mut p = Participant::new(E, I);
             p.step(0, prepare(100));
             assert_eq!(p.step(100, ParticipantEvent::Tick), []);
             if tick {
@@ -466,7 +455,7 @@ mod tests {
 
     #[test]
     fn a_part_that_is_made_too_late_is_dropped() {
-        let mut p = Participant::new(E, SnapshotId(0), I);
+        let mut p = Participant::new(E, I);
         p.step(0, prepare(100));
         p.step(1, order(Order::Take { incarnation: I }));
         assert_eq!(
@@ -487,7 +476,7 @@ mod tests {
 
     #[test]
     fn refusals() {
-        let mut p = Participant::new(E, SnapshotId(0), I);
+        let mut p = Participant::new(E, I);
         let unknown = Output::Reply(T, Answer::Unknown);
         assert_eq!(p.step(0, order(Order::Take { incarnation: I })), [unknown]);
         let old = Order::Prepare {
@@ -515,18 +504,16 @@ mod tests {
     }
 
     #[test]
-    fn a_prepare_from_before_the_restart_does_not_touch_the_part_on_disk() {
-        let mut p = Participant::new(E, S, I);
-        assert_eq!(p.step(0, prepare(100)), [Output::Reply(T, Answer::Expired)]);
-        assert_eq!(
-            p.step(1, order(Order::Take { incarnation: I })),
-            [Output::Reply(T, Answer::Unknown)]
-        );
+    fn a_take_for_a_hold_before_the_restart_does_not_take_a_later_one() {
+        let mut p = Participant::new(E, I + 1);
+        p.step(0, prepare(100));
+        let take = order(Order::Take { incarnation: I });
+        assert_eq!(p.step(1, take), [Output::Reply(T, Answer::Unknown)]);
     }
 
     #[test]
     fn a_prepare_behind_its_release_does_not_hold() {
-        let mut p = Participant::new(E, SnapshotId(0), I);
+        let mut p = Participant::new(E, I);
         assert_eq!(p.step(0, order(Order::Release)), []);
         assert_eq!(p.step(1, prepare(100)), [Output::Reply(T, Answer::Expired)]);
         assert_eq!(p.deadline_ms(), None);
@@ -534,7 +521,7 @@ mod tests {
 
     #[test]
     fn the_hold_and_the_memory_are_bounded() {
-        let mut p = Participant::new(E, SnapshotId(0), I);
+        let mut p = Participant::new(E, I);
         p.step(0, prepare(u64::MAX));
         assert_eq!(p.deadline_ms(), Some(SNAPSHOT_HOLD_CAP_MS));
         for ticket in 0..1000 {

@@ -131,21 +131,14 @@ impl<D: Disk> Engine<D> {
     }
 
     pub(super) fn check_range(at: &PageAt) -> Result<(), StoreError> {
-        let problem = if !at.offset_bytes.is_multiple_of(512) || !at.len_bytes.is_multiple_of(512) {
-            "not whole blocks of 512 bytes"
-        } else if at
-            .offset_bytes
-            .checked_add(at.len_bytes)
-            .is_none_or(|end| PAGE_BYTES_MAX < end)
-        {
-            "beyond the largest page"
-        } else {
+        let end = at.offset_bytes.checked_add(at.len_bytes);
+        if end.is_some_and(|end| end <= PAGE_BYTES_MAX) {
             return Ok(());
-        };
+        }
         Err(StoreError::BadRequest {
             offset_bytes: at.offset_bytes,
             len_bytes: at.len_bytes,
-            problem,
+            problem: "beyond the largest page",
         })
     }
 

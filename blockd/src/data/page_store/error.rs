@@ -99,7 +99,7 @@ pub enum StoreError {
         /// The volume asked.
         volume: VolumeId,
     },
-    /// The request is not whole blocks, or leaves the largest page.
+    /// The request leaves the largest page.
     #[error("offset {offset_bytes} length {len_bytes}: {problem}")]
     BadRequest {
         /// Byte offset in the page.

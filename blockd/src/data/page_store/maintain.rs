@@ -31,6 +31,8 @@ const APPLY_ENTRIES_MAX: usize = 2048;
 const APPLY_WRITE_BYTES: usize = 1 << 20;
 /// Meta pages of one job.
 const META_PAGES_MAX: usize = 256;
+/// Changed slots that are worth a checkpoint: beginning one sorts them.
+const CHANGED_MAX: usize = 128 << 10;
 /// Slots waiting to become free that are worth a round of upkeep.
 const FREED_MAX: u64 = 1024;
 
@@ -366,8 +368,9 @@ impl<D: Disk> Engine<D> {
         if self.upkeep.maintenance_runs || self.upkeep.stalled || self.failed.is_some() {
             return Ok(None);
         }
-        let wants_checkpoint =
-            self.upkeep.checkpoint_wanted || self.log.size_bytes / 2 < self.log.used();
+        let wants_checkpoint = self.upkeep.checkpoint_wanted
+            || self.log.size_bytes / 2 < self.log.used()
+            || CHANGED_MAX < self.tables.changes.changed.len();
         if self.upkeep.checkpoint.is_none() && wants_checkpoint {
             self.begin_checkpoint(false)?;
         }

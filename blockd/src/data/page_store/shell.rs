@@ -384,28 +384,32 @@ impl Inner {
     async fn wait_for_progress(&self) -> Result<(), StoreError> {
         let progress = self.progress.notified();
         self.kick();
-        let engine = self.engine.borrow();
-        if let Some(error) = engine.failure() {
-            return Err(error);
-        }
-        if engine.is_stalled() {
-            return Err(StoreError::NoSpace);
-        }
-        drop(engine);
+        self.check_running()?;
         progress.await;
         Ok(())
     }
 
+    /// Fails if no progress is to be expected.
+    fn check_running(&self) -> Result<(), StoreError> {
+        let engine = self.engine.borrow();
+        match engine.failure() {
+            Some(error) => Err(error),
+            None if engine.is_stalled() => Err(StoreError::NoSpace),
+            None => Ok(()),
+        }
+    }
+
     async fn wait_for_space(&self) -> Result<(), StoreError> {
-        let mut engine = self.engine.borrow_mut();
-        if engine.is_stalled() {
-            engine.request_apply();
-            return Err(StoreError::NoSpace);
+        let stalled = self.check_running();
+        {
+            let mut engine = self.engine.borrow_mut();
+            if stalled.is_err() {
+                engine.request_apply();
+            } else if !engine.is_checkpointing() {
+                engine.request_checkpoint();
+            }
         }
-        if !engine.is_checkpointing() {
-            engine.request_checkpoint();
-        }
-        drop(engine);
+        stalled?;
         self.wait_for_progress().await
     }
 

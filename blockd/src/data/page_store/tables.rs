@@ -472,7 +472,6 @@ impl Tables {
             _ => {
                 group.insert(whole);
                 self.slots_used += 1;
-                return;
             }
         }
     }

@@ -11,9 +11,9 @@ pub struct PageAt {
     pub volume: VolumeId,
     /// Page of the volume.
     pub page: PageNo,
-    /// First byte in the page; whole blocks of 512 bytes.
+    /// First byte in the page; any byte, though whole sub-blocks are cheapest.
     pub offset_bytes: u32,
-    /// Length; whole blocks of 512 bytes.
+    /// Length in bytes.
     pub len_bytes: u32,
 }
 

@@ -1,19 +1,11 @@
 //! Failing devices, rotten bits, full file systems, and what the tables cost in memory.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::cast_possible_truncation,
-    clippy::print_stdout
-)]
 
-mod store_harness;
-
+use crate::harness::{BLOCKS, STORE_ID, at, fill, options, value_of, verified};
 use blockd::data::page_store::{Engine, StoreError, StoreOptions};
 use blockd::id::{Epoch, PageNo, SnapshotId, VolumeId};
 use blockd::io::disk::{Disk, DiskFile};
 use blockd::io::sim_disk::{CrashKeeps, SimDisk, SimFault, SimRandom};
 use std::sync::Arc;
-use store_harness::{BLOCKS, STORE_ID, at, fill, options, value_of, verified};
 
 type Sim = Engine<SimDisk>;
 

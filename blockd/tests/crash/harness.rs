@@ -12,16 +12,16 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::sync::{Arc, Mutex};
 
-pub const STORE_ID: u64 = 0x5eed_0001;
-pub const PAGES: [(VolumeId, PageNo); 3] = [
+pub(crate) const STORE_ID: u64 = 0x5eed_0001;
+pub(crate) const PAGES: [(VolumeId, PageNo); 3] = [
     (VolumeId(1), PageNo(0)),
     (VolumeId(1), PageNo(7)),
     (VolumeId(2), PageNo(3)),
 ];
 /// Blocks of each page that the workload uses: three chunks.
-pub const BLOCKS: usize = 384;
+pub(crate) const BLOCKS: usize = 384;
 
-pub fn options() -> StoreOptions {
+pub(crate) fn options() -> StoreOptions {
     StoreOptions {
         log_bytes: 1 << 20,
         unsynced_bytes_max: 300 << 10,
@@ -34,7 +34,7 @@ pub fn options() -> StoreOptions {
 
 /// One acknowledged or running request, with the device operations that it spans.
 #[derive(Clone, Debug)]
-pub enum Op {
+pub(crate) enum Op {
     /// Page index, first block, blocks; the value is the op's number, or 0 for zeros.
     Put {
         page: usize,
@@ -47,21 +47,21 @@ pub enum Op {
 }
 
 #[derive(Clone, Debug)]
-pub struct Logged {
-    pub op: Op,
-    pub from: usize,
-    pub to: usize,
+pub(crate) struct Logged {
+    pub(crate) op: Op,
+    pub(crate) from: usize,
+    pub(crate) to: usize,
 }
 
 /// What happened, as the model needs it.
 #[derive(Default)]
-pub struct History {
-    pub ops: Vec<Logged>,
+pub(crate) struct History {
+    pub(crate) ops: Vec<Logged>,
     /// (device operations done, ops covered) of answered flushes.
-    pub flushes: Vec<(usize, usize)>,
+    pub(crate) flushes: Vec<(usize, usize)>,
 }
 
-pub fn content(page: usize, block: usize, value: u32) -> u64 {
+pub(crate) fn content(page: usize, block: usize, value: u32) -> u64 {
     if value == 0 {
         0
     } else {
@@ -70,7 +70,7 @@ pub fn content(page: usize, block: usize, value: u32) -> u64 {
 }
 
 /// Value of a block, or what is wrong with its bytes.
-pub fn value_of(page: usize, block: usize, bytes: &[u8]) -> Result<u32, String> {
+pub(crate) fn value_of(page: usize, block: usize, bytes: &[u8]) -> Result<u32, String> {
     let word = u64::from_le_bytes(bytes[..8].try_into().unwrap());
     let whole = bytes
         .chunks_exact(8)
@@ -83,13 +83,13 @@ pub fn value_of(page: usize, block: usize, bytes: &[u8]) -> Result<u32, String> 
     }
 }
 
-pub fn fill(page: usize, block: usize, count: usize, value: u32) -> Vec<u8> {
+pub(crate) fn fill(page: usize, block: usize, count: usize, value: u32) -> Vec<u8> {
     (block..block + count)
         .flat_map(|b| content(page, b, value).to_le_bytes().repeat(64))
         .collect()
 }
 
-pub fn at(page: usize, block: usize, count: usize) -> PageAt {
+pub(crate) fn at(page: usize, block: usize, count: usize) -> PageAt {
     let (volume, no) = PAGES[page];
     PageAt {
         volume,
@@ -142,11 +142,11 @@ impl Disk for Deferred<'_> {
 type Lane = Option<(VecDeque<DiskOp>, JobDone)>;
 
 /// Drives an engine; its jobs are done in pieces at random later times.
-pub struct Runner {
-    pub disk: Arc<SimDisk>,
-    pub engine: Engine<SimDisk>,
-    pub random: SimRandom,
-    pub history: History,
+pub(crate) struct Runner {
+    pub(crate) disk: Arc<SimDisk>,
+    pub(crate) engine: Engine<SimDisk>,
+    pub(crate) random: SimRandom,
+    pub(crate) history: History,
     lanes: [Lane; 2],
     waiting_flushes: Vec<(u64, usize)>,
     model: Vec<Vec<u32>>,
@@ -155,7 +155,7 @@ pub struct Runner {
 }
 
 impl Runner {
-    pub fn new(disk: Arc<SimDisk>, seed: u64) -> Runner {
+    pub(crate) fn new(disk: Arc<SimDisk>, seed: u64) -> Runner {
         let engine = Engine::open(Arc::clone(&disk), options(), STORE_ID).unwrap();
         let model = vec![vec![0; BLOCKS]; PAGES.len()];
         let (history, snapshots) = (History::default(), Vec::new());
@@ -184,7 +184,7 @@ impl Runner {
     }
 
     /// Starts what can be started and does one device operation of a running job.
-    pub fn pump(&mut self) {
+    pub(crate) fn pump(&mut self) {
         if let Some(job) = self.engine.next_maintenance().unwrap() {
             self.start(job);
         }
@@ -221,7 +221,7 @@ impl Runner {
     }
 
     /// Makes a request until it is done.
-    pub fn attempt<T>(
+    pub(crate) fn attempt<T>(
         &mut self,
         mut request: impl FnMut(&mut Engine<SimDisk>, &[Fetched]) -> Result<Step<T>, StoreError>,
     ) -> Result<T, StoreError> {
@@ -257,7 +257,7 @@ impl Runner {
     }
 
     /// One random request, judged against the model at once where it reads.
-    pub fn step(&mut self) {
+    pub(crate) fn step(&mut self) {
         let page = self.random.below(PAGES.len() as u64) as usize;
         let from = self.disk.trace_len();
         let number = self.history.ops.len() as u32 + 1;
@@ -292,6 +292,7 @@ impl Runner {
                 self.drop_snapshot(volume, snapshot, from);
             }
             81..=84 => self.engine.request_apply(),
+            85..=86 => self.engine.request_checkpoint(),
             _ => self.check_head(page),
         }
         (0..self.random.below(6)).for_each(|_| self.pump());
@@ -299,15 +300,15 @@ impl Runner {
 
     fn range(&mut self) -> (usize, usize) {
         match self.random.below(10) {
-            0..=2 => (self.random.below(BLOCKS as u64 / 8) as usize * 8, 8),
-            3..=5 => {
+            0..=1 => (self.random.below(BLOCKS as u64 / 8) as usize * 8, 8),
+            2..=4 => {
                 let block = self.random.below(BLOCKS as u64) as usize;
                 (
                     block,
                     1 + self.random.below((BLOCKS - block).min(20) as u64) as usize,
                 )
             }
-            6..=7 => {
+            5..=7 => {
                 let block = self.random.below(BLOCKS as u64 - 100) as usize;
                 (block, 60 + self.random.below(40) as usize)
             }
@@ -372,7 +373,7 @@ impl Runner {
     }
 
     /// Runs all jobs to their end; closes if asked.
-    pub fn drain(&mut self) {
+    pub(crate) fn drain(&mut self) {
         for _ in 0..100_000 {
             self.engine.request_apply();
             self.waiting_flushes
@@ -386,7 +387,7 @@ impl Runner {
         panic!("jobs do not end");
     }
 
-    pub fn close(&mut self) {
+    pub(crate) fn close(&mut self) {
         self.engine.stop_writes();
         self.drain();
         self.engine.begin_close().unwrap();
@@ -394,7 +395,7 @@ impl Runner {
     }
 }
 
-pub fn flatten(parts: Vec<ReadPart>) -> Vec<u8> {
+pub(crate) fn flatten(parts: Vec<ReadPart>) -> Vec<u8> {
     let mut bytes = Vec::new();
     for part in parts {
         match part {
@@ -406,9 +407,10 @@ pub fn flatten(parts: Vec<ReadPart>) -> Vec<u8> {
 }
 
 /// How the checker reads.
-pub type Reader = fn(&Engine<SimDisk>, PageAt, Option<SnapshotId>) -> Result<Vec<u8>, StoreError>;
+pub(crate) type Reader =
+    fn(&Engine<SimDisk>, PageAt, Option<SnapshotId>) -> Result<Vec<u8>, StoreError>;
 
-pub fn verified(
+pub(crate) fn verified(
     engine: &Engine<SimDisk>,
     at: PageAt,
     snapshot: Option<SnapshotId>,
@@ -422,7 +424,7 @@ pub fn verified(
 impl History {
     /// Checks a recovered store after `done` device operations. `survives` says that acknowledged is
     /// enough (the process died, not the machine). Gives the first violation.
-    pub fn check(
+    pub(crate) fn check(
         &self,
         engine: &Engine<SimDisk>,
         done: usize,

@@ -1,0 +1,227 @@
+//! The page store as its callers use it: real files, worker threads, close and crash.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use blockd::data::page_store::{PageAt, PageStore, ReadPart, StoreError, StoreOptions};
+use blockd::id::{Epoch, PageNo, SnapshotId, VolumeId};
+use bytes::Bytes;
+use std::future::Future;
+use std::path::Path;
+
+const VOLUME: VolumeId = VolumeId(7);
+
+fn options() -> StoreOptions {
+    StoreOptions {
+        log_bytes: 1 << 20,
+        free_bytes_min: 0,
+        ..StoreOptions::default()
+    }
+}
+
+fn at(page: u32, offset_bytes: u32, len_bytes: u32) -> PageAt {
+    PageAt {
+        volume: VOLUME,
+        page: PageNo(page),
+        offset_bytes,
+        len_bytes,
+    }
+}
+
+fn run<F: Future>(test: F) -> F::Output {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    tokio::task::LocalSet::new().block_on(&runtime, test)
+}
+
+fn open(dir: &Path) -> PageStore {
+    PageStore::open(dir, options()).unwrap()
+}
+
+async fn read(store: &PageStore, at: PageAt, snapshot: Option<SnapshotId>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for part in store.read(at, snapshot).await.unwrap() {
+        match part {
+            ReadPart::Data(data) => bytes.extend_from_slice(&data),
+            ReadPart::Hole(len) => bytes.resize(bytes.len() + len as usize, 0),
+        }
+    }
+    bytes
+}
+
+async fn write(store: &PageStore, at: PageAt, byte: u8) {
+    let data = Bytes::from(vec![byte; at.len_bytes as usize]);
+    store.write(at, data, Epoch(3)).await.unwrap();
+}
+
+#[test]
+fn writes_many_times_the_log_survive_close_and_crash() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let store = open(dir.path());
+        for round in 0..8u8 {
+            for page in 0..32 {
+                write(
+                    &store,
+                    at(page, 512 * 7, 40_960 + 512),
+                    round * 32 + u8::try_from(page).unwrap(),
+                )
+                .await;
+            }
+        }
+        write(&store, at(40, 0, 4 << 20), 9).await;
+        store.flush().await.unwrap();
+        assert!(store.is_clean());
+        store.close().await.unwrap();
+        let closed = store
+            .write(at(0, 0, 512), Bytes::from(vec![0; 512]), Epoch(3))
+            .await;
+        assert!(matches!(closed, Err(StoreError::Closed)));
+        drop(store);
+        let store = open(dir.path());
+        assert_eq!(
+            store.usage().log_used_bytes,
+            0,
+            "a closed store has an empty log"
+        );
+        write(&store, at(40, 1 << 20, 512), 10).await;
+        drop(store);
+        let store = open(dir.path());
+        for page in 0..32 {
+            let bytes = read(&store, at(page, 0, 65_536), None).await;
+            assert!(
+                bytes[..3584]
+                    .iter()
+                    .chain(&bytes[45_056..])
+                    .all(|b| *b == 0)
+            );
+            assert!(
+                bytes[3584..45_056]
+                    .iter()
+                    .all(|b| *b == 224 + u8::try_from(page).unwrap())
+            );
+        }
+        let bytes = read(&store, at(40, 0, 4 << 20), None).await;
+        assert!(
+            bytes
+                .iter()
+                .enumerate()
+                .all(|(i, b)| *b == if i >> 9 == 2048 { 10 } else { 9 })
+        );
+        assert_eq!(
+            store.page_epochs(VOLUME).last(),
+            Some(&(PageNo(40), Epoch(3)))
+        );
+    });
+}
+
+#[test]
+fn a_snapshot_costs_what_changes_and_deleting_it_frees_exactly_that() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let store = open(dir.path());
+        write(&store, at(0, 0, 1 << 20), 1).await;
+        store.take_snapshot(VOLUME, SnapshotId(1)).unwrap();
+        let taken = store.take_snapshot(VOLUME, SnapshotId(1));
+        assert!(matches!(taken, Err(StoreError::SnapshotExists { .. })));
+        write(&store, at(0, 8192, 4096), 2).await;
+        store
+            .zero(at(0, 65_536, 65_536), false, Epoch(3))
+            .await
+            .unwrap();
+        assert_eq!(store.volume_usage(VOLUME).allocated_bytes, (1 << 20) + 4096);
+        let usage = store.snapshot_usage(VOLUME, SnapshotId(1)).unwrap();
+        assert_eq!(
+            (usage.referenced_bytes, usage.unique_bytes),
+            (1 << 20, 4096 + 65_536)
+        );
+        assert!(
+            read(&store, at(0, 0, 1 << 20), Some(SnapshotId(1)))
+                .await
+                .iter()
+                .all(|b| *b == 1)
+        );
+        let head = read(&store, at(0, 4096, 12_288), None).await;
+        assert_eq!((head[0], head[4096], head[8192]), (1, 2, 1));
+        let extents = store.extents(at(0, 0, 262_144), None).unwrap();
+        assert_eq!(extents, [(65_536, true), (65_536, false), (131_072, true)]);
+        store.delete_snapshot(VOLUME, SnapshotId(1)).await.unwrap();
+        store.delete_snapshot(VOLUME, SnapshotId(1)).await.unwrap();
+        assert_eq!(
+            store.volume_usage(VOLUME).allocated_bytes,
+            (1 << 20) - 65_536
+        );
+        assert_eq!(store.usage().slots_used, 15);
+        assert_eq!(store.snapshot_pages(VOLUME, None).unwrap(), [PageNo(0)]);
+        store.delete_volume(VOLUME).await.unwrap();
+        assert_eq!((store.volumes(), store.usage().slots_used), (Vec::new(), 0));
+    });
+}
+
+#[test]
+fn a_thousand_snapshots_keep_the_head_and_every_one_of_them() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let store = open(dir.path());
+        for number in 1..=1000u32 {
+            write(
+                &store,
+                at(0, number % 16 * 4096, 4096),
+                u8::try_from(number % 251).unwrap(),
+            )
+            .await;
+            store.take_snapshot(VOLUME, SnapshotId(number)).unwrap();
+        }
+        for number in [16, 17, 500, 999, 1000u32] {
+            let bytes = read(&store, at(0, 0, 65_536), Some(SnapshotId(number))).await;
+            for back in 0..16 {
+                let written = number - back;
+                let byte = bytes[(written % 16 * 4096) as usize];
+                assert_eq!(
+                    byte,
+                    u8::try_from(written % 251).unwrap(),
+                    "snapshot {number}, write {written}"
+                );
+            }
+        }
+        for number in 1..=1000 {
+            store
+                .delete_snapshot(VOLUME, SnapshotId(number))
+                .await
+                .unwrap();
+        }
+        assert_eq!(
+            (
+                store.usage().slots_used,
+                store.volume_usage(VOLUME).allocated_bytes
+            ),
+            (1, 65_536)
+        );
+    });
+}
+
+#[test]
+fn a_store_in_use_or_of_a_newer_version_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let store = open(dir.path());
+        assert!(matches!(
+            PageStore::open(dir.path(), options()),
+            Err(StoreError::InUse { .. })
+        ));
+        store.close().await.unwrap();
+        drop(store);
+        let path = dir.path().join("super");
+        let mut bytes = std::fs::read(&path).unwrap();
+        (0..4).for_each(|copy| bytes[copy * 4096 + 8] = 2);
+        std::fs::write(&path, bytes).unwrap();
+        let newer = PageStore::open(dir.path(), options());
+        assert!(matches!(
+            newer,
+            Err(StoreError::NewerVersion { found: 2, .. })
+        ));
+        let file = dir.path().join("log");
+        let no_dir = PageStore::open(&file, options());
+        assert!(matches!(no_dir, Err(StoreError::Directory { .. })));
+    });
+}

@@ -1,0 +1,115 @@
+//! Snapshots while coordinators and participants are killed (S003-35).
+
+use super::chains::{Load, PAGE, PAGE_BLOCKS};
+use blockd_tests::{Cluster, Random};
+use std::collections::BTreeMap;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+const ROUNDS: usize = 24;
+/// S003-28: no write waits longer than the hold (500 ms), plus what a loaded machine adds.
+const RELEASED_WITHIN: Duration = Duration::from_secs(5);
+
+/// The coordinator or a participant dies at a random time of the procedure: the snapshot is
+/// complete or it does not exist, never half of it; writes go on; no hold remains.
+#[test]
+fn a_killed_server_leaves_no_partial_snapshot() {
+    let mut cluster = Cluster::three();
+    let (mut random, seed) = Random::fresh();
+    cluster.create_on("v", 64 * PAGE, PAGE_BLOCKS, &[]);
+    cluster.create_on("w", 64 * PAGE, PAGE_BLOCKS, &[]);
+    let load = Load::start(&cluster, ["v", "w"]);
+    let mut marks = BTreeMap::new();
+    let mut committed = 0;
+    for round in 0..ROUNDS {
+        let name = format!("s{round}");
+        let coordinator = round % 3;
+        let victim = if random.one_in(2) {
+            coordinator
+        } else {
+            (coordinator + 1) % 3
+        };
+        let before = load.marks();
+        let taking = start_snapshot(&cluster, coordinator, &name);
+        sleep(Duration::from_micros(random.within(0..25_000)));
+        cluster.servers[victim].kill();
+        let answered_well = taking.join().unwrap();
+        committed += usize::from(answered_well);
+        cluster.servers[victim].start();
+        cluster.wait_writable();
+        writes_go_through(&cluster, seed);
+        marks.insert(name.clone(), (before, load.marks()));
+        load.check_running();
+        let listed = listed(&cluster);
+        assert!(
+            !answered_well || listed.contains(&name),
+            "{name} was taken and is not listed"
+        );
+        if listed.contains(&name) {
+            let (before, after) = &marks[&name];
+            for server in 0..3 {
+                load.check(&cluster, server, &name, before, after);
+            }
+        }
+    }
+    let listed = listed(&cluster);
+    for name in &listed {
+        let (before, after) = &marks[name];
+        load.check(&cluster, 0, name, before, after);
+    }
+    load.finish();
+    eprintln!(
+        "snapshot kills: seed {seed}, {ROUNDS} rounds, {committed} answered as taken, {} exist",
+        listed.len()
+    );
+    cluster.snapshot_at(0, &["v@last", "w@last"]).unwrap();
+}
+
+fn start_snapshot(
+    cluster: &Cluster,
+    coordinator: usize,
+    name: &str,
+) -> std::thread::JoinHandle<bool> {
+    use blockd::admin::{AdminRequest, SnapshotName};
+    let client = cluster.client_of(&[coordinator]);
+    let handle = cluster.handle();
+    let target = |volume: &str| SnapshotName {
+        volume: volume.to_owned(),
+        snapshot: name.to_owned(),
+    };
+    let targets = vec![target("v"), target("w")];
+    std::thread::spawn(move || {
+        let taken = handle.block_on(client.admin(AdminRequest::SnapshotCreate { targets }));
+        taken.is_ok()
+    })
+}
+
+/// Names of the snapshots; both volumes have the same ones, because they are taken together.
+fn listed(cluster: &Cluster) -> Vec<String> {
+    let names = |volume| -> Vec<String> {
+        cluster
+            .snapshots(volume)
+            .into_iter()
+            .map(|info| info.name)
+            .collect()
+    };
+    let (v, w) = (names("v"), names("w"));
+    assert_eq!(v, w, "a snapshot exists of one volume only");
+    v
+}
+
+/// One write to a page of each server through each server ends soon.
+fn writes_go_through(cluster: &Cluster, seed: u64) {
+    for server in 0..3 {
+        let mut connection = cluster.nbd(server, "v");
+        for page in 40..43 {
+            let started = Instant::now();
+            connection.write(page * PAGE, &[1; 512]).unwrap();
+            let took = started.elapsed();
+            assert!(
+                took < RELEASED_WITHIN,
+                "seed {seed}: a write was held for {took:?}"
+            );
+        }
+    }
+}
