@@ -1,12 +1,12 @@
 """What a snapshot costs: bytes written afterwards, and the time it takes under load.
 
-Two counts are taken of the bytes written: the disk's own, which has in it whatever else writes to
-that disk, and `write_bytes` of /proc/PID/io, which counts whole folios of the page cache (64 KiB for
-a buffered write of 4 KiB). Both are too high, so the lower of the two is used; medians of rounds.
-One 4 KiB block of each 64 KiB chunk is overwritten, the worst case for a copy of whole chunks, once
-before and once after a snapshot. The counts are read twice: when the writes are flushed, and when
-the servers have been quiet for some seconds and the page cache is synced (checkpoints and background
-copies included); the target is judged on the second.
+The target is judged on the bytes that the server's process hands to write calls (`wchar` of
+/proc/PID/io): log, slab, checkpoints and background copies, and the 16 bytes of each NBD reply. The
+disk's own count is shown beside it; it has in it the file system's metadata and whatever else
+writes to that disk meanwhile. One 4 KiB block of each 64 KiB chunk is overwritten, the worst case for
+a copy of whole chunks, once before and once after a snapshot. The counts are read twice: when the
+writes are flushed, and when the servers have been quiet for some seconds and the page cache is
+synced; medians of rounds, judged on the second.
 """
 
 import os
@@ -27,11 +27,11 @@ BIG_BYTES = 1 << 40
 
 def settle(server):
     """Waits until the servers' processes have written nothing for QUIET_S; whether they did so."""
-    last, since = server.written_bytes(), time.monotonic()
+    last, since = server.stored_bytes(), time.monotonic()
     end = since + SETTLE_MAX_S
     while time.monotonic() < min(end, since + QUIET_S):
         time.sleep(0.2)
-        now = server.written_bytes()
+        now = server.stored_bytes()
         if now != last:
             last, since = now, time.monotonic()
     os.sync()
@@ -53,12 +53,13 @@ def counts(server):
     return disk_bytes(server.data), server.written_bytes()
 
 
-def lower_per_write(before, after, writes):
-    return min(late - early for early, late in zip(before, after)) / writes
+def per_write(before, after, writes):
+    return [(late - early) / writes for early, late in zip(before, after)]
 
 
 def overwrite(fio, server, settings):
-    """Overwrites a block of every chunk; (flushed, settled) bytes written per write."""
+    """Overwrites a block of every chunk; bytes per write: flushed by the disk's count and by the
+    server's, settled by the disk's count and by the server's."""
     writes = settings.size_bytes // CHUNK_BYTES
     settle(server)
     before = counts(server)
@@ -70,7 +71,7 @@ def overwrite(fio, server, settings):
     settle(server)
     settled = counts(server)
     done = job["write"]["total_ios"]
-    return lower_per_write(before, flushed, done), lower_per_write(before, settled, done)
+    return per_write(before, flushed, done) + per_write(before, settled, done)
 
 
 def bytes_written(fio, server, settings):
@@ -86,11 +87,13 @@ def bytes_written(fio, server, settings):
         when: [statistics.median(column) for column in zip(*pairs)]
         for when, pairs in rounds.items()
     }
-    (before_flushed, before_settled), (after_flushed, after_settled) = medians.values()
+    (_, before_flushed, before_disk, before_settled) = medians["before"]
+    (_, after_flushed, after_disk, after_settled) = medians["after"]
     note = (
         "bytes written per 4 KiB write, one write per chunk: before a snapshot "
-        f"{before_flushed:,.0f} at the flush, {before_settled:,.0f} settled; after it "
-        f"{after_flushed:,.0f} and {after_settled:,.0f}"
+        f"{before_flushed:,.0f} at the flush, {before_settled:,.0f} settled (the disk counts "
+        f"{before_disk:,.0f}); after it {after_flushed:,.0f} and {after_settled:,.0f} "
+        f"({after_disk:,.0f})"
     )
     return {
         "rounds": rounds,

@@ -6,6 +6,7 @@ use crate::adapter::{MountedView, ViewOptions};
 use crate::backend::{Connect, ConnectOptions};
 use crate::error::{EXIT_FAILED, FuseFsError};
 use crate::mountinfo;
+use crate::overlay;
 use crate::state_file::{ProcessRef, RuntimeDir, What};
 use crate::view::View;
 use rustix::mount::UnmountFlags;
@@ -195,7 +196,8 @@ pub struct Serve {
     pub state: RuntimeDir,
     pub servers: ConnectOptions,
     pub view: ViewOptions,
-    /// A loop device will lie on the view: this process must not wait for its own writes.
+    /// A loop device will lie on the view, for one mount: this process must not wait for its own
+    /// writes, and snapshots can be written, in memory.
     pub for_loop: bool,
 }
 
@@ -220,6 +222,7 @@ pub fn serve(connect: Connect, serve: &Serve, ready: Ready) -> Result<(), FuseFs
         let view = Arc::new(View::new(
             backend,
             serve.servers.io_deadline + DEADLINE_MARGIN,
+            serve.for_loop.then_some(overlay::LIMIT_BYTES),
         ));
         let mounted = MountedView::mount(view.clone(), &serve.dir, serve.view, runtime.handle())?;
         let ready = record(serve, None)

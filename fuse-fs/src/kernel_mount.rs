@@ -3,7 +3,7 @@
 use crate::backend::TargetName;
 use crate::daemon::check_mount_point;
 use crate::error::FuseFsError;
-use crate::loopdev::{LoopDevice, LoopOptions};
+use crate::loopdev::{self, LoopDevice, LoopOptions};
 use crate::mountinfo;
 use crate::state_file::{RuntimeDir, What};
 use crate::superblock::{self, Found};
@@ -16,7 +16,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Logical block of the loop device when the filesystem allows it: the volume's sub-block.
 const LARGE_BLOCK_BYTES: u32 = 4096;
@@ -24,8 +24,18 @@ const SMALL_BLOCK_BYTES: u32 = 512;
 /// How long cleaning up after a mount that failed may take.
 const UNDO: Duration = Duration::from_secs(30);
 
-const NOT_REPLAYED: &str = "the snapshot's journal cannot be replayed on a read-only volume: changes that the \
+const NOT_REPLAYED: &str = "the snapshot's journal could not be replayed (dmesg says why): changes that the \
     filesystem had only in its journal are missing; for a complete one, fsfreeze it while the snapshot is made";
+/// What tells ext4 and xfs to leave the journal alone.
+const SKIP_JOURNAL: [&str; 2] = ["noload", "norecovery"];
+
+/// What becomes of a snapshot's journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Journal {
+    /// The kernel replays it, into the memory that the hidden view lays over the snapshot.
+    Replay,
+    Skip,
+}
 
 /// What to mount, and where.
 pub struct KernelMount {
@@ -62,9 +72,25 @@ pub fn mount(mount: &KernelMount, state: &RuntimeDir) -> Result<Notes, FuseFsErr
     }
     check_mount_point(&mount.dir)?;
     take_down_remains(&mount.dir, state)?;
+    match attempt(mount, Journal::Replay, state) {
+        Err(error @ FuseFsError::Mount { .. }) if mount.target.snapshot.is_some() => {
+            tracing::warn!("{error}; once more without the journal");
+            // The first failure is what the user must hear of.
+            attempt(mount, Journal::Skip, state).map_err(|_| error)
+        }
+        result => result,
+    }
+}
+
+/// Each attempt has a view of its own, so that none sees what a replay that failed left in memory.
+fn attempt(
+    mount: &KernelMount,
+    journal: Journal,
+    state: &RuntimeDir,
+) -> Result<Notes, FuseFsError> {
     let view_dir = state.make_view_dir(&mount.dir)?;
-    let result =
-        start_view(mount, &view_dir, state).and_then(|()| mount_on_view(mount, &view_dir, state));
+    let result = start_view(mount, &view_dir, state)
+        .and_then(|()| mount_on_view(mount, journal, &view_dir, state));
     if result.is_err() {
         let undo = UmountOptions {
             timeout: UNDO,
@@ -136,14 +162,15 @@ fn start_view(mount: &KernelMount, view_dir: &Path, state: &RuntimeDir) -> Resul
 
 fn mount_on_view(
     mount: &KernelMount,
+    journal: Journal,
     view_dir: &Path,
     state: &RuntimeDir,
 ) -> Result<Notes, FuseFsError> {
     let file = file_of(&mount.target, view_dir);
     let found = probe(&mount.target, &file)?;
-    let plan = plan(mount, found)?;
+    let plan = plan(mount, found, journal)?;
     let options = LoopOptions {
-        read_only: mount.target.snapshot.is_some(),
+        read_only: mount.target.snapshot.is_some() && !plan.replays(),
         block_bytes: plan.block_bytes,
     };
     let device = LoopDevice::attach(&file, options)?;
@@ -151,12 +178,17 @@ fn mount_on_view(
         target: mount.target.to_string(),
         filesystem: plan.filesystem.clone(),
         device: device.path().to_owned(),
-        file,
+        file: file.clone(),
         view_dir: view_dir.to_owned(),
     };
     state.save(&mount.dir, record)?;
     if let Err(source) = call_mount(device.path(), &mount.dir, &plan) {
         state.remove(&mount.dir)?;
+        let path = device.path().to_owned();
+        drop(device);
+        if !loopdev::wait_detached(&path, &file, Instant::now() + UNDO) {
+            tracing::warn!("{} is still attached; see losetup", path.display());
+        }
         return Err(FuseFsError::Mount {
             filesystem: plan.filesystem,
             target: mount.target.to_string(),
@@ -199,7 +231,7 @@ struct Plan {
     notes: Notes,
 }
 
-fn plan(mount: &KernelMount, found: Option<Found>) -> Result<Plan, FuseFsError> {
+fn plan(mount: &KernelMount, found: Option<Found>, journal: Journal) -> Result<Plan, FuseFsError> {
     let target = mount.target.to_string();
     let named = mount.filesystem.clone();
     let filesystem = named.or_else(|| found.as_ref().map(|found| found.filesystem.to_owned()));
@@ -221,28 +253,34 @@ fn plan(mount: &KernelMount, found: Option<Found>) -> Result<Plan, FuseFsError> 
         notes: Vec::new(),
     };
     if mount.target.snapshot.is_some() {
-        plan.read_only(found.is_some_and(|found| found.dirty_journal));
+        plan.read_only(journal);
     }
     Ok(plan)
 }
 
 impl Plan {
-    /// A snapshot cannot be written, so its journal cannot be replayed.
-    fn read_only(&mut self, dirty_journal: bool) {
+    /// For a snapshot. Its volume may be mounted too, which has the same UUID.
+    fn read_only(&mut self, journal: Journal) {
         self.flags |= MountFlags::RDONLY;
-        match self.filesystem.as_str() {
-            "xfs" => self.add(&["norecovery", "nouuid"]),
-            "ext4" if dirty_journal => self.add(&["noload"]),
-            _ => return,
+        let xfs = self.filesystem == "xfs";
+        if xfs {
+            self.add("nouuid");
         }
-        self.notes.push(NOT_REPLAYED.to_owned());
+        if journal == Journal::Skip {
+            self.add(if xfs { "norecovery" } else { "noload" });
+            self.notes.push(NOT_REPLAYED.to_owned());
+        }
     }
 
-    fn add(&mut self, options: &[&str]) {
-        for option in options {
-            if !self.data.iter().any(|own| own == option) {
-                self.data.push((*option).to_owned());
-            }
+    /// Whether the kernel replays the journal, for which it must be able to write.
+    fn replays(&self) -> bool {
+        let skips = |option: &String| SKIP_JOURNAL.contains(&option.as_str());
+        !self.data.iter().any(skips)
+    }
+
+    fn add(&mut self, option: &str) {
+        if !self.data.iter().any(|own| own == option) {
+            self.data.push(option.to_owned());
         }
     }
 }
@@ -299,11 +337,10 @@ mod tests {
         }
     }
 
-    fn ext4(unit_bytes: u32, dirty_journal: bool) -> Option<Found> {
+    fn found(filesystem: &'static str, unit_bytes: u32) -> Option<Found> {
         Some(Found {
-            filesystem: "ext4",
+            filesystem,
             unit_bytes,
-            dirty_journal,
         })
     }
 
@@ -317,43 +354,31 @@ mod tests {
     #[test]
     fn small_filesystem_blocks_need_small_device_blocks() {
         let mount = mount_of("v", "");
-        assert_eq!(plan(&mount, ext4(1024, false)).unwrap().block_bytes, 512);
-        assert_eq!(plan(&mount, ext4(4096, true)).unwrap().block_bytes, 4096);
-        assert_eq!(
-            plan(&mount, ext4(4096, true)).unwrap().data.len(),
-            0,
-            "a volume's journal is replayed"
-        );
+        let of = |unit_bytes| plan(&mount, found("ext4", unit_bytes), Journal::Replay).unwrap();
+        assert_eq!(of(1024).block_bytes, 512);
+        assert_eq!(of(4096).block_bytes, 4096);
+        assert!(of(4096).data.is_empty() && of(4096).flags.is_empty());
     }
 
     #[test]
-    fn snapshots_are_read_only_and_their_journals_left_alone() {
-        let dirty = plan(&mount_of("v@s", "noload"), ext4(4096, true)).unwrap();
-        assert!(dirty.flags.contains(MountFlags::RDONLY));
-        assert_eq!(
-            (dirty.data.as_slice(), dirty.notes.len()),
-            (["noload".to_owned()].as_slice(), 1)
-        );
-        assert!(
-            plan(&mount_of("v@s", ""), ext4(4096, false))
-                .unwrap()
-                .data
-                .is_empty()
-        );
-        let found = Found {
-            filesystem: "xfs",
-            unit_bytes: 512,
-            dirty_journal: false,
+    fn snapshots_are_mounted_read_only_with_or_without_their_journal() {
+        let of = |filesystem, options, journal| {
+            let plan = plan(&mount_of("v@s", options), found(filesystem, 4096), journal).unwrap();
+            assert!(plan.flags.contains(MountFlags::RDONLY));
+            assert_eq!(plan.notes.is_empty(), journal == Journal::Replay);
+            (plan.data.join(","), plan.replays())
         };
-        assert_eq!(
-            plan(&mount_of("v@s", ""), Some(found)).unwrap().data,
-            ["norecovery", "nouuid"]
-        );
+        let is = |data: &str, replays| (data.to_owned(), replays);
+        assert_eq!(of("ext4", "", Journal::Replay), is("", true));
+        assert_eq!(of("xfs", "", Journal::Replay), is("nouuid", true));
+        assert_eq!(of("ext4", "", Journal::Skip), is("noload", false));
+        assert_eq!(of("xfs", "", Journal::Skip), is("nouuid,norecovery", false));
+        assert_eq!(of("ext4", "noload", Journal::Replay), is("noload", false));
     }
 
     #[test]
     fn a_volume_without_a_filesystem_is_refused() {
-        let error = plan(&mount_of("v", ""), None).unwrap_err();
+        let error = plan(&mount_of("v", ""), None, Journal::Replay).unwrap_err();
         assert!(error.to_string().contains("mkfs.ext4"));
     }
 }

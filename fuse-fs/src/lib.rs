@@ -10,6 +10,7 @@
 //! | [`daemon`] | the process that serves a view: background, signals, deadlines by fork |
 //! | [`adapter`] | FUSE requests to operations of the view; the only file that names `fuser` |
 //! | [`view`], [`open_file`] | the operations: names to volumes, bytes of one open volume |
+//! | [`overlay`] | memory over a snapshot, where the kernel replays its journal |
 //! | [`volumes`] | the tree `/volumes/NAME`, `/snapshots/NAME@SNAP` as pure data |
 //! | [`backend`] | the seam: [`client_backend`] in the product, a double in the tests |
 
@@ -25,6 +26,7 @@ pub mod kernel_mount;
 pub mod loopdev;
 pub mod mountinfo;
 pub mod open_file;
+pub mod overlay;
 pub mod state_file;
 pub mod superblock;
 pub mod umount;

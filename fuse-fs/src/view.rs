@@ -1,7 +1,8 @@
 //! The operations of the view, without FUSE: names and numbers to volumes and their open files.
 
-use crate::backend::{Answer, Backend, BackendError, Space, TargetInfo, TargetName};
+use crate::backend::{Answer, Backend, BackendError, OpenTarget, Space, TargetInfo, TargetName};
 use crate::open_file::{OpenFile, within};
+use crate::overlay::OverlaidSnapshot;
 use crate::volumes::{self, Child, DirEntry, Directory, KnownFiles};
 use std::collections::HashMap;
 use std::future::Future;
@@ -19,6 +20,8 @@ pub enum Node {
 pub struct View {
     backend: Arc<dyn Backend>,
     deadline: Duration,
+    /// Memory for what is written to a snapshot; none: snapshots cannot be written.
+    overlay_bytes: Option<u64>,
     known: Mutex<KnownFiles>,
     open: Mutex<HashMap<u64, Opened>>,
     directories: Mutex<OpenDirectories>,
@@ -46,12 +49,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl View {
-    /// `deadline` bounds every request to the backend.
+    /// `deadline` bounds every request to the backend. With `overlay_bytes`, what is written to a
+    /// snapshot is kept in that much memory until the snapshot's last close.
     #[must_use]
-    pub fn new(backend: Arc<dyn Backend>, deadline: Duration) -> Self {
+    pub fn new(backend: Arc<dyn Backend>, deadline: Duration, overlay_bytes: Option<u64>) -> Self {
         Self {
             backend,
             deadline,
+            overlay_bytes,
             known: Mutex::default(),
             open: Mutex::default(),
             directories: Mutex::default(),
@@ -109,7 +114,7 @@ impl View {
         known.ok_or_else(|| errno(libc::ESTALE, "not looked up"))
     }
 
-    /// Opens the file for one user; `write` on a snapshot is refused.
+    /// Opens the file for one user; `write` on a snapshot is refused unless it goes to memory.
     ///
     /// # Errors
     /// `EROFS`, `EISDIR`, what the backend reports.
@@ -118,20 +123,30 @@ impl View {
             return Err(errno(libc::EISDIR, "open"));
         }
         let info = self.last_known(ino)?;
-        if write && info.snapshot_id.is_some() {
+        if write && info.snapshot_id.is_some() && self.overlay_bytes.is_none() {
             return Err(errno(libc::EROFS, "a snapshot is read-only"));
         }
         if let Some(opened) = lock(&self.open).get_mut(&ino) {
             opened.users += 1;
             return Ok(());
         }
-        let target = self.within("open", self.backend.open(&info.name)).await?;
+        let target = self.target(info).await?;
         let new = || Opened {
             file: Arc::new(OpenFile::new(target, self.deadline)),
             users: 0,
         };
         lock(&self.open).entry(ino).or_insert_with(new).users += 1;
         Ok(())
+    }
+
+    async fn target(&self, info: TargetInfo) -> Result<Arc<dyn OpenTarget>, BackendError> {
+        let target = self.within("open", self.backend.open(&info.name)).await?;
+        Ok(
+            match self.overlay_bytes.filter(|_| info.snapshot_id.is_some()) {
+                Some(limit) => Arc::new(OverlaidSnapshot::new(info.name, target, limit)),
+                None => target,
+            },
+        )
     }
 
     /// The open file with this number.

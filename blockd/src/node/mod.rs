@@ -3,7 +3,7 @@
 //! Two threads with a tokio runtime each. The *reactor* serves NBD and peer connections and owns
 //! the page store: a request of a warm page never leaves it. The *control* thread runs the
 //! registry, whose log is synced to disk and must not delay a request. A server is nothing but a
-//! page store until it is defined in a cluster; then it has a [`Member`].
+//! page store until it is defined in a cluster; then it is a `Member`.
 
 mod admin;
 pub mod config;

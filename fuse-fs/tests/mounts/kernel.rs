@@ -1,7 +1,8 @@
 //! Loop devices on the view and `mount --kernel`: the kernel's filesystems on volumes.
 
-use crate::bench::{Bench, str_of, tool};
+use crate::bench::{Bench, str_of, tool, tool_output};
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 const MIB: u64 = 1 << 20;
@@ -20,7 +21,7 @@ impl Losetup {
 
 impl Drop for Losetup {
     fn drop(&mut self) {
-        let _ = crate::bench::tool_output(&["losetup", "-d", &self.0]);
+        let _ = tool_output(&["losetup", "-d", &self.0]);
     }
 }
 
@@ -142,42 +143,124 @@ impl<'a> Frozen<'a> {
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
-        let _ = crate::bench::tool_output(&["fsfreeze", "-u", self.0]);
+        let _ = tool_output(&["fsfreeze", "-u", self.0]);
     }
 }
 
-/// `frozen`: the snapshot is made while the filesystem is frozen, so that it needs no journal.
-fn mount_snapshot(mkfs: &str, size_bytes: u64, frozen: bool) {
+/// A volume with a filesystem that is mounted on `fs`.
+fn mounted(mkfs: &str, size_bytes: u64) -> Bench {
     let bench = Bench::new();
     let store = bench.volume("a", size_bytes);
     tool(&[mkfs, "-q", str_of(&store)]);
-    let (dir, snap) = (bench.path("fs"), bench.path("mnt"));
-    bench.fuse_fs_ok(&["mount", "--kernel", "a", str_of(&dir)]);
-    write_tree(&dir);
-    tool(&["sync", "-f", str_of(&dir)]);
-    let freeze = frozen.then(|| Frozen::freeze(str_of(&dir)));
-    fs::copy(&store, bench.path("store/a@s")).unwrap();
-    drop(freeze);
-    let said = bench.fuse_fs_ok(&["mount", "--kernel", "a@s", str_of(&snap)]);
-    assert_eq!(
-        said.contains("fsfreeze"),
-        !frozen || mkfs == "mkfs.xfs",
-        "{said}"
+    bench.fuse_fs_ok(&["mount", "--kernel", "a", str_of(&bench.path("fs"))]);
+    bench
+}
+
+/// Mounts `a@s` on `mnt`, runs `look` on it, and checks that the snapshot stays as it is.
+fn look_into_snapshot(bench: &Bench, options: &str, look: impl FnOnce(&Path, &str)) {
+    let (store, before) = (bench.path("store/a@s"), bench.path("before"));
+    fs::copy(&store, &before).unwrap();
+    let flushes = bench.flushes();
+    let snap = bench.path("mnt");
+    let mut mount = vec!["mount", "--kernel", "a@s", str_of(&snap)];
+    mount.extend(
+        (!options.is_empty())
+            .then_some(["-o", options])
+            .iter()
+            .flatten(),
     );
-    if frozen {
-        check_tree(&snap);
-    }
+    let said = bench.fuse_fs_ok(&mount);
+    look(&snap, &said);
     let refused = fs::write(snap.join("new"), b"x").unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
     bench.fuse_fs_ok(&["umount", str_of(&snap)]);
-    bench.fuse_fs_ok(&["umount", str_of(&dir)]);
-    assert_nothing_left(&bench);
+    tool(&["cmp", str_of(&store), str_of(&before)]);
+    assert_eq!(bench.flushes(), flushes, "nor is it flushed");
+}
+
+fn finish(bench: &Bench) {
+    bench.fuse_fs_ok(&["umount", str_of(&bench.path("fs"))]);
+    assert_nothing_left(bench);
+}
+
+fn frozen_snapshot_is_complete(mkfs: &str, size_bytes: u64) {
+    let bench = mounted(mkfs, size_bytes);
+    let dir = bench.path("fs");
+    write_tree(&dir);
+    let freeze = Frozen::freeze(str_of(&dir));
+    fs::copy(bench.path("store/a"), bench.path("store/a@s")).unwrap();
+    drop(freeze);
+    look_into_snapshot(&bench, "", |snap, said| {
+        assert_eq!(said, "");
+        check_tree(snap);
+    });
+    finish(&bench);
+}
+
+/// What is in the journal only: seen after a replay, and not without one.
+fn journal_is_replayed_in_memory(mkfs: &str, size_bytes: u64, skip: &str) {
+    let bench = mounted(mkfs, size_bytes);
+    let dir = bench.path("fs");
+    write_tree(&dir);
+    tool(&["sync", "-f", str_of(&dir)]);
+    let data: Vec<u8> = (0..300_000u32).map(|at| (at % 253) as u8).collect();
+    fs::create_dir(dir.join("late")).unwrap();
+    fs::write(dir.join("late/file"), &data).unwrap();
+    fs::File::open(dir.join("late/file"))
+        .unwrap()
+        .sync_all()
+        .unwrap();
+    fs::copy(bench.path("store/a"), bench.path("store/a@s")).unwrap();
+    look_into_snapshot(&bench, skip, |snap, _| {
+        assert!(!snap.join("late/file").exists(), "it is in the journal");
+    });
+    for _ in 0..2 {
+        look_into_snapshot(&bench, "", |snap, said| {
+            assert_eq!(said, "");
+            assert!(fs::read(snap.join("late/file")).unwrap() == data);
+            check_tree(snap);
+        });
+    }
+    finish(&bench);
 }
 
 #[test]
 fn a_snapshot_is_mounted_read_only_beside_its_volume() {
-    for frozen in [true, false] {
-        mount_snapshot("mkfs.ext4", 64 * MIB, frozen);
-        mount_snapshot("mkfs.xfs", 320 * MIB, frozen);
-    }
+    frozen_snapshot_is_complete("mkfs.ext4", 64 * MIB);
+    frozen_snapshot_is_complete("mkfs.xfs", 320 * MIB);
+}
+
+#[test]
+fn ext4_that_was_fsynced_just_before_the_snapshot_is_in_it() {
+    journal_is_replayed_in_memory("mkfs.ext4", 64 * MIB, "noload");
+}
+
+#[test]
+fn xfs_that_was_fsynced_just_before_the_snapshot_is_in_it() {
+    journal_is_replayed_in_memory("mkfs.xfs", 320 * MIB, "norecovery");
+}
+
+/// The journal's own superblock is destroyed in the snapshot.
+#[test]
+fn a_journal_that_cannot_be_replayed_is_left_alone_and_told() {
+    let bench = mounted("mkfs.ext4", 64 * MIB);
+    write_tree(&bench.path("fs"));
+    tool(&["sync", "-f", str_of(&bench.path("fs"))]);
+    let (store, snapshot) = (bench.path("store/a"), bench.path("store/a@s"));
+    let block = tool_output(&["debugfs", "-R", "bmap <8> 0", str_of(&store)]).stdout;
+    let block: u64 = String::from_utf8(block).unwrap().trim().parse().unwrap();
+    let unit = tool(&["stat", "-f", "-c", "%S", str_of(&bench.path("fs"))]);
+    fs::copy(store, &snapshot).unwrap();
+    let file = fs::File::options().write(true).open(snapshot).unwrap();
+    file.write_all_at(&[0xff; 12], block * unit.trim().parse::<u64>().unwrap())
+        .unwrap();
+    look_into_snapshot(&bench, "", |snap, said| {
+        assert!(said.contains("could not be replayed"), "{said}");
+        assert_eq!(
+            fs::read_dir(snap).unwrap().count(),
+            6,
+            "5 directories and lost+found"
+        );
+    });
+    finish(&bench);
 }

@@ -9,17 +9,17 @@ use crate::session::Target;
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use indicatif::ProgressBar;
+use memmap2::Mmap;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use std::env;
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use tempfile::NamedTempFile;
 
-/// Bytes of one read of the file, hence of one write to the volume at most.
+/// Bytes of one write to the volume at most.
 const PIECE_BYTES: u64 = 1 << 20;
 /// Writes that wait for their answer at once.
 const WRITES_IN_FLIGHT: usize = 8;
@@ -117,10 +117,14 @@ pub(crate) async fn copy_data(
 ) -> Result<(), Failure> {
     let extents = data_extents(file).map_err(|error| read_failed(error.into()))?;
     progress.set_length(extents.iter().map(|extent| extent.end - extent.start).sum());
+    // SAFETY: the file has no name and no other process has it, so nobody changes or cuts it while
+    // it is mapped.
+    let image = unsafe { Mmap::map(file) }.map_err(read_failed)?;
+    let image = Bytes::from_owner(image);
     let writes = extents
         .into_iter()
         .flat_map(pieces)
-        .map(|piece| copy_piece(file, target, piece, progress));
+        .map(|piece| copy_piece(&image, target, piece, progress));
     stream::iter(writes)
         .buffer_unordered(WRITES_IN_FLIGHT)
         .try_collect::<Vec<()>>()
@@ -129,16 +133,13 @@ pub(crate) async fn copy_data(
 }
 
 async fn copy_piece(
-    file: &File,
+    image: &Bytes,
     target: &Target,
     piece: Range<u64>,
     progress: &ProgressBar,
 ) -> Result<(), Failure> {
     let len_bytes = piece.end - piece.start;
-    let mut data = vec![0; len_bytes as usize];
-    file.read_exact_at(&mut data, piece.start)
-        .map_err(read_failed)?;
-    let data = Bytes::from(data);
+    let data = image.slice(piece.start as usize..piece.end as usize);
     for run in nonzero_runs(&data) {
         let offset_bytes = piece.start + run.start as u64;
         target.write(offset_bytes, data.slice(run)).await?;
@@ -202,6 +203,7 @@ fn nonzero_runs(data: &[u8]) -> Vec<Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::FileExt as _;
 
     #[test]
     fn zeros_are_left_out_in_sub_blocks() {
