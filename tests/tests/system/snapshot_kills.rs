@@ -113,3 +113,49 @@ fn writes_go_through(cluster: &Cluster, seed: u64) {
         }
     }
 }
+
+/// S003-28, U-08: a coordinator that says prepare and nothing more holds the writes of an idle
+/// volume for the hold's time and no longer, and the next snapshot is taken.
+#[test]
+fn a_coordinator_that_falls_silent_holds_nobody() {
+    use blockd::control::snapshot::{Answer, Order};
+    use blockd::id::{NodeNo, SnapshotId};
+    use blockd::io::link::{Hello, Link, decode_control, encode_control};
+    use blockd::io::wire::{Frame, Kind};
+    let cluster = Cluster::three();
+    let volume = cluster.create_on("v", 64 * PAGE, PAGE_BLOCKS, &[]);
+    cluster.create_on("w", PAGE, PAGE_BLOCKS, &[]);
+    let order = Order::Prepare {
+        snapshot: SnapshotId(1),
+        epoch: volume.epoch,
+        hold_max_ms: 400,
+    };
+    for round in 1..4 {
+        for server in &cluster.servers {
+            let hello = Hello {
+                min_version: 1,
+                max_version: 1,
+                requester: 1000 * round + u64::from(server.number),
+                connection: 1,
+                cluster_id: None,
+                node: NodeNo(0),
+            };
+            let mut request = Frame::request(Kind::Snapshot, volume.id);
+            request.aux = round;
+            request.payload = encode_control(&order);
+            let link = cluster
+                .block(Link::connect(&server.peer_address(), &hello))
+                .unwrap();
+            let reply = cluster.block(link.call(request)).unwrap();
+            let answer: Answer = decode_control(reply.payload).unwrap();
+            assert!(matches!(answer, Answer::Ready { .. }), "{answer:?}");
+        }
+        let held = Instant::now();
+        writes_go_through(&cluster, round);
+        assert!(
+            held.elapsed() > Duration::from_millis(100),
+            "prepare held no write"
+        );
+    }
+    cluster.snapshot_at(0, &["v@s", "w@s"]).unwrap();
+}
