@@ -3,6 +3,13 @@
 /// Requests of one peer connection that may wait at once: several clients behind one server at a
 /// queue depth of 32 each.
 pub const PEER_REQUESTS_IN_FLIGHT: usize = 1024;
+/// Bytes of payload in the waiting requests of one peer connection, before it is read no further:
+/// a few of the largest requests.
+pub const PEER_WAITING_BYTES: usize = 256 << 20;
+/// Milliseconds after which a span that its requester does not end is ended by the owner.
+pub const SPAN_MAX_MS: u64 = 60_000;
+/// Milliseconds that opening a volume waits for an owner that does not answer.
+pub const OPEN_PROBE_MS: u64 = 1_000;
 /// Bytes of replies that a peer may leave untaken before it is read no further.
 pub const PEER_OUTPUT_BYTES: usize = 16 << 20;
 /// Bytes reserved for one receive: many headers and small payloads at once.
@@ -29,6 +36,8 @@ pub const SWEEP_INTERVAL_MS: u64 = 10_000;
 
 /// Bytes of unflushed writes that the client library keeps for a replay, before it flushes.
 pub const CLIENT_REPLAY_BYTES: usize = 64 << 20;
+/// Bytes of one zeroing request of the client library: 1024 pages of the default size.
+pub const CLIENT_ZERO_BYTES: u64 = 4 << 30;
 /// Bytes of one part of a request: the largest NBD request that is accepted.
 pub const REQUEST_PART_BYTES: u32 = 64 << 20;
 
@@ -71,6 +80,10 @@ pub const SNAPSHOT_HOLD_CAP_MS: u64 = 10_000;
 /// Milliseconds that the coordinator waits for `taken` after `take`. Nothing is held any more:
 /// the owners sync their logs.
 pub const SNAPSHOT_TAKEN_MS: u64 = 15_000;
+/// Milliseconds that the coordinator of an aborted snapshot waits for the participants.
+pub const SNAPSHOT_RELEASE_MS: u64 = 2_000;
+/// Milliseconds before an aborted snapshot is tried again: a restarting server is back by then.
+pub const SNAPSHOT_RETRY_MS: u64 = 300;
 
 const _: () = assert!(
     FORWARD_DEADLINE_MS > SNAPSHOT_HOLD_MAX_MS,
@@ -84,3 +97,7 @@ const _: () = assert!(2 * TRANSACTION_BYTES_MAX <= REGISTRY_MESSAGE_BYTES_MAX);
 const _: () = assert!(2 * REGISTRY_SNAPSHOT_CHUNK_BYTES <= REGISTRY_MESSAGE_BYTES_MAX as u64);
 const _: () = assert!(SNAPSHOT_HOLD_MAX_MS <= SNAPSHOT_HOLD_CAP_MS);
 const _: () = assert!(SNAPSHOT_PENDING_MAX_MS > SNAPSHOT_TAKEN_MS + SNAPSHOT_HOLD_CAP_MS);
+const _: () = assert!(
+    SPAN_MAX_MS > FORWARD_DEADLINE_MS,
+    "a span outlives the tries of its requester"
+);

@@ -3,8 +3,9 @@
 //! The server checks everything that a client may get wrong (range, flags, read-only, length) before it calls an export, so that
 //! every `offset + len` is at most the size returned by `info()` for that request, and `len` is never 0. Many requests of one
 //! connection run concurrently and may complete in any order; a request that is ready at its first poll costs no allocation.
-//! Dropping a future is only done when the server is stopped by force; otherwise every started request runs to its end, also when
-//! its client is gone.
+//! A future is dropped when the server is stopped by force, and when its client is gone without a goodbye: the client may have sent
+//! the request again over another connection, and it must not be executed behind that. After DISC every started request runs to its
+//! end.
 
 use std::future::Future;
 

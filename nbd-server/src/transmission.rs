@@ -265,15 +265,29 @@ where
         let mut target = target.limit(max_bytes);
         let received = pin!(self.stream.read_buf(&mut target)).poll(cx);
         match received {
-            Poll::Ready(Ok(0)) if self.decoder.is_between_requests() => self.ending = Some(Ok(())),
+            Poll::Ready(Ok(0)) if self.decoder.is_between_requests() => {
+                self.ending = Some(Ok(()));
+                self.abandon();
+            }
             Poll::Ready(Ok(0)) => {
-                self.fail(ConnectionError::Io(io::ErrorKind::UnexpectedEof.into()))
+                self.fail(ConnectionError::Io(io::ErrorKind::UnexpectedEof.into()));
+                self.abandon();
             }
             Poll::Ready(Ok(_)) => self.stall.progressed = true,
-            Poll::Ready(Err(error)) => self.fail(error.into()),
+            Poll::Ready(Err(error)) => {
+                self.fail(error.into());
+                self.abandon();
+            }
             Poll::Pending => return false,
         }
         true
+    }
+
+    /// The client is gone without a goodbye. It may send its unanswered requests again over another
+    /// connection, and they must not be executed behind those: what still waits is dropped.
+    fn abandon(&mut self) {
+        self.running.clear();
+        self.output.discard();
     }
 
     /// Reads nothing more; what is running goes on. The first reason counts.

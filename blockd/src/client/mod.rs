@@ -5,6 +5,8 @@
 //! pause: unanswered requests are sent again, and writes that were acknowledged but not flushed
 //! are kept until a FLUSH with an unchanged write verifier (promise 3 of the design).
 
+mod change;
+mod patience;
 mod replay;
 mod volume;
 
@@ -17,7 +19,7 @@ use crate::io::link::{LinkError, Peers, decode_control, encode_control};
 use crate::io::wire::{Frame, Kind, Status};
 use crate::node::config::with_peer_port;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout_at};
 
@@ -105,6 +107,8 @@ struct Shared {
     preferred: AtomicUsize,
     peers: Peers,
     options: ClientOptions,
+    /// Spans of all volumes share the connections, so their ids come from one counter.
+    next_span: AtomicU64,
 }
 
 impl Client {
@@ -125,6 +129,7 @@ impl Client {
             shared: Arc::new(Shared {
                 servers,
                 preferred: AtomicUsize::new(0),
+                next_span: AtomicU64::new(1),
                 peers: Peers::new(requester, None, NodeNo(0)),
                 options,
             }),

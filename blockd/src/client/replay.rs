@@ -1,14 +1,15 @@
-//! The replay buffer: changes that were acknowledged but not yet flushed (promise 3).
+//! The replay buffer: changes that were sent but not yet flushed (promise 3).
 //!
-//! An owner's write verifier changes when it may have lost such changes. Then they are sent again,
-//! in their order, before anything else is done with the volume. A flush that found all verifiers
-//! unchanged empties the buffer of everything that was acknowledged before it began.
+//! An owner's write verifier changes when it may have lost such changes. Then all of them are sent
+//! again, in the order in which they were issued, before anything else is done with the volume. A
+//! flush that found all verifiers unchanged empties the buffer of everything that was acknowledged
+//! before it began.
 
 use crate::id::NodeNo;
 use bytes::Bytes;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 
-/// One acknowledged change.
+/// A change of a range of the volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Change {
     Write(Bytes),
@@ -34,23 +35,60 @@ impl Change {
     }
 }
 
-/// Unflushed changes in the order of their acknowledgement, and what is known of the owners.
+#[derive(Debug)]
+struct Entry {
+    offset_bytes: u64,
+    change: Change,
+    /// When it was acknowledged, on the scale of `Replay::clock`.
+    acknowledged: Option<u64>,
+}
+
+/// Unflushed changes in the order of their issue, and what is known of the owners.
 #[derive(Debug, Default)]
 pub(super) struct Replay {
-    /// Sequence number, offset in the volume, change.
-    changes: VecDeque<(u64, u64, Change)>,
-    next: u64,
+    entries: BTreeMap<u64, Entry>,
+    /// Counts issues, acknowledgements and marks.
+    clock: u64,
     buffered_bytes: usize,
     verifiers: HashMap<NodeNo, u64>,
-    /// An owner has lost what it acknowledged; nothing may be done before a replay.
-    lost: bool,
+    /// How often owners have lost changes that are in the buffer.
+    losses: u64,
+    /// How many of these a complete replay has made good.
+    made_good: u64,
 }
 
 impl Replay {
-    pub(super) fn acknowledged(&mut self, offset_bytes: u64, change: Change) {
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    /// Notes a change before any part of it is sent.
+    pub(super) fn issued(&mut self, offset_bytes: u64, change: Change) -> u64 {
         self.buffered_bytes += change.buffered_bytes();
-        self.changes.push_back((self.next, offset_bytes, change));
-        self.next += 1;
+        let number = self.tick();
+        let entry = Entry {
+            offset_bytes,
+            change,
+            acknowledged: None,
+        };
+        self.entries.insert(number, entry);
+        number
+    }
+
+    /// All owners have answered; the change is kept until a flush.
+    pub(super) fn acknowledged(&mut self, number: u64) {
+        let now = self.tick();
+        if let Some(entry) = self.entries.get_mut(&number) {
+            entry.acknowledged = Some(now);
+        }
+    }
+
+    /// The change failed, or its user gave up: nobody was promised anything.
+    pub(super) fn withdrawn(&mut self, number: u64) {
+        if let Some(entry) = self.entries.remove(&number) {
+            self.buffered_bytes -= entry.change.buffered_bytes();
+        }
     }
 
     /// Bytes of memory that the buffer keeps.
@@ -60,49 +98,48 @@ impl Replay {
 
     /// Notes the verifier that came with a connection or an answer of an owner.
     pub(super) fn heard(&mut self, node: NodeNo, verifier: u64) {
-        if self
-            .verifiers
-            .insert(node, verifier)
-            .is_some_and(|before| before != verifier)
-        {
-            self.lost = !self.changes.is_empty();
+        let before = self.verifiers.insert(node, verifier);
+        if before.is_some_and(|before| before != verifier) && !self.entries.is_empty() {
+            self.losses += 1;
         }
     }
 
-    /// Whether a replay must come first.
-    pub(super) fn is_lost(&self) -> bool {
-        self.lost
+    /// Losses up to now.
+    pub(super) fn losses(&self) -> u64 {
+        self.losses
+    }
+
+    /// Losses that have been made good.
+    pub(super) fn made_good(&self) -> u64 {
+        self.made_good
+    }
+
+    /// A replay that began at so many losses is complete.
+    pub(super) fn replayed(&mut self, losses: u64) {
+        self.made_good = self.made_good.max(losses);
     }
 
     /// The mark that a flush must take before it begins.
-    pub(super) fn mark(&self) -> u64 {
-        self.next
+    pub(super) fn mark(&mut self) -> u64 {
+        self.tick()
     }
 
     /// Everything acknowledged before `mark` is durable.
     pub(super) fn flushed(&mut self, mark: u64) {
-        while self
-            .changes
-            .front()
-            .is_some_and(|(number, ..)| *number < mark)
-        {
-            if let Some((_, _, change)) = self.changes.pop_front() {
-                self.buffered_bytes -= change.buffered_bytes();
+        let buffered_bytes = &mut self.buffered_bytes;
+        self.entries.retain(|_, entry| {
+            let durable = entry.acknowledged.is_some_and(|at| at < mark);
+            if durable {
+                *buffered_bytes -= entry.change.buffered_bytes();
             }
-        }
+            !durable
+        });
     }
 
-    /// A replay was interrupted and must be done again.
-    pub(super) fn fail(&mut self) {
-        self.lost = !self.changes.is_empty();
-    }
-
-    /// What must be sent again, oldest first; the replay that follows counts as begun.
-    pub(super) fn begin(&mut self) -> Vec<(u64, Change)> {
-        self.lost = false;
-        let all = self.changes.iter();
-        all.map(|(_, offset, change)| (*offset, change.clone()))
-            .collect()
+    /// What must be sent again, oldest first.
+    pub(super) fn changes(&self) -> Vec<(u64, Change)> {
+        let entries = self.entries.values();
+        entries.map(|entry| (entry.offset_bytes, entry.change.clone())).collect()
     }
 }
 
@@ -117,34 +154,42 @@ mod tests {
     #[test]
     fn a_flush_forgets_what_was_acknowledged_before_it_began() {
         let mut replay = Replay::default();
-        replay.acknowledged(0, write("aa"));
+        let (first, second) = (replay.issued(0, write("aa")), replay.issued(4, write("bbb")));
+        replay.acknowledged(first);
         let mark = replay.mark();
-        replay.acknowledged(8, write("b"));
+        let third = replay.issued(8, write("c"));
+        replay.acknowledged(third);
+        replay.acknowledged(second);
         replay.flushed(mark);
-        assert_eq!(replay.buffered_bytes(), 1);
-        assert_eq!(replay.begin(), [(8, write("b"))]);
+        assert_eq!(replay.buffered_bytes(), 4);
+        assert_eq!(replay.changes(), [(4, write("bbb")), (8, write("c"))]);
     }
 
     #[test]
     fn a_changed_verifier_asks_for_a_replay_in_order() {
         let mut replay = Replay::default();
         replay.heard(NodeNo(1), 7);
-        replay.acknowledged(0, write("a"));
-        replay.acknowledged(0, write("b"));
+        replay.issued(0, write("a"));
+        replay.issued(0, write("b"));
         replay.heard(NodeNo(1), 7);
         replay.heard(NodeNo(2), 9);
-        assert!(!replay.is_lost());
+        assert_eq!(replay.losses(), 0);
         replay.heard(NodeNo(1), 8);
-        assert!(replay.is_lost());
-        assert_eq!(replay.begin(), [(0, write("a")), (0, write("b"))]);
-        assert!(!replay.is_lost());
+        assert_eq!((replay.losses(), replay.made_good()), (1, 0));
+        assert_eq!(replay.changes(), [(0, write("a")), (0, write("b"))]);
+        replay.heard(NodeNo(2), 10);
+        replay.replayed(1);
+        assert_eq!((replay.losses(), replay.made_good()), (2, 1), "lost again meanwhile");
     }
 
     #[test]
-    fn a_changed_verifier_without_unflushed_changes_is_nothing() {
+    fn what_is_withdrawn_or_was_never_there_is_not_lost() {
         let mut replay = Replay::default();
+        let number = replay.issued(0, write("a"));
+        replay.withdrawn(number);
+        assert_eq!(replay.buffered_bytes(), 0);
         replay.heard(NodeNo(1), 7);
         replay.heard(NodeNo(1), 8);
-        assert!(!replay.is_lost());
+        assert_eq!(replay.losses(), 0);
     }
 }

@@ -1,51 +1,49 @@
 //! An open volume of the client library: straight to the owners, with retry and replay.
 //!
-//! Every operation holds `order` shared; a replay holds it alone, so that no change is in flight
-//! while older ones are sent again, and a newer one cannot be overwritten by an older.
+//! Reads, flushes and what they share with changes (see `change.rs`).
 
+use super::patience::Patience;
 use super::replay::{Change, Replay};
 use super::{Client, ClientError, Extent, IoErrorKind};
-use crate::admin::{AdminErrorKind, OpenInfo};
+use crate::admin::OpenInfo;
 use crate::data::error::DataError;
 use crate::data::forward::{self, ForwardError, PartIo};
 use crate::data::router::{Part, RoutingTable};
 use crate::id::NodeNo;
-use crate::io::link::LinkError;
+use crate::io::link::Link;
 use crate::io::wire::{Frame, Kind, Run, decode_extents, decode_runs};
-use crate::limits::{CLIENT_REPLAY_BYTES, FORWARD_RETRY_MS, REQUEST_PART_BYTES};
+use crate::limits::{CLIENT_ZERO_BYTES, REQUEST_PART_BYTES};
 use bytes::{Bytes, BytesMut};
-use futures_util::future::{join_all, try_join_all};
+use futures_util::future::try_join_all;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Duration;
-use tokio::time::{Instant, sleep};
 
 /// An open volume or snapshot. Cheap to clone, `Send + Sync`; operations run concurrently.
 #[derive(Clone)]
 pub struct Volume {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
-struct Shared {
-    client: Client,
-    name: String,
+pub(super) struct Shared {
+    pub(super) client: Client,
+    pub(super) name: String,
     opened: RwLock<Arc<Opened>>,
     refreshing: tokio::sync::Mutex<()>,
     replay: Mutex<Replay>,
-    order: tokio::sync::RwLock<()>,
-    next_span: AtomicU64,
+    /// Held shared by every operation, and alone by a replay: no change is in flight while older
+    /// ones are sent again, so that a newer one cannot be overwritten by an older.
+    pub(super) order: tokio::sync::RwLock<()>,
 }
 
-struct Opened {
+pub(super) struct Opened {
     info: OpenInfo,
-    table: RoutingTable,
+    pub(super) table: RoutingTable,
     addresses: HashMap<NodeNo, String>,
 }
 
 /// Why one try did not succeed.
 #[derive(Debug)]
-enum TryError {
+pub(super) enum TryError {
     Forward(ForwardError),
     /// An owner has lost acknowledged changes: replay first.
     Lost,
@@ -81,17 +79,16 @@ impl Volume {
                 refreshing: tokio::sync::Mutex::default(),
                 replay: Mutex::default(),
                 order: tokio::sync::RwLock::default(),
-                next_span: AtomicU64::new(1),
             }),
         }
     }
 
-    fn opened(&self) -> Arc<Opened> {
+    pub(super) fn opened(&self) -> Arc<Opened> {
         let opened = self.shared.opened.read();
         Arc::clone(&opened.unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn replay_buffer(&self) -> MutexGuard<'_, Replay> {
+    pub(super) fn replay_buffer(&self) -> MutexGuard<'_, Replay> {
         let replay = self.shared.replay.lock();
         replay.unwrap_or_else(PoisonError::into_inner)
     }
@@ -175,28 +172,16 @@ impl Volume {
         len_bytes: u64,
         keep_allocated: bool,
     ) -> Result<(), ClientError> {
-        let change = Change::Zero {
-            len_bytes,
-            keep_allocated,
-        };
-        self.change("zero", offset_bytes, change).await
-    }
-
-    async fn change(
-        &self,
-        what: &'static str,
-        offset: u64,
-        change: Change,
-    ) -> Result<(), ClientError> {
-        let len = change.len_bytes();
-        if self.is_read_only() {
-            return Err(failed(what, offset, len, IoErrorKind::ReadOnly));
+        let mut at = 0;
+        while at < len_bytes {
+            let len_bytes = (len_bytes - at).min(CLIENT_ZERO_BYTES);
+            let change = Change::Zero {
+                len_bytes,
+                keep_allocated,
+            };
+            self.change("zero", offset_bytes + at, change).await?;
+            at += len_bytes;
         }
-        if self.replay_buffer().buffered_bytes() > CLIENT_REPLAY_BYTES {
-            self.flush().await?;
-        }
-        self.run(what, offset, len, &io_of(&change)).await?;
-        self.replay_buffer().acknowledged(offset, change);
         Ok(())
     }
 
@@ -223,10 +208,14 @@ impl Volume {
         let opened = self.opened();
         let flushes = opened.table.owners().iter().map(|node| {
             let request = Frame::request(Kind::Flush, opened.table.volume);
-            self.call(&opened, *node, request)
+            self.call(&opened, *node, request, None)
         });
         try_join_all(flushes).await?;
-        self.replay_buffer().flushed(mark);
+        let mut replay = self.replay_buffer();
+        if replay.losses() > replay.made_good() {
+            return Err(TryError::Lost);
+        }
+        replay.flushed(mark);
         Ok(())
     }
 
@@ -267,7 +256,7 @@ impl Volume {
             return Ok(());
         }
         let info = self.shared.client.open_info(&self.shared.name).await?;
-        if info.volume.id != before.info.volume.id {
+        if (info.volume.id, info.snapshot) != (before.info.volume.id, before.info.snapshot) {
             return Err(failed("refresh", 0, 0, IoErrorKind::Gone));
         }
         let mut opened = self
@@ -279,7 +268,19 @@ impl Volume {
         Ok(())
     }
 
-    /// Runs one request over all its parts, again and again until it succeeds or is hopeless.
+    pub(super) fn check_range(
+        &self,
+        what: &'static str,
+        offset: u64,
+        len: u64,
+    ) -> Result<(), ClientError> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size_bytes() => Ok(()),
+            _ => Err(failed(what, offset, len, IoErrorKind::OutOfRange)),
+        }
+    }
+
+    /// Runs one read over all its parts, again and again until it succeeds or is hopeless.
     async fn run(
         &self,
         what: &'static str,
@@ -287,12 +288,7 @@ impl Volume {
         len: u64,
         io: &PartIo,
     ) -> Result<Vec<(Part, Frame)>, ClientError> {
-        if offset
-            .checked_add(len)
-            .is_none_or(|end| end > self.size_bytes())
-        {
-            return Err(failed(what, offset, len, IoErrorKind::OutOfRange));
-        }
+        self.check_range(what, offset, len)?;
         let mut patience = self.patience(what, offset, len);
         loop {
             match self.try_run(offset, len, io).await {
@@ -309,143 +305,61 @@ impl Volume {
         io: &PartIo,
     ) -> Result<Vec<(Part, Frame)>, TryError> {
         let _order = self.shared.order.read().await;
-        self.try_parts(offset, len, io).await
-    }
-
-    async fn try_parts(
-        &self,
-        offset: u64,
-        len: u64,
-        io: &PartIo,
-    ) -> Result<Vec<(Part, Frame)>, TryError> {
         let opened = self.opened();
         let parts: Vec<Part> = opened.table.parts(offset, len).collect();
-        if parts.len() < 2 || !io.changes() {
-            let tries = parts
-                .iter()
-                .map(|part| self.try_part(&opened, *part, io, None));
-            return try_join_all(tries).await;
-        }
-        let span = self.begin_span(&opened, &parts).await?;
-        let tries = parts
-            .iter()
-            .map(|part| self.try_part(&opened, *part, io, Some(span)));
-        let ended: Result<Vec<_>, _> = join_all(tries).await.into_iter().collect();
-        if ended.is_err() {
-            self.cancel_span(&opened, span).await;
-        }
-        ended
+        let tries = parts.iter().map(async |part| {
+            let request = forward::request(opened.table.volume, opened.table.epoch, part, io, None);
+            Ok((*part, self.call(&opened, part.owner, request, None).await?))
+        });
+        try_join_all(tries).await
     }
 
-    async fn try_part(
+    /// The connection to an owner, after a look at its verifier: while losses are not made good,
+    /// only the replay of all losses up to `replaying` may go on.
+    pub(super) async fn link(
         &self,
         opened: &Opened,
-        part: Part,
-        io: &PartIo,
-        span: Option<u64>,
-    ) -> Result<(Part, Frame), TryError> {
-        let table = &opened.table;
-        let request = forward::request(table.volume, table.epoch, &part, io, span);
-        Ok((part, self.call(opened, part.owner, request).await?))
-    }
-
-    /// S003-33: the owners agree to the request before any of its parts is sent.
-    async fn begin_span(&self, opened: &Opened, parts: &[Part]) -> Result<u64, TryError> {
-        let id = self.shared.next_span.fetch_add(1, Ordering::Relaxed);
-        let mut counts: HashMap<NodeNo, u32> = HashMap::new();
-        for part in parts {
-            *counts.entry(part.owner).or_default() += 1;
-        }
-        let begins = counts.into_iter().map(|(node, count)| {
-            let mut request = Frame::request(Kind::SpanBegin, opened.table.volume);
-            (request.aux, request.len_bytes, request.epoch) = (id, count, opened.table.epoch);
-            self.call(opened, node, request)
-        });
-        match join_all(begins).await.into_iter().find_map(Result::err) {
-            None => Ok(id),
-            Some(error) => {
-                self.cancel_span(opened, id).await;
-                Err(error)
-            }
-        }
-    }
-
-    async fn cancel_span(&self, opened: &Opened, id: u64) {
-        let cancels = opened.table.owners().iter().map(|node| {
-            let mut request = Frame::request(Kind::SpanCancel, opened.table.volume);
-            request.aux = id;
-            self.call(opened, *node, request)
-        });
-        for result in join_all(cancels).await {
-            if let Err(error) = result {
-                tracing::debug!(?error, span = id, "span not cancelled");
-            }
-        }
-    }
-
-    /// One request to one owner, after a look at its verifier.
-    async fn call(&self, opened: &Opened, node: NodeNo, request: Frame) -> Result<Frame, TryError> {
+        node: NodeNo,
+        replaying: Option<u64>,
+    ) -> Result<Link, TryError> {
         let address = opened.addresses.get(&node);
-        let address = address.ok_or(DataError::Unavailable(format!("node {node} is unknown")))?;
+        let address =
+            address.ok_or_else(|| DataError::Unavailable(format!("node {node} is unknown")))?;
         let link = self.shared.client.shared.peers.link(address).await?;
-        self.heard(node, link.welcome().verifier)?;
-        let reply = link.call(request).await?;
-        match DataError::of_reply(&reply) {
-            Some(error) => Err(error.into()),
-            None => Ok(reply),
-        }
+        self.heard(node, link.welcome().verifier, replaying)?;
+        Ok(link)
     }
 
-    fn heard(&self, node: NodeNo, verifier: u64) -> Result<(), TryError> {
+    /// One request to one owner.
+    pub(super) async fn call(
+        &self,
+        opened: &Opened,
+        node: NodeNo,
+        request: Frame,
+        replaying: Option<u64>,
+    ) -> Result<Frame, TryError> {
+        let link = self.link(opened, node, replaying).await?;
+        let reply = forward::call(&link, request).await?;
+        self.heard(node, reply.aux, replaying)?;
+        Ok(reply)
+    }
+
+    fn heard(&self, node: NodeNo, verifier: u64, replaying: Option<u64>) -> Result<(), TryError> {
         let mut replay = self.replay_buffer();
         replay.heard(node, verifier);
-        if replay.is_lost() {
-            Err(TryError::Lost)
-        } else {
-            Ok(())
+        match replay.losses() > replaying.unwrap_or(replay.made_good()) {
+            true => Err(TryError::Lost),
+            false => Ok(()),
         }
     }
 
-    /// Sends all unflushed changes again, in order, with nothing else in flight.
-    async fn replay(&self) -> Result<(), TryError> {
-        let _order = self.shared.order.write().await;
-        let changes = {
-            let mut replay = self.replay_buffer();
-            if !replay.is_lost() {
-                return Ok(());
-            }
-            replay.begin()
-        };
-        tracing::warn!(changes = changes.len(), volume = %self.shared.name, "replaying");
-        for (offset, change) in changes {
-            self.try_parts(offset, change.len_bytes(), &io_of(&change))
-                .await?;
-        }
-        Ok(())
-    }
-
-    fn patience(&self, what: &'static str, offset: u64, len: u64) -> Patience {
-        Patience {
-            deadline: Instant::now() + self.shared.client.shared.options.io_deadline,
-            request: (what, offset, len),
-        }
+    pub(super) fn patience(&self, what: &'static str, offset: u64, len: u64) -> Patience {
+        let patience = self.shared.client.shared.options.io_deadline;
+        Patience::new(patience, (what, offset, len))
     }
 }
 
-fn io_of(change: &Change) -> PartIo {
-    match change {
-        Change::Write(data) => PartIo::Write {
-            data: data.clone(),
-            fua: false,
-        },
-        Change::Zero { keep_allocated, .. } => PartIo::Zero {
-            keep_allocated: *keep_allocated,
-            fua: false,
-        },
-    }
-}
-
-fn failed(
+pub(super) fn failed(
     what: &'static str,
     offset_bytes: u64,
     len_bytes: u64,
@@ -456,64 +370,5 @@ fn failed(
         offset_bytes,
         len_bytes,
         reason,
-    }
-}
-
-/// Decides whether a request is tried again, and prepares the next try.
-struct Patience {
-    deadline: Instant,
-    request: (&'static str, u64, u64),
-}
-
-impl Patience {
-    async fn after(&mut self, volume: &Volume, error: TryError) -> Result<(), ClientError> {
-        let (what, offset, len) = self.request;
-        let hopeless = |kind| Err(failed(what, offset, len, kind));
-        let mut pause = Duration::from_millis(FORWARD_RETRY_MS);
-        match &error {
-            TryError::Lost => {
-                if let Err(again) = volume.replay().await {
-                    volume.replay_buffer().fail();
-                    tracing::debug!(?again, "replay interrupted");
-                } else {
-                    pause = Duration::ZERO;
-                }
-            }
-            TryError::Forward(ForwardError::Link(LinkError::Lost { .. })) => {}
-            TryError::Forward(ForwardError::Link(_)) => pause *= 5,
-            TryError::Forward(ForwardError::Data(error)) => match error {
-                DataError::Held => pause = Duration::from_millis(1),
-                DataError::Unavailable(_) => {}
-                DataError::Stale(_) => self.refresh(volume).await?,
-                DataError::NoSpace => return hopeless(IoErrorKind::NoSpace),
-                DataError::ReadOnly => return hopeless(IoErrorKind::ReadOnly),
-                DataError::OutOfRange => return hopeless(IoErrorKind::OutOfRange),
-                DataError::Gone => return hopeless(IoErrorKind::Gone),
-                DataError::Damaged(text) => {
-                    tracing::error!(%text, "damaged");
-                    return hopeless(IoErrorKind::Damaged);
-                }
-                DataError::Malformed(_) => return hopeless(IoErrorKind::Damaged),
-            },
-        }
-        if Instant::now() + pause >= self.deadline {
-            tracing::warn!(?error, "gave up");
-            return hopeless(IoErrorKind::Deadline);
-        }
-        sleep(pause).await;
-        Ok(())
-    }
-
-    async fn refresh(&self, volume: &Volume) -> Result<(), ClientError> {
-        match volume.refresh().await {
-            Err(ClientError::Unreachable { .. }) if Instant::now() < self.deadline => Ok(()),
-            Err(ClientError::Refused(refusal))
-                if refusal.kind == AdminErrorKind::Unavailable
-                    && Instant::now() < self.deadline =>
-            {
-                Ok(())
-            }
-            other => other,
-        }
     }
 }

@@ -6,7 +6,7 @@
 use super::error::DataError;
 use super::router::Part;
 use crate::id::{Epoch, SnapshotId, VolumeId};
-use crate::io::link::{LinkError, Peers};
+use crate::io::link::{Link, LinkError};
 use crate::io::wire::{Frame, Kind, flags};
 use bytes::Bytes;
 
@@ -93,8 +93,8 @@ pub enum ForwardError {
 ///
 /// # Errors
 /// [`ForwardError`].
-pub async fn call(peers: &Peers, address: &str, request: Frame) -> Result<Frame, ForwardError> {
-    let reply = peers.call(address, request).await?;
+pub async fn call(link: &Link, request: Frame) -> Result<Frame, ForwardError> {
+    let reply = link.call(request).await?;
     match DataError::of_reply(&reply) {
         Some(error) => Err(error.into()),
         None => Ok(reply),

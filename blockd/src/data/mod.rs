@@ -5,4 +5,5 @@ pub mod forward;
 pub mod owner;
 pub mod page_store;
 pub mod router;
+pub mod span;
 pub mod volume;

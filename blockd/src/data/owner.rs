@@ -214,8 +214,16 @@ impl Owner {
         Ok(state)
     }
 
-    /// S003-06: a server with an older table refuses to serve and catches up first.
-    async fn catch_up(&self, volume: VolumeId, epoch: Epoch) -> Result<Rc<VolumeState>, DataError> {
+    /// The volume's state at `epoch` or later (S003-06): a server with an older table catches up
+    /// before it serves.
+    ///
+    /// # Errors
+    /// [`DataError::Gone`] when no table of the volume comes in time.
+    pub async fn catch_up(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+    ) -> Result<Rc<VolumeState>, DataError> {
         let has_epoch = |owner: &Self| {
             let volume = owner.volume(volume);
             volume.is_some_and(|volume| volume.table.borrow().epoch >= epoch)
@@ -265,12 +273,7 @@ impl Owner {
         fua: bool,
         span: Option<&Executing>,
     ) -> Result<(), DataError> {
-        let state = self.admit(volume, at).await?;
-        let gate = if span.is_some() {
-            None
-        } else {
-            Some(state.execute().await)
-        };
+        let gate = self.pass_gate(volume, at, span).await?;
         let store_at = at.in_store(volume);
         self.store.write(store_at, data, at.epoch).await?;
         drop(gate);
@@ -278,6 +281,28 @@ impl Owner {
             self.store.flush().await?;
         }
         Ok(())
+    }
+
+    /// Admits a change and passes the gate; the routing table may have changed meanwhile.
+    async fn pass_gate(
+        &self,
+        volume: VolumeId,
+        at: Target,
+        span: Option<&Executing>,
+    ) -> Result<Option<Executing>, DataError> {
+        let state = self.admit(volume, at).await?;
+        if span.is_some() {
+            return Ok(None);
+        }
+        let gate = match state.try_execute() {
+            Ok(gate) => gate,
+            Err(_) => {
+                let gate = state.execute().await;
+                self.admit(volume, at).await?;
+                gate
+            }
+        };
+        Ok(Some(gate))
     }
 
     /// Makes a range of one page read as zeros.
@@ -292,12 +317,7 @@ impl Owner {
         fua: bool,
         span: Option<&Executing>,
     ) -> Result<(), DataError> {
-        let state = self.admit(volume, at).await?;
-        let gate = if span.is_some() {
-            None
-        } else {
-            Some(state.execute().await)
-        };
+        let gate = self.pass_gate(volume, at, span).await?;
         let store_at = at.in_store(volume);
         self.store.zero(store_at, keep_allocated, at.epoch).await?;
         drop(gate);
@@ -344,6 +364,7 @@ impl From<StoreError> for DataError {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::NoSpace => Self::NoSpace,
+            StoreError::Closed => Self::Unavailable("the server is stopping".to_owned()),
             StoreError::UnknownSnapshot { .. } | StoreError::VolumeDeleted { .. } => Self::Gone,
             other => Self::Damaged(other.to_string()),
         }

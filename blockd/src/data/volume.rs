@@ -13,10 +13,11 @@ use super::forward::{self, ForwardError, PartIo};
 use super::owner::{Executing, Owner, Target, VolumeState};
 use super::page_store::ReadPart;
 use super::router::{Part, RoutingTable};
+use super::span::Span;
 use crate::id::{NodeNo, SnapshotId};
-use crate::io::link::Peers;
+use crate::io::link::{Link, Peers};
 use crate::io::wire::{Frame, Kind, Run, decode_extents, decode_runs};
-use crate::limits::{FORWARD_DEADLINE_MS, FORWARD_RETRY_MS};
+use crate::limits::{FORWARD_DEADLINE_MS, FORWARD_RETRY_MS, OPEN_PROBE_MS};
 use bytes::Bytes;
 use futures_util::future::{join_all, try_join_all};
 use std::cell::{Cell, RefCell};
@@ -24,7 +25,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 /// This server's view of the group: itself as an owner, and how to reach the others.
 pub struct Group {
@@ -73,11 +74,15 @@ impl Group {
         self.addresses.borrow().get(&node).cloned()
     }
 
-    async fn call(&self, node: NodeNo, request: Frame) -> Result<Frame, ForwardError> {
+    async fn link(&self, node: NodeNo) -> Result<Link, ForwardError> {
         let address = self.address(node).ok_or_else(|| {
             DataError::Unavailable(format!("node {node} is not defined in the registry"))
         })?;
-        forward::call(&self.peers, &address, request).await
+        Ok(self.peers.link(&address).await?)
+    }
+
+    async fn call(&self, node: NodeNo, request: Frame) -> Result<Frame, ForwardError> {
+        forward::call(&self.link(node).await?, request).await
     }
 }
 
@@ -196,13 +201,7 @@ impl Volume {
             return Ok(());
         }
         self.check_range(offset, len)?;
-        let mut retry = Retry::new();
-        loop {
-            match self.try_span(offset, len, io).await {
-                Ok(()) => return Ok(()),
-                Err(error) => retry.after(&self.group.owner, &self.state, error).await?,
-            }
-        }
+        self.change_span(offset, len, io).await
     }
 
     fn check_range(&self, offset: u64, len: u64) -> Result<(), DataError> {
@@ -254,11 +253,11 @@ impl Volume {
         table: &RoutingTable,
         part: Part,
         io: &PartIo,
-        span: Option<&Span>,
+        span: Option<&SpanGate<'_>>,
     ) -> Result<PartReply, ForwardError> {
         let owner = table.owner(part.page).ok_or(DataError::OutOfRange)?;
         if owner == self.group.owner.me {
-            let executing = span.and_then(|span| span.local.as_ref());
+            let executing = span.and_then(|span| span.local);
             return Ok(self.local_part(table, part, io, executing).await?);
         }
         let span_id = span.map(|span| span.id);
@@ -317,66 +316,88 @@ impl Volume {
         Ok(PartReply::Done)
     }
 
-    /// One try of a change that touches several pages.
-    async fn try_span(&self, offset: u64, len: u64, io: &PartIo) -> Result<(), ForwardError> {
-        let table = self.state.table();
-        let parts: Vec<Part> = table.parts(offset, len).collect();
-        let span = self.begin_span(&table, &parts).await?;
-        let tries = parts
-            .iter()
-            .map(|part| self.try_part(&table, *part, io, Some(&span)));
-        let ended = join_all(tries).await;
-        match ended.into_iter().find_map(Result::err) {
-            None => Ok(()),
-            Some(error) => {
-                self.cancel_span(&table, &span).await;
-                Err(error)
-            }
-        }
-    }
-
-    async fn begin_span(&self, table: &RoutingTable, parts: &[Part]) -> Result<Span, ForwardError> {
+    /// A change that touches several pages.
+    async fn change_span(&self, offset: u64, len: u64, io: &PartIo) -> Result<(), DataError> {
         let group = &self.group;
         let id = group.next_span.replace(group.next_span.get() + 1);
-        let mut counts: HashMap<NodeNo, u32> = HashMap::new();
-        for part in parts {
-            *counts.entry(part.owner).or_default() += 1;
-        }
-        let local = match counts.remove(&group.owner.me) {
-            Some(_) => Some(self.state.try_execute()?),
-            None => None,
-        };
-        let span = Span {
-            id,
-            local,
-            remote: counts.keys().copied().collect(),
-        };
-        let begins = counts.into_iter().map(|(node, count)| {
-            let mut request = Frame::request(Kind::SpanBegin, table.volume);
-            (request.aux, request.len_bytes, request.epoch) = (id, count, table.epoch);
-            group.call(node, request)
-        });
-        match join_all(begins).await.into_iter().find_map(Result::err) {
-            None => Ok(span),
-            Some(error) => {
-                self.cancel_span(table, &span).await;
-                Err(error)
+        let mut span = Span::new(id, &self.state.table(), offset, len);
+        let mut local = None;
+        let mut retry = Retry::new();
+        loop {
+            match self.advance(&mut span, &mut local, io).await {
+                Ok(()) => return Ok(()),
+                Err(error) => {
+                    if span.give_back() {
+                        local = None;
+                    }
+                    retry.after(&group.owner, &self.state, error).await?;
+                }
             }
         }
     }
 
-    /// Takes a span back; an owner that never began it, or cannot be reached, has nothing to end.
-    async fn cancel_span(&self, table: &RoutingTable, span: &Span) {
-        let cancels = span.remote.iter().map(|node| {
-            let mut request = Frame::request(Kind::SpanCancel, table.volume);
-            request.aux = span.id;
-            self.group.call(*node, request)
-        });
-        for result in join_all(cancels).await {
-            if let Err(error) = result {
-                tracing::debug!(%error, span = span.id, "span not cancelled");
+    /// One try: the owners that have not agreed are asked, then what is left to do is sent.
+    async fn advance(
+        &self,
+        span: &mut Span,
+        local: &mut Option<Executing>,
+        io: &PartIo,
+    ) -> Result<(), ForwardError> {
+        let table = self.state.table();
+        span.progress.route(&table);
+        self.begin_span(&table, span, local).await?;
+        let parts = span.progress.send();
+        let gate = SpanGate {
+            id: span.id,
+            local: local.as_ref(),
+        };
+        let tries = parts
+            .iter()
+            .map(|(_, part)| self.try_part(&table, *part, io, Some(&gate)));
+        let mut ended = Ok(());
+        for ((index, part), result) in parts.iter().zip(join_all(tries).await) {
+            match result {
+                Ok(_) => span.progress.done(*index),
+                Err(error) => {
+                    if part.owner != self.group.owner.me {
+                        span.progress.lost(part.owner);
+                    }
+                    ended = Err(error);
+                }
             }
         }
+        ended
+    }
+
+    async fn begin_span(
+        &self,
+        table: &RoutingTable,
+        span: &mut Span,
+        local: &mut Option<Executing>,
+    ) -> Result<(), ForwardError> {
+        let group = &self.group;
+        let mut wanted = span.progress.to_begin();
+        if wanted.remove(&group.owner.me) {
+            *local = Some(self.state.try_execute()?);
+            span.progress.began(group.owner.me);
+        }
+        let request = span.begin_request(table);
+        let begins = wanted.into_iter().map(|node| {
+            let request = request.clone();
+            async move {
+                let link = group.link(node).await?;
+                forward::call(&link, request).await?;
+                Ok((node, link))
+            }
+        });
+        let mut ended = Ok(());
+        for result in join_all(begins).await {
+            match result {
+                Ok((node, link)) => span.began(node, link),
+                Err(error) => ended = Err(error),
+            }
+        }
+        ended
     }
 
     /// Makes every acknowledged write of the volume durable, on every owner, whatever connection
@@ -405,13 +426,18 @@ impl Volume {
     /// Learns the verifiers of the owners that answer now, as the point from which this
     /// connection's flushes count.
     pub async fn learn_verifiers(&self) {
-        let owners = self.state.table().owners().to_vec();
-        let replies = join_all(owners.iter().map(|node| self.try_flush(*node))).await;
-        for (node, reply) in owners.into_iter().zip(replies) {
-            if let Ok(verifier) = reply {
-                self.learn_verifier(node, verifier);
+        let table = self.state.table();
+        let others = table
+            .owners()
+            .iter()
+            .filter(|node| **node != self.group.owner.me);
+        let probe = Duration::from_millis(OPEN_PROBE_MS);
+        join_all(others.map(async |node| {
+            if let Ok(Ok(link)) = timeout(probe, self.group.link(*node)).await {
+                self.learn_verifier(*node, link.welcome().verifier);
             }
-        }
+        }))
+        .await;
     }
 
     fn learn_verifier(&self, node: NodeNo, verifier: u64) {
@@ -438,11 +464,10 @@ impl Volume {
     }
 }
 
-/// A write over several pages that its owners have agreed to execute.
-struct Span {
+/// The gates that a part of a span passes without waiting.
+struct SpanGate<'a> {
     id: u64,
-    local: Option<Executing>,
-    remote: Vec<NodeNo>,
+    local: Option<&'a Executing>,
 }
 
 /// Decides whether an error is worth another try, and waits for it.

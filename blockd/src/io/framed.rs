@@ -6,7 +6,9 @@
 //! (`notes/block.md` B3), so neither is spent per frame.
 
 use super::wire::{self, Decoded, Frame, WireError};
-use crate::limits::{PEER_OUTPUT_BYTES, PEER_RECEIVE_BYTES, PEER_REQUESTS_IN_FLIGHT};
+use crate::limits::{
+    PEER_OUTPUT_BYTES, PEER_RECEIVE_BYTES, PEER_REQUESTS_IN_FLIGHT, PEER_WAITING_BYTES,
+};
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::VecDeque;
@@ -130,10 +132,30 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameStream<S> {
     }
 }
 
+/// A request that was not ready at once, with the payload bytes that it keeps in memory.
+struct Waiting<F> {
+    answer: Pin<Box<F>>,
+    payload_bytes: usize,
+}
+
+impl<F: Future<Output = Frame>> Future for Waiting<F> {
+    type Output = (Frame, usize);
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let payload_bytes = self.payload_bytes;
+        self.answer
+            .as_mut()
+            .poll(cx)
+            .map(|reply| (reply, payload_bytes))
+    }
+}
+
 /// Answers every request of a connection with `handler` until the peer closes it.
 ///
 /// Requests run concurrently and complete out of order. The peer is read no further while it has
-/// `PEER_REQUESTS_IN_FLIGHT` requests open or does not take its replies.
+/// `PEER_REQUESTS_IN_FLIGHT` requests or `PEER_WAITING_BYTES` of payload open, or does not take its
+/// replies. When it closes, requests that still wait are dropped: it will send them again over its
+/// next connection, and they must not be executed behind that.
 ///
 /// # Errors
 /// [`ConnectionError`] when the stream breaks or carries something that is no frame.
@@ -143,36 +165,41 @@ where
     H: Fn(Frame) -> F,
     F: Future<Output = Frame>,
 {
-    let mut waiting = FuturesUnordered::<Pin<Box<F>>>::new();
-    let mut open = true;
+    let mut waiting = FuturesUnordered::<Waiting<F>>::new();
+    let mut waiting_bytes = 0;
     poll_fn(|cx| {
         loop {
             let mut progress = false;
-            while let Poll::Ready(Some(reply)) = waiting.poll_next_unpin(cx) {
+            while let Poll::Ready(Some((reply, payload_bytes))) = waiting.poll_next_unpin(cx) {
+                waiting_bytes -= payload_bytes;
                 frames.push(reply);
                 progress = true;
             }
-            while open
-                && waiting.len() < PEER_REQUESTS_IN_FLIGHT
+            while waiting.len() < PEER_REQUESTS_IN_FLIGHT
+                && waiting_bytes < PEER_WAITING_BYTES
                 && frames.output_bytes < PEER_OUTPUT_BYTES
             {
                 match frames.poll_frame(cx)? {
                     Poll::Ready(Some(request)) => {
+                        let payload_bytes = request.payload.len();
                         let mut answer = Box::pin(handler(request));
                         match answer.as_mut().poll(cx) {
                             Poll::Ready(reply) => frames.push(reply),
-                            Poll::Pending => waiting.push(answer),
+                            Poll::Pending => {
+                                waiting_bytes += payload_bytes;
+                                waiting.push(Waiting {
+                                    answer,
+                                    payload_bytes,
+                                });
+                            }
                         }
                         progress = true;
                     }
-                    Poll::Ready(None) => open = false,
+                    Poll::Ready(None) => return Poll::Ready(Ok(())),
                     Poll::Pending => break,
                 }
             }
-            let flushed = frames.poll_flush(cx)?.is_ready();
-            if !open && flushed && waiting.is_empty() {
-                return Poll::Ready(Ok(()));
-            }
+            let _unsent = frames.poll_flush(cx)?;
             if !progress {
                 return Poll::Pending;
             }

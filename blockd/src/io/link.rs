@@ -27,7 +27,7 @@ use tokio::time::{Instant, Interval, interval, timeout};
 pub struct Hello {
     pub min_version: u8,
     pub max_version: u8,
-    /// Random per process; equal on all connections of one requester.
+    /// Random per process and address; equal on all connections of one requester.
     pub requester: u64,
     /// Grows with every connection that this requester makes to this server.
     pub connection: u64,
@@ -124,6 +124,8 @@ impl Link {
         let stream = stream
             .map_err(|_| connect("timed out".to_owned()))?
             .map_err(|error| connect(error.to_string()))?;
+        rustix::net::sockopt::set_socket_keepalive(&stream, true)
+            .map_err(|error| connect(error.to_string()))?;
         stream
             .set_nodelay(true)
             .map_err(|error| connect(error.to_string()))?;
@@ -150,6 +152,21 @@ impl Link {
     #[must_use]
     pub fn is_ended(&self) -> bool {
         self.owner.shared.lock().ended.is_some()
+    }
+
+    /// Sends a request whose answer nobody waits for; nothing happens if the connection has ended.
+    pub fn post(&self, mut request: Frame) {
+        let shared = &self.owner.shared;
+        {
+            let mut state = shared.lock();
+            if state.ended.is_some() {
+                return;
+            }
+            state.next_id += 1;
+            request.request_id = state.next_id;
+            state.outbox.push(request);
+        }
+        shared.waker.wake();
     }
 
     /// Sends a request and waits for its answer; answers of an error status are `Ok` here.
@@ -289,8 +306,9 @@ pub struct Peers {
     slots: Mutex<HashMap<String, Arc<Slot>>>,
 }
 
-#[derive(Default)]
 struct Slot {
+    /// Another one for each address: one server may be known under two.
+    requester: u64,
     link: Mutex<Option<Link>>,
     /// Held while connecting, with the number of connections made so far.
     connecting: tokio::sync::Mutex<u64>,
@@ -324,7 +342,7 @@ impl Peers {
     /// # Errors
     /// As [`Link::connect`].
     pub async fn link(&self, address: &str) -> Result<Link, LinkError> {
-        let slot = Arc::clone(lock(&self.slots).entry(address.to_owned()).or_default());
+        let slot = self.slot(address);
         if let Some(link) = slot.live() {
             return Ok(link);
         }
@@ -333,7 +351,7 @@ impl Peers {
             return Ok(link);
         }
         *connections += 1;
-        let link = Link::connect(address, &self.hello(*connections)).await?;
+        let link = Link::connect(address, &self.hello(slot.requester, *connections)).await?;
         *lock(&slot.link) = Some(link.clone());
         Ok(link)
     }
@@ -346,11 +364,25 @@ impl Peers {
         self.link(address).await?.call(request).await
     }
 
-    fn hello(&self, connection: u64) -> Hello {
+    fn slot(&self, address: &str) -> Arc<Slot> {
+        let mut slots = lock(&self.slots);
+        if let Some(slot) = slots.get(address) {
+            return Arc::clone(slot);
+        }
+        let slot = Arc::new(Slot {
+            requester: self.requester.wrapping_add(slots.len() as u64),
+            link: Mutex::default(),
+            connecting: tokio::sync::Mutex::default(),
+        });
+        slots.insert(address.to_owned(), Arc::clone(&slot));
+        slot
+    }
+
+    fn hello(&self, requester: u64, connection: u64) -> Hello {
         Hello {
             min_version: wire::VERSION,
             max_version: wire::VERSION,
-            requester: self.requester,
+            requester,
             connection,
             cluster_id: lock(&self.cluster_id).clone(),
             node: *lock(&self.node),

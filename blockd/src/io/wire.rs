@@ -88,7 +88,8 @@ wire_enum! {
         Extents = 6,
         /// Announces a write whose parts lie on several owners (S003-33).
         SpanBegin = 7,
-        SpanCancel = 8,
+        /// The span is over: every part was answered, or none will be sent. Not answered.
+        SpanEnd = 8,
         /// Snapshot procedure, FIG. 7. Payload `SnapshotStep`.
         Snapshot = 9,
         /// Forget a snapshot of a volume on this owner.

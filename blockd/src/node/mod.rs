@@ -40,6 +40,8 @@ pub(crate) struct Node {
     pub(crate) identity: RefCell<Identity>,
     pub(crate) store: PageStore,
     pub(crate) verifier: u64,
+    /// For administration and snapshots: their orders must not queue behind forwarded writes that
+    /// a snapshot holds.
     pub(crate) peers: Arc<Peers>,
     /// Runtime of the control thread.
     pub(crate) control: Handle,
@@ -53,6 +55,7 @@ pub(crate) struct Node {
 pub(crate) struct Member {
     pub(crate) membership: Membership,
     pub(crate) registry: Registry,
+    pub(crate) peers: Arc<Peers>,
     pub(crate) group: Rc<Group>,
     pub(crate) participant: participant::Participants,
 }

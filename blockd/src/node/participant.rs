@@ -90,38 +90,44 @@ impl Participants {
         outputs
     }
 
+    /// The gate counts the writes; the machine hears of those that execute as of one.
     async fn prepare(&self, state: &Rc<VolumeState>, ticket: TicketId, order: Order) -> Answer {
         self.step(state, ParticipantEvent::EpochChanged(state.table().epoch));
-        let executing = state.executing();
-        for _ in 0..executing {
+        let draining = self.deadline_ms(state).is_none() && state.executing() > 0;
+        if draining {
             self.step(state, ParticipantEvent::WriteArrived);
         }
-        let outputs = self.step(state, ParticipantEvent::Order(ticket, order));
-        let holding = outputs.contains(&Output::HoldWrites);
+        let prepared = self.step(state, ParticipantEvent::Order(ticket, order));
+        if !prepared.contains(&Output::HoldWrites) {
+            if draining {
+                self.step(state, ParticipantEvent::WriteFinished);
+            }
+            return reply(&prepared).unwrap_or(Answer::Busy);
+        }
         let deadline = self.expire_later(state);
-        if let (false, Some(answer)) = (holding && executing > 0, reply(&outputs)) {
-            self.finish_writes(state, executing);
-            return answer;
+        if !draining {
+            return reply(&prepared).unwrap_or(Answer::Failed);
         }
         let quiet = timeout_at(deadline, state.quiet()).await.is_ok();
         for _ in 0..state.waiting() {
-            self.step(state, ParticipantEvent::WriteArrived);
+            let arrived = self.step(state, ParticipantEvent::WriteArrived);
+            if arrived.contains(&Output::StartWrite) {
+                self.step(state, ParticipantEvent::WriteFinished);
+            }
         }
-        let outputs = self.finish_writes(state, executing);
-        reply(&outputs).filter(|_| quiet).unwrap_or(Answer::Expired)
+        let drained = self.step(state, ParticipantEvent::WriteFinished);
+        reply(&drained).filter(|_| quiet).unwrap_or(Answer::Expired)
     }
 
-    fn finish_writes(&self, state: &VolumeState, count: u32) -> Vec<Output> {
-        let finish = |_| self.step(state, ParticipantEvent::WriteFinished);
-        (0..count).flat_map(finish).collect()
+    fn deadline_ms(&self, state: &VolumeState) -> Option<u64> {
+        let machines = self.machines.borrow();
+        machines.get(&state.id).and_then(Participant::deadline_ms)
     }
 
     /// Lets the hold end at its deadline, whatever becomes of the coordinator (U-08).
     fn expire_later(&self, state: &Rc<VolumeState>) -> Instant {
-        let machines = self.machines.borrow();
-        let deadline_ms = machines.get(&state.id).and_then(Participant::deadline_ms);
-        let deadline = self.started + Duration::from_millis(deadline_ms.unwrap_or(0) + 1);
-        drop(machines);
+        let deadline_ms = self.deadline_ms(state).unwrap_or_default();
+        let deadline = self.started + Duration::from_millis(deadline_ms + 1);
         let this = self.clone();
         let state = Rc::clone(state);
         tokio::task::spawn_local(async move {
@@ -140,7 +146,8 @@ impl Participants {
         let Some(snapshot) = wanted else {
             return reply(&outputs).unwrap_or(Answer::Unknown);
         };
-        let made = self.make(state.id, snapshot).await;
+        let deadline_ms = self.deadline_ms(state).unwrap_or_default();
+        let made = self.make(state.id, snapshot, deadline_ms).await;
         if let Err(error) = &made {
             tracing::error!(volume = %state.id, %error, "snapshot not taken");
         }
@@ -150,17 +157,25 @@ impl Participants {
             made: made.is_ok(),
         };
         let outputs = self.step(state, event);
+        self.drop_parts(state.id, &outputs).await;
         match self.store.flush().await {
             Ok(()) => reply(&outputs).unwrap_or(Answer::Failed),
             Err(_) => Answer::Failed,
         }
     }
 
-    /// Takes the part; a full log frees itself within milliseconds, and the hold has a deadline.
-    async fn make(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<(), StoreError> {
+    /// Takes the part; a full log frees itself within milliseconds.
+    async fn make(
+        &self,
+        volume: VolumeId,
+        snapshot: SnapshotId,
+        deadline_ms: u64,
+    ) -> Result<(), StoreError> {
         loop {
             match self.store.take_snapshot(volume, snapshot) {
-                Err(StoreError::LogFull) => sleep(Duration::from_millis(1)).await,
+                Err(StoreError::LogFull) if self.now_ms() < deadline_ms => {
+                    sleep(Duration::from_millis(1)).await;
+                }
                 made => return made,
             }
         }
@@ -168,17 +183,17 @@ impl Participants {
 
     async fn release(&self, state: &VolumeState, ticket: TicketId) -> Answer {
         let outputs = self.step(state, ParticipantEvent::Order(ticket, Order::Release));
-        for output in outputs {
-            if let Output::DropSnapshot { snapshot } = output {
-                self.drop_part(state.id, snapshot).await;
-            }
-        }
+        self.drop_parts(state.id, &outputs).await;
         Answer::Expired
     }
 
-    async fn drop_part(&self, volume: VolumeId, snapshot: SnapshotId) {
-        if let Err(error) = self.store.delete_snapshot(volume, snapshot).await {
-            tracing::info!(%volume, %snapshot, %error, "aborted snapshot is swept later");
+    async fn drop_parts(&self, volume: VolumeId, outputs: &[Output]) {
+        for output in outputs {
+            if let Output::DropSnapshot { snapshot } = output
+                && let Err(error) = self.store.delete_snapshot(volume, *snapshot).await
+            {
+                tracing::info!(%volume, %snapshot, %error, "aborted snapshot is swept later");
+            }
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::io::link::{Hello, Welcome, decode_control, encode_control};
 use crate::io::wire::{
     self, Frame, Kind, Payload, Run, Status, encode_extents, encode_runs, flags,
 };
-use crate::limits::{PEER_CONNECTIONS, PEER_HELLO_MS, REQUEST_PART_BYTES};
+use crate::limits::{PEER_CONNECTIONS, PEER_HELLO_MS, REQUEST_PART_BYTES, SPAN_MAX_MS};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -46,8 +46,8 @@ struct Live {
     ended: Option<oneshot::Receiver<()>>,
 }
 
-/// Spans that a connection has begun: parts still to come, and the passed gate.
-type Spans = Rc<RefCell<HashMap<u64, (u32, Rc<Executing>)>>>;
+/// Spans that a connection has begun and not ended, by volume and id: the gates that they passed.
+type Spans = Rc<RefCell<HashMap<(VolumeId, u64), Rc<Executing>>>>;
 
 /// Accepts peer connections for ever.
 pub(crate) async fn accept(node: Rc<Node>, listener: TcpListener) {
@@ -77,6 +77,7 @@ async fn connection(
     stream: TcpStream,
 ) -> Result<(), crate::io::framed::ConnectionError> {
     stream.set_nodelay(true)?;
+    rustix::net::sockopt::set_socket_keepalive(&stream, true).map_err(io::Error::from)?;
     let mut frames = FrameStream::new(stream);
     let limit = Duration::from_millis(PEER_HELLO_MS);
     let first = timeout(limit, frames.next()).await;
@@ -186,7 +187,7 @@ impl Connections {
 
 async fn handle(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
     match request.kind {
-        Kind::Admin => return admin::answer(&node, &request).await,
+        Kind::Admin => return administer(node, request).await,
         Kind::Hello => return request.refuse(Status::Malformed, "a second hello"),
         _ => {}
     }
@@ -211,6 +212,13 @@ async fn handle(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
     };
     reply.aux = node.verifier;
     reply
+}
+
+/// In a task of its own: what was begun is carried out also when the requester goes away.
+async fn administer(node: Rc<Node>, request: Frame) -> Frame {
+    let refusal = request.refuse(Status::Unavailable, "the request was not carried out");
+    let carried_out = tokio::task::spawn_local(async move { admin::answer(&node, &request).await });
+    carried_out.await.unwrap_or(refusal)
 }
 
 type Executed = Result<(u16, Payload), DataError>;
@@ -240,14 +248,14 @@ async fn execute(node: &Node, member: &Member, spans: &Spans, request: &Frame) -
             Ok((0, encode_extents(&extents)))
         }
         Kind::Write | Kind::Zero => {
-            let span = take_span_part(spans, request)?;
+            let span = span_of(spans, request)?;
             change(member, request, span.as_deref()).await?;
             Ok((0, Payload::default()))
         }
         Kind::Flush => owner.flush().await.map(|()| (0, Payload::default())),
-        Kind::SpanBegin => begin_span(member, spans, request),
-        Kind::SpanCancel => {
-            spans.borrow_mut().remove(&request.aux);
+        Kind::SpanBegin => begin_span(member, spans, request).await,
+        Kind::SpanEnd => {
+            spans.borrow_mut().remove(&(volume, request.aux));
             Ok((0, Payload::default()))
         }
         Kind::SnapshotDrop => {
@@ -301,33 +309,45 @@ async fn change(
     owner.write(volume, at, data, fua, span).await
 }
 
-fn begin_span(member: &Member, spans: &Spans, request: &Frame) -> Executed {
-    let state = member.owner().volume(request.volume);
-    let state = state.ok_or(DataError::Gone)?;
+async fn begin_span(member: &Member, spans: &Spans, request: &Frame) -> Executed {
+    let key = (request.volume, request.aux);
+    let state = member
+        .owner()
+        .catch_up(request.volume, request.epoch)
+        .await?;
     let epoch = state.table().epoch;
     if epoch != request.epoch {
         return Err(DataError::Stale(epoch));
     }
     let executing = Rc::new(state.try_execute()?);
-    let span = (request.len_bytes.max(1), executing);
-    spans.borrow_mut().insert(request.aux, span);
+    let begun = Rc::downgrade(&executing);
+    if spans.borrow_mut().insert(key, executing).is_some() {
+        return Err(DataError::Malformed("the id of a span that goes on"));
+    }
+    let spans = Rc::downgrade(spans);
+    tokio::task::spawn_local(async move {
+        sleep(Duration::from_millis(SPAN_MAX_MS)).await;
+        let (Some(spans), Some(_)) = (spans.upgrade(), begun.upgrade()) else {
+            return;
+        };
+        if spans.borrow_mut().remove(&key).is_some() {
+            tracing::warn!(volume = %key.0, span = key.1, "span ended by its deadline");
+        }
+    });
     Ok((0, Payload::default()))
 }
 
-/// The gate of the span that this part belongs to; the span ends with its last part.
-fn take_span_part(spans: &Spans, request: &Frame) -> Result<Option<Rc<Executing>>, DataError> {
+/// The gate of the span that this part belongs to. A span that is not known, because its deadline
+/// passed or its connection was another one, must be begun again.
+fn span_of(spans: &Spans, request: &Frame) -> Result<Option<Rc<Executing>>, DataError> {
     if request.flags & flags::SPAN == 0 {
         return Ok(None);
     }
-    let mut spans = spans.borrow_mut();
-    let unknown = DataError::Malformed("a part of a span that was not begun");
-    let (parts, executing) = spans.get_mut(&request.aux).ok_or(unknown)?;
-    *parts -= 1;
-    let (last, executing) = (*parts == 0, Rc::clone(executing));
-    if last {
-        spans.remove(&request.aux);
-    }
-    Ok(Some(executing))
+    let spans = spans.borrow();
+    let executing = spans.get(&(request.volume, request.aux));
+    executing
+        .map(|gate| Some(Rc::clone(gate)))
+        .ok_or(DataError::Held)
 }
 
 /// Forgets a volume, or with `len_bytes` 1 everything from a page and offset on.
@@ -344,9 +364,13 @@ async fn drop_pages(member: &Member, request: &Frame) -> Executed {
         owner.store.delete_volume(volume).await?;
         return Ok((0, Payload::default()));
     }
-    let state = owner.volume(volume).ok_or(DataError::Gone)?;
+    let state = owner.catch_up(volume, request.epoch).await?;
     let page_bytes = state.table().page_bytes();
     for page in owner.store.snapshot_pages(volume, None)? {
+        let epoch = state.table().epoch;
+        if epoch != request.epoch {
+            return Err(DataError::Stale(epoch));
+        }
         let offset_bytes = match page.cmp(&request.page) {
             std::cmp::Ordering::Less => continue,
             std::cmp::Ordering::Equal => request.offset_bytes.min(page_bytes),

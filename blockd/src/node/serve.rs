@@ -219,12 +219,16 @@ impl Node {
             self.store.clone(),
             self.verifier,
         ));
-        let group = Rc::new(Group::new(owner, Arc::clone(&self.peers)));
+        let requester = host::random_u64().map_err(ServeError::Random)?;
+        let cluster_id = Some(membership.id.clone());
+        let forwarding = Arc::new(Peers::new(requester, cluster_id, membership.number));
+        let group = Rc::new(Group::new(owner, forwarding));
         let incarnation = host::random_u64().map_err(ServeError::Random)?;
         let participant = participant::Participants::new(self.store.clone(), incarnation);
         let member = Rc::new(Member {
             membership,
             registry,
+            peers: Arc::clone(&self.peers),
             group,
             participant,
         });

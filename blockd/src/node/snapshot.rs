@@ -17,7 +17,7 @@ use crate::id::{SnapshotId, TicketId, VolumeId};
 use crate::io::host::{random_u64, unix_ms};
 use crate::io::link::{decode_control, encode_control};
 use crate::io::wire::{Frame, Kind};
-use crate::limits::SNAPSHOT_TAKEN_MS;
+use crate::limits::{SNAPSHOT_RELEASE_MS, SNAPSHOT_RETRY_MS, SNAPSHOT_TAKEN_MS};
 use crate::node::registry::{RegistryError, UpdateError};
 use futures_util::future::{Either, LocalBoxFuture, join_all, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -25,7 +25,7 @@ use std::collections::VecDeque;
 use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 /// Tries of a snapshot whose routing table or ticket was overtaken by another change.
 const TRIES: u32 = 3;
@@ -48,7 +48,10 @@ pub(super) async fn create(
     let mut verdict = run(node, member, &targets).await?;
     for _ in 1..TRIES {
         match verdict.0 {
-            Verdict::Aborted(_) => verdict = run(node, member, &targets).await?,
+            Verdict::Aborted(_) => {
+                sleep(Duration::from_millis(SNAPSHOT_RETRY_MS)).await;
+                verdict = run(node, member, &targets).await?;
+            }
             Verdict::Committed | Verdict::Unknown => break,
         }
     }
@@ -113,7 +116,8 @@ async fn coordinate(
         while let Some(action) = actions.pop_front() {
             match action {
                 Action::Send(part, order) => {
-                    running.push(Box::pin(send(member, ticket, part, order)));
+                    let patience = Duration::from_millis(patience_ms(order, hold_max_ms));
+                    running.push(Box::pin(send(member, ticket, part, order, patience)));
                 }
                 Action::Commit => running.push(Box::pin(commit(member, records))),
                 Action::Discard => running.push(Box::pin(discard(member, records))),
@@ -152,16 +156,27 @@ fn plans_of(record: &SnapshotRecord) -> impl Iterator<Item = Plan> + '_ {
     })
 }
 
+/// How long an answer is waited for: what comes later than the coordinator's deadline is no use.
+fn patience_ms(order: Order, hold_max_ms: u64) -> u64 {
+    match order {
+        Order::Prepare { .. } => hold_max_ms,
+        Order::Take { .. } => SNAPSHOT_TAKEN_MS,
+        Order::Release => SNAPSHOT_RELEASE_MS,
+    }
+}
+
 async fn send(
     member: &Member,
     ticket: TicketId,
     part: Part,
     order: Order,
+    patience: Duration,
 ) -> Option<CoordinatorEvent> {
     let mut request = Frame::request(Kind::Snapshot, part.volume);
     request.aux = ticket.0;
     request.payload = encode_control(&order);
-    let answer = member.call(part.node, request).await.ok();
+    let answer = timeout(patience, member.call(part.node, request)).await;
+    let answer = answer.ok().and_then(Result::ok);
     let answer: Option<Answer> = answer.and_then(|reply| decode_control(reply.payload).ok());
     Some(match answer {
         Some(answer) => CoordinatorEvent::Answer(part, answer),

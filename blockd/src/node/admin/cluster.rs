@@ -252,7 +252,7 @@ pub(super) async fn nodes(_node: &Rc<Node>, member: &Member) -> Vec<NodeInfo> {
 
 async fn node_info(member: &Member, record: &NodeRecord) -> NodeInfo {
     let request = Frame::request(Kind::Usage, VolumeId(0));
-    let call = member.group.peers.call(&record.peer_address, request);
+    let call = member.peers.call(&record.peer_address, request);
     let usage: Option<Usage> = match timeout(PROBE, call).await {
         Ok(Ok(reply)) if reply.status == Status::Ok => decode_control(reply.payload).ok(),
         _ => None,

@@ -11,7 +11,7 @@ use crate::control::registry::change::{
 use crate::control::registry::routes::owners;
 use crate::control::registry::{RegistryState, SnapshotState, VolumeRecord};
 use crate::data::router::RoutingTable;
-use crate::id::{BLOCK_BYTES, NodeNo, PageNo, SnapshotId, VolumeId, locate, page_count};
+use crate::id::{BLOCK_BYTES, Epoch, NodeNo, PageNo, SnapshotId, VolumeId, locate, page_count};
 use crate::io::host::unix_ms;
 use crate::io::link::decode_control;
 use crate::io::wire::{Frame, Kind, Status};
@@ -78,6 +78,8 @@ pub(super) async fn show(member: &Member, name: &str) -> Answer {
 }
 
 /// Changes the size. Shrinking loses what is beyond the new end, and is refused unless asked for.
+/// Before a growth every owner clears what is beyond the old end: an owner that was down during an
+/// earlier shrink may still have data there.
 pub(super) async fn resize(
     member: &Member,
     name: &str,
@@ -85,19 +87,28 @@ pub(super) async fn resize(
     allow_shrink: bool,
 ) -> Answer {
     check_size(size_bytes)?;
+    catch_up(member).await?;
+    let now = record(&member.registry.state(), name)?;
+    if size_bytes > now.size_bytes {
+        drop_beyond(member, &now).await?;
+    }
     let build = |state: &RegistryState| -> Result<_, AdminError> {
         let before = record(state, name)?;
+        if before.epoch != now.epoch {
+            let text = format!("volume {name} was changed meanwhile: try again");
+            return Err(refused(AdminErrorKind::Conflict, text));
+        }
         if size_bytes < before.size_bytes {
             check_shrink(state, &before, size_bytes, allow_shrink)?;
         }
         let servers: Vec<NodeNo> = owners(&before.routes).into_keys().collect();
         let (transaction, after) = resize_volume(state, before.id, size_bytes, &servers)?;
-        Ok((transaction, (before, after)))
+        Ok((transaction, after))
     };
-    let (before, after) = member.registry.update(build).await?;
+    let after = member.registry.update(build).await?;
     member.publish();
-    if after.size_bytes < before.size_bytes {
-        drop_beyond(member, &before, &after).await?;
+    if after.size_bytes < now.size_bytes {
+        drop_beyond(member, &after).await?;
     }
     Ok(AdminReply::Volume(info(member, &after).await))
 }
@@ -133,22 +144,31 @@ fn check_shrink(
     }
 }
 
-/// Frees the pages that a shrunk volume lost, so that a later growth finds zeros there.
-async fn drop_beyond(
-    member: &Member,
-    before: &VolumeRecord,
-    after: &VolumeRecord,
-) -> Result<(), AdminError> {
-    let (page, offset) = locate(after.size_bytes, after.page_blocks);
-    for node in owners(&before.routes).into_keys() {
-        let mut request = Frame::request(Kind::VolumeDrop, after.id);
-        request.epoch = after.epoch;
+/// Frees what the owners have beyond the end of a volume, so that a later growth finds zeros there.
+async fn drop_beyond(member: &Member, volume: &VolumeRecord) -> Result<(), AdminError> {
+    let (page, offset) = locate(volume.size_bytes, volume.page_blocks);
+    let drops = volume_owners(member, volume).into_iter().map(|node| {
+        let mut request = Frame::request(Kind::VolumeDrop, volume.id);
+        request.epoch = volume.epoch;
         request.len_bytes = 1;
         request.page = PageNo(u32::try_from(page).unwrap_or(u32::MAX));
         request.offset_bytes = u32::try_from(offset).unwrap_or(u32::MAX);
-        member.call(node, request).await?;
-    }
-    Ok(())
+        member.call(node, request)
+    });
+    let ended: Result<Vec<Frame>, AdminError> = join_all(drops).await.into_iter().collect();
+    ended.map(drop).map_err(|error| {
+        let text = format!("space beyond the end is not cleared on all servers: {error}");
+        refused(AdminErrorKind::Unavailable, text)
+    })
+}
+
+/// Servers that have, or before a shrink had, pages of the volume.
+fn volume_owners(member: &Member, volume: &VolumeRecord) -> Vec<NodeNo> {
+    let state = member.registry.state();
+    let mut nodes: Vec<NodeNo> = state.nodes().map(|node| node.number).collect();
+    let now = owners(&volume.routes);
+    nodes.retain(|node| now.contains_key(node) || volume.epoch > Epoch(1));
+    nodes
 }
 
 pub(super) async fn rename(member: &Member, name: &str, new_name: &str) -> Answer {
@@ -281,7 +301,7 @@ impl Member {
         let unavailable = |text: String| refused(AdminErrorKind::Unavailable, text);
         let address = self.group.address(node);
         let address = address.ok_or_else(|| unavailable(format!("node {node} is not defined")))?;
-        let reply = self.group.peers.call(&address, request).await;
+        let reply = self.peers.call(&address, request).await;
         let reply = reply.map_err(|error| unavailable(format!("node {node}: {error}")))?;
         match reply.status {
             Status::Ok => Ok(reply),

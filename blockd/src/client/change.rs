@@ -1,0 +1,197 @@
+//! Changes of a volume: all or nothing over several pages, and sent again when an owner lost them.
+
+use super::replay::Change;
+use super::volume::{Opened, TryError, Volume, failed};
+use super::{ClientError, IoErrorKind};
+use crate::data::forward::{self, PartIo};
+use crate::data::span::Span;
+use crate::limits::CLIENT_REPLAY_BYTES;
+use futures_util::future::join_all;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// A change in the replay buffer; withdrawn when dropped before it was acknowledged.
+struct Issued<'a> {
+    volume: &'a Volume,
+    number: u64,
+    acknowledged: AtomicBool,
+}
+
+impl Issued<'_> {
+    fn acknowledge(&self) {
+        self.acknowledged.store(true, Ordering::Relaxed);
+        self.volume.replay_buffer().acknowledged(self.number);
+    }
+}
+
+impl Drop for Issued<'_> {
+    fn drop(&mut self) {
+        if !self.acknowledged.load(Ordering::Relaxed) {
+            self.volume.replay_buffer().withdrawn(self.number);
+        }
+    }
+}
+
+impl Volume {
+    pub(super) async fn change(
+        &self,
+        what: &'static str,
+        offset: u64,
+        change: Change,
+    ) -> Result<(), ClientError> {
+        let len = change.len_bytes();
+        if self.is_read_only() {
+            return Err(failed(what, offset, len, IoErrorKind::ReadOnly));
+        }
+        self.check_range(what, offset, len)?;
+        if self.replay_buffer().buffered_bytes() > CLIENT_REPLAY_BYTES {
+            self.flush().await?;
+        }
+        let io = io_of(&change);
+        let issued = Issued {
+            volume: self,
+            number: self.replay_buffer().issued(offset, change),
+            acknowledged: AtomicBool::new(false),
+        };
+        let mut span = None;
+        let mut patience = self.patience(what, offset, len);
+        loop {
+            match self.try_change(offset, len, &io, &mut span, &issued).await {
+                Ok(()) => return Ok(()),
+                Err(error) => {
+                    span.as_mut().map(Span::give_back);
+                    patience.after(self, error).await?;
+                }
+            }
+        }
+    }
+
+    /// One try; the change is acknowledged before a replay can begin.
+    async fn try_change(
+        &self,
+        offset: u64,
+        len: u64,
+        io: &PartIo,
+        span: &mut Option<Span>,
+        issued: &Issued<'_>,
+    ) -> Result<(), TryError> {
+        let _order = self.shared.order.read().await;
+        self.send_change(offset, len, io, span, None).await?;
+        issued.acknowledge();
+        Ok(())
+    }
+
+    async fn send_change(
+        &self,
+        offset: u64,
+        len: u64,
+        io: &PartIo,
+        span: &mut Option<Span>,
+        replaying: Option<u64>,
+    ) -> Result<(), TryError> {
+        let opened = self.opened();
+        if span.is_some() || opened.table.spans_pages(offset, len) {
+            let ids = &self.shared.client.shared.next_span;
+            let new = || {
+                let id = ids.fetch_add(1, Ordering::Relaxed);
+                Span::new(id, &opened.table, offset, len)
+            };
+            let span = span.get_or_insert_with(new);
+            return self.advance(&opened, span, io, replaying).await;
+        }
+        for part in opened.table.parts(offset, len) {
+            let table = &opened.table;
+            let request = forward::request(table.volume, table.epoch, &part, io, None);
+            self.call(&opened, part.owner, request, replaying).await?;
+        }
+        Ok(())
+    }
+
+    /// One try of a change over several pages (S003-33): the owners that have not agreed are asked,
+    /// then what is left to do is sent.
+    async fn advance(
+        &self,
+        opened: &Opened,
+        span: &mut Span,
+        io: &PartIo,
+        replaying: Option<u64>,
+    ) -> Result<(), TryError> {
+        let table = &opened.table;
+        span.progress.route(table);
+        self.begin_span(opened, span, replaying).await?;
+        let parts = span.progress.send();
+        let id = Some(span.id);
+        let tries = parts.iter().map(async |(_, part)| {
+            let request = forward::request(table.volume, table.epoch, part, io, id);
+            self.call(opened, part.owner, request, replaying).await
+        });
+        let mut ended = Ok(());
+        for ((index, part), result) in parts.iter().zip(join_all(tries).await) {
+            match result {
+                Ok(_) => span.progress.done(*index),
+                Err(error) => {
+                    span.progress.lost(part.owner);
+                    ended = Err(error);
+                }
+            }
+        }
+        ended
+    }
+
+    async fn begin_span(
+        &self,
+        opened: &Opened,
+        span: &mut Span,
+        replaying: Option<u64>,
+    ) -> Result<(), TryError> {
+        let request = span.begin_request(&opened.table);
+        let begins = span.progress.to_begin().into_iter().map(|node| {
+            let request = request.clone();
+            async move {
+                let link = self.link(opened, node, replaying).await?;
+                forward::call(&link, request).await?;
+                Ok((node, link))
+            }
+        });
+        let mut ended = Ok(());
+        for result in join_all(begins).await {
+            match result {
+                Ok((node, link)) => span.began(node, link),
+                Err(error) => ended = Err(error),
+            }
+        }
+        ended
+    }
+
+    /// Sends all unflushed changes again, in order, with nothing else in flight.
+    pub(super) async fn replay(&self) -> Result<(), TryError> {
+        let _order = self.shared.order.write().await;
+        let (losses, changes) = {
+            let replay = self.replay_buffer();
+            if replay.losses() == replay.made_good() {
+                return Ok(());
+            }
+            (replay.losses(), replay.changes())
+        };
+        tracing::warn!(changes = changes.len(), volume = %self.shared.name, "replaying");
+        for (offset, change) in changes {
+            let (len, io) = (change.len_bytes(), io_of(&change));
+            let replaying = Some(losses);
+            self.send_change(offset, len, &io, &mut None, replaying).await?;
+        }
+        self.replay_buffer().replayed(losses);
+        Ok(())
+    }
+}
+
+fn io_of(change: &Change) -> PartIo {
+    match change {
+        Change::Write(data) => PartIo::Write {
+            data: data.clone(),
+            fua: false,
+        },
+        Change::Zero { keep_allocated, .. } => PartIo::Zero {
+            keep_allocated: *keep_allocated,
+            fua: false,
+        },
+    }
+}

@@ -1,0 +1,188 @@
+//! A change over several pages, all or nothing in every snapshot (S003-33).
+//!
+//! Its owners agree to it before any part is sent, and keep the gate open for it until they are
+//! told that it has ended: no owner takes a snapshot between the first part and the last. When an
+//! owner is lost half-way, the others keep their gates while the request is tried again, so that
+//! a snapshot meanwhile is aborted as late and never has a part of it. Only if the requester
+//! itself dies half-way may a later snapshot have the parts that were executed, as the volume has.
+//!
+//! [`Progress`] is what has been reached, as plain data; [`Span`] adds the connections over which
+//! the owners agreed, and ends the span there when it is dropped.
+
+use super::router::{Part, RoutingTable};
+use crate::id::{NodeNo, VolumeId};
+use crate::io::link::Link;
+use crate::io::wire::{Frame, Kind};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// How far a change over several pages has come.
+#[derive(Debug)]
+pub struct Progress {
+    parts: Vec<(Part, bool)>,
+    begun: BTreeSet<NodeNo>,
+    /// Parts may have been executed: those that agreed must not be let go before the end.
+    touched: bool,
+}
+
+impl Progress {
+    #[must_use]
+    pub fn new(parts: impl Iterator<Item = Part>) -> Self {
+        Self {
+            parts: parts.map(|part| (part, false)).collect(),
+            begun: BTreeSet::new(),
+            touched: false,
+        }
+    }
+
+    /// Takes over the owners of a newer routing table.
+    pub fn route(&mut self, table: &RoutingTable) {
+        for (part, _) in &mut self.parts {
+            part.owner = table.owner(part.page).unwrap_or(part.owner);
+        }
+    }
+
+    fn open_parts(&self) -> impl Iterator<Item = (usize, Part)> + '_ {
+        let parts = self.parts.iter().enumerate();
+        parts.filter_map(|(index, (part, done))| (!done).then_some((index, *part)))
+    }
+
+    /// Owners of parts still to come that have not agreed yet.
+    #[must_use]
+    pub fn to_begin(&self) -> BTreeSet<NodeNo> {
+        let owners = self.open_parts().map(|(_, part)| part.owner);
+        owners.filter(|owner| !self.begun.contains(owner)).collect()
+    }
+
+    pub fn began(&mut self, node: NodeNo) {
+        self.begun.insert(node);
+    }
+
+    /// The owner was lost, or does not know the span: it must agree again.
+    pub fn lost(&mut self, node: NodeNo) {
+        self.begun.remove(&node);
+    }
+
+    /// Parts to be sent now, by index; from here on nothing may be given back.
+    pub fn send(&mut self) -> Vec<(usize, Part)> {
+        self.touched = true;
+        self.open_parts().collect()
+    }
+
+    pub fn done(&mut self, index: usize) {
+        self.parts[index].1 = true;
+    }
+
+    /// Lets all owners go, unless parts may have been executed. True if it did.
+    pub fn give_back(&mut self) -> bool {
+        if !self.touched {
+            self.begun.clear();
+        }
+        !self.touched
+    }
+}
+
+/// A span that owners have agreed to over these connections.
+pub struct Span {
+    pub id: u64,
+    pub progress: Progress,
+    volume: VolumeId,
+    links: BTreeMap<NodeNo, Link>,
+}
+
+impl Span {
+    #[must_use]
+    pub fn new(id: u64, table: &RoutingTable, offset_bytes: u64, len_bytes: u64) -> Self {
+        Self {
+            id,
+            progress: Progress::new(table.parts(offset_bytes, len_bytes)),
+            volume: table.volume,
+            links: BTreeMap::new(),
+        }
+    }
+
+    /// The frame that asks an owner to agree.
+    #[must_use]
+    pub fn begin_request(&self, table: &RoutingTable) -> Frame {
+        let mut request = Frame::request(Kind::SpanBegin, self.volume);
+        (request.aux, request.epoch) = (self.id, table.epoch);
+        request
+    }
+
+    /// An owner has agreed over this connection.
+    pub fn began(&mut self, node: NodeNo, link: Link) {
+        self.progress.began(node);
+        self.links.insert(node, link);
+    }
+
+    /// Lets the owners go if no part was sent, so that a snapshot that holds one of them can go on.
+    pub fn give_back(&mut self) -> bool {
+        let given_back = self.progress.give_back();
+        if given_back {
+            self.end();
+        }
+        given_back
+    }
+
+    fn end(&mut self) {
+        for link in std::mem::take(&mut self.links).into_values() {
+            let mut request = Frame::request(Kind::SpanEnd, self.volume);
+            request.aux = self.id;
+            link.post(request);
+        }
+    }
+}
+
+impl Drop for Span {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::{Epoch, RouteRun};
+
+    fn table() -> RoutingTable {
+        let run = |first_page, owner| RouteRun {
+            first_page,
+            page_count: 1,
+            owner: NodeNo(owner),
+        };
+        let runs = vec![run(0, 1), run(1, 2), run(2, 1)];
+        RoutingTable::new(VolumeId(1), Epoch(1), 12 << 20, 8192, runs).unwrap()
+    }
+
+    #[test]
+    fn a_lost_owner_agrees_again_and_only_its_part_is_sent_again() {
+        let mut progress = Progress::new(table().parts(0, 12 << 20));
+        assert_eq!(progress.to_begin(), [NodeNo(1), NodeNo(2)].into());
+        progress.began(NodeNo(1));
+        progress.began(NodeNo(2));
+        assert!(progress.to_begin().is_empty());
+        assert_eq!(progress.send().len(), 3);
+        progress.done(0);
+        progress.done(2);
+        progress.lost(NodeNo(2));
+        assert!(!progress.give_back(), "node 1 has executed its parts");
+        assert_eq!(progress.to_begin(), [NodeNo(2)].into());
+        progress.began(NodeNo(2));
+        let again = progress.send();
+        assert_eq!(
+            again.iter().map(|(index, _)| *index).collect::<Vec<_>>(),
+            [1]
+        );
+        progress.done(1);
+        assert!(progress.send().is_empty());
+    }
+
+    #[test]
+    fn owners_are_let_go_only_before_any_part_was_sent() {
+        let mut progress = Progress::new(table().parts(0, 8 << 20));
+        progress.began(NodeNo(1));
+        assert!(progress.give_back());
+        assert_eq!(progress.to_begin().len(), 2);
+        progress.send();
+        assert!(!progress.give_back());
+    }
+}
