@@ -10,9 +10,12 @@ use bytes::Bytes;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::timeout;
 
 /// Administrative requests touch no data; one that takes longer would stall an `ls`.
 const ADMIN_DEADLINE: Duration = Duration::from_secs(15);
+/// What is allocated must be asked of every owner: a `stat` does without while one does not answer.
+const ALLOCATED_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Reaches the servers of the group.
 #[must_use]
@@ -75,14 +78,13 @@ fn volume_info(volume: &VolumeInfo) -> TargetInfo {
     }
 }
 
-/// What an open tells of `name`; the volume's allocation is not the snapshot's.
+/// What an open tells of `name`, which is not how much of it is allocated.
 fn open_info(name: &TargetName, open: &OpenInfo) -> TargetInfo {
-    let snapshot = open.snapshot.is_some();
     TargetInfo {
         name: name.clone(),
         snapshot_id: open.snapshot,
         size_bytes: open.size_bytes,
-        allocated_bytes: open.volume.allocated_bytes.filter(|_| !snapshot),
+        allocated_bytes: None,
         ..volume_info(&open.volume)
     }
 }
@@ -111,6 +113,20 @@ impl Servers {
         match self.admin(AdminRequest::VolumeList).await? {
             AdminReply::Volumes(volumes) => Ok(volumes),
             _ => Err(unexpected("volume list")),
+        }
+    }
+
+    /// Of a volume; of a snapshot only a list of all of them tells.
+    async fn allocated_bytes(&self, name: &TargetName) -> Option<u64> {
+        if name.snapshot.is_some() {
+            return None;
+        }
+        let request = AdminRequest::VolumeShow {
+            name: name.volume.clone(),
+        };
+        match timeout(ALLOCATED_DEADLINE, self.admin(request)).await {
+            Ok(Ok(AdminReply::Volume(volume))) => volume.allocated_bytes,
+            _ => None,
         }
     }
 
@@ -152,7 +168,10 @@ impl Backend for Servers {
                 snapshot: name.snapshot.clone(),
             };
             match self.admin(request).await? {
-                AdminReply::Open(open) => Ok(open_info(name, &open)),
+                AdminReply::Open(open) => Ok(TargetInfo {
+                    allocated_bytes: self.allocated_bytes(name).await,
+                    ..open_info(name, &open)
+                }),
                 _ => Err(unexpected("open")),
             }
         })

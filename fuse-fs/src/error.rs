@@ -64,7 +64,7 @@ pub enum FuseFsError {
     NotMounted { dir: PathBuf },
     #[error("{}: in use; see `fuser -vm {}`; it is still mounted, nothing was lost", dir.display(), dir.display())]
     Busy { dir: PathBuf },
-    #[error("{}: unmounting: {reason}", dir.display())]
+    #[error("{}: {reason}; it is still mounted, data may be unflushed; --force gives it up", dir.display())]
     Unmount { dir: PathBuf, reason: String },
     #[error("{}: {what} did not finish within {timeout_s} s, data may be unflushed; it is still mounted: wait for the servers and repeat, or give the data up with --force", dir.display())]
     Deadline {

@@ -154,10 +154,21 @@ fn start_view(mount: &KernelMount, view_dir: &Path, state: &RuntimeDir) -> Resul
         .map_err(|error| failed(error.to_string()))?;
     match output.status.success() {
         true => Ok(()),
-        false => Err(failed(
-            String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-        )),
+        false => Err(failed(reason_of(&output.stderr, view_dir))),
     }
+}
+
+/// What the view's process said, without what our own message says again.
+fn reason_of(stderr: &[u8], view_dir: &Path) -> String {
+    let said = String::from_utf8_lossy(stderr);
+    let view = FuseFsError::View {
+        dir: view_dir.to_owned(),
+        reason: String::new(),
+    };
+    let said = said.trim();
+    said.strip_prefix(&format!("fuse-fs: {view}"))
+        .unwrap_or(said)
+        .to_owned()
 }
 
 fn mount_on_view(
@@ -342,6 +353,14 @@ mod tests {
             filesystem,
             unit_bytes,
         })
+    }
+
+    #[test]
+    fn the_reason_of_a_view_is_told_once() {
+        let dir = Path::new("/run/x");
+        let own = b"fuse-fs: /run/x: cannot show the volumes: no server\n";
+        assert_eq!(reason_of(own, dir), "no server");
+        assert_eq!(reason_of(b"killed", dir), "killed");
     }
 
     #[test]

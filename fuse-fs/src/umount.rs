@@ -74,6 +74,16 @@ fn first_reason(error: &FuseFsError) -> String {
     }
 }
 
+/// `EROFS` comes from a filesystem that was writable when it was mounted.
+fn reason_of(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::EROFS) => {
+            "the kernel's filesystem has stopped itself after a failed IO (see dmesg)".to_owned()
+        }
+        _ => error.to_string(),
+    }
+}
+
 struct Run<'a> {
     state: &'a RuntimeDir,
     timeout: Duration,
@@ -166,13 +176,10 @@ impl Run<'_> {
                     dir: dir.to_owned(),
                 })
             }
-            Step::Done(Err(error)) => {
-                let reason = format!("{what}: {error}; data may be unflushed, --force gives it up");
-                Err(FuseFsError::Unmount {
-                    dir: dir.to_owned(),
-                    reason,
-                })
-            }
+            Step::Done(Err(error)) => Err(FuseFsError::Unmount {
+                dir: dir.to_owned(),
+                reason: format!("{what}: {}", reason_of(&error)),
+            }),
             Step::TimedOut => Err(self.late(dir, what)),
         }
     }
