@@ -176,7 +176,8 @@ impl Volume {
         for (offset, change) in changes {
             let (len, io) = (change.len_bytes(), io_of(&change));
             let replaying = Some(losses);
-            self.send_change(offset, len, &io, &mut None, replaying).await?;
+            self.send_change(offset, len, &io, &mut None, replaying)
+                .await?;
         }
         self.replay_buffer().replayed(losses);
         Ok(())

@@ -139,7 +139,9 @@ impl Replay {
     /// What must be sent again, oldest first.
     pub(super) fn changes(&self) -> Vec<(u64, Change)> {
         let entries = self.entries.values();
-        entries.map(|entry| (entry.offset_bytes, entry.change.clone())).collect()
+        entries
+            .map(|entry| (entry.offset_bytes, entry.change.clone()))
+            .collect()
     }
 }
 
@@ -154,7 +156,10 @@ mod tests {
     #[test]
     fn a_flush_forgets_what_was_acknowledged_before_it_began() {
         let mut replay = Replay::default();
-        let (first, second) = (replay.issued(0, write("aa")), replay.issued(4, write("bbb")));
+        let (first, second) = (
+            replay.issued(0, write("aa")),
+            replay.issued(4, write("bbb")),
+        );
         replay.acknowledged(first);
         let mark = replay.mark();
         let third = replay.issued(8, write("c"));
@@ -179,7 +184,11 @@ mod tests {
         assert_eq!(replay.changes(), [(0, write("a")), (0, write("b"))]);
         replay.heard(NodeNo(2), 10);
         replay.replayed(1);
-        assert_eq!((replay.losses(), replay.made_good()), (2, 1), "lost again meanwhile");
+        assert_eq!(
+            (replay.losses(), replay.made_good()),
+            (2, 1),
+            "lost again meanwhile"
+        );
     }
 
     #[test]

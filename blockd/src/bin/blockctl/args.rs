@@ -63,7 +63,12 @@ pub(crate) enum Noun {
     /// Mount the filesystem in a volume or snapshot (runs fuse-fs)
     Mount(Mount),
     /// Unmount what `blockctl mount` mounted (runs fuse-fs)
-    Umount { dir: PathBuf },
+    Umount {
+        dir: PathBuf,
+        /// Options of `fuse-fs umount`: --timeout SECONDS, --force
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<OsString>,
+    },
     /// The versions of this command and of the server that answers
     Version,
     /// Print a completion script for a shell

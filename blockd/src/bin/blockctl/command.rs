@@ -27,7 +27,7 @@ pub(crate) async fn run(cli: &Cli) -> Result<(), Failure> {
         }
         Noun::Version => ask_and_print(cli, AdminRequest::Version).await,
         Noun::Mount(args) => Err(mount::mount(&cli.servers, args)),
-        Noun::Umount { dir } => Err(mount::umount(dir)),
+        Noun::Umount { dir, options } => Err(mount::umount(dir, options)),
         Noun::Completion { shell } => documents::completion(*shell),
         Noun::Man { dir } => documents::man_pages(dir),
     }

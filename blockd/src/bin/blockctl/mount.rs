@@ -3,7 +3,7 @@
 use crate::args::Mount;
 use crate::failure::Failure;
 use std::env;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,9 +21,9 @@ pub(crate) fn mount(servers: &[String], mount: &Mount) -> Failure {
 }
 
 /// Becomes `fuse-fs umount`; returns only if that cannot be started.
-pub(crate) fn umount(dir: &Path) -> Failure {
+pub(crate) fn umount(dir: &Path, options: &[OsString]) -> Failure {
     let mut command = Command::new(fuse_fs());
-    command.arg("umount").arg(dir);
+    command.arg("umount").args(options).arg(dir);
     become_it(command)
 }
 
