@@ -23,7 +23,7 @@ With --json a result is one JSON value on stdout, and an error is
 #[command(name = "blockctl", version, after_help = EXIT_CODES)]
 #[command(arg_required_else_help = true, subcommand_required = true)]
 pub(crate) struct Cli {
-    /// Servers to ask, HOST[:PORT]; the first that answers is used
+    /// Servers to ask, each HOST or HOST:PORT; the first that answers is used
     #[arg(
         long,
         env = "BLOCKD_SERVERS",
@@ -89,7 +89,7 @@ pub(crate) enum ClusterVerb {
 pub(crate) enum NodeVerb {
     /// Define the server at ADDR as a node of the cluster
     Define {
-        /// Its peer address, HOST[:PORT]
+        /// Its peer address, HOST or HOST:PORT
         #[arg(value_name = "ADDR")]
         address: String,
         /// A name for people; the servers choose one otherwise
