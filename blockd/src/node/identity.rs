@@ -46,6 +46,15 @@ pub enum IdentityError {
         path: PathBuf,
         source: io::Error,
     },
+    #[error(
+        "{directory} belongs to {found}, not to {owner}: put this server's own directory back, or \
+         start with an empty state directory"
+    )]
+    Foreign {
+        directory: PathBuf,
+        found: String,
+        owner: String,
+    },
     #[error("{path} is of format {found}, this blockd reads {FORMAT}: use a newer blockd")]
     Newer { path: PathBuf, found: u32 },
     #[error(
@@ -134,6 +143,39 @@ impl Identity {
     }
 }
 
+/// Marks a directory below the state directory as one of `owner`, or checks that it is: a page store
+/// or registry of another server or cluster must not be served as this one's.
+///
+/// # Errors
+/// [`IdentityError::Foreign`], or [`IdentityError::Io`].
+pub(crate) fn claim(directory: &Path, owner: &str) -> Result<(), IdentityError> {
+    let path = directory.join("belongs-to");
+    match fs::read_to_string(&path) {
+        Ok(found) if found.trim() == owner => Ok(()),
+        Ok(found) => Err(IdentityError::Foreign {
+            directory: directory.to_owned(),
+            found: found.trim().chars().take(64).collect(),
+            owner: owner.to_owned(),
+        }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let written = File::create(&path).and_then(|mut file| {
+                writeln!(file, "{owner}")?;
+                file.sync_all()
+            });
+            written.map_err(|source| IdentityError::Io {
+                action: "write",
+                path,
+                source,
+            })
+        }
+        Err(source) => Err(IdentityError::Io {
+            action: "read",
+            path,
+            source,
+        }),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -165,6 +207,15 @@ mod tests {
             "dc0c4840"
         );
         assert_eq!(read.unwrap().unique_id, "00ff");
+    }
+
+    #[test]
+    fn a_directory_of_another_owner_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        claim(dir.path(), "me").unwrap();
+        claim(dir.path(), "me").unwrap();
+        let error = claim(dir.path(), "you").unwrap_err().to_string();
+        assert!(error.contains("belongs to me, not to you"), "{error}");
     }
 
     #[test]

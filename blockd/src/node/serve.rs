@@ -1,7 +1,7 @@
 //! Starting and stopping a server.
 
 use super::config::Config;
-use super::identity::{Identity, IdentityError, Membership};
+use super::identity::{Identity, IdentityError, Membership, claim};
 use super::registry::{RaftTransport, Registry, RegistryError, RegistryOptions};
 use super::{Member, Node, nbd, participant, peer_server, sweep};
 use crate::data::owner::Owner;
@@ -160,6 +160,7 @@ async fn start(config: Config, control: Handle) -> Result<Rc<Node>, ServeError> 
     options.free_bytes_min = config.reserve_bytes.unwrap_or(options.free_bytes_min);
     let store = PageStore::open(&store_dir, options)?;
     let identity = Identity::open(&state)?;
+    claim(&store_dir, &format!("server {}", identity.unique_id))?;
     let membership = identity.cluster.clone();
     let peers = Peers::new(
         host::random_u64().map_err(ServeError::Random)?,
@@ -245,6 +246,7 @@ impl Node {
             path: directory.clone(),
             source,
         })?;
+        claim(&directory, &format!("cluster {}", membership.id))?;
         let requester = host::random_u64().map_err(ServeError::Random)?;
         let peers = Peers::new(requester, Some(membership.id.clone()), membership.number);
         let transport = transport(Arc::new(peers));
