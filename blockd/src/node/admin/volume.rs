@@ -108,7 +108,10 @@ pub(super) async fn resize(
     let after = member.registry.update(build).await?;
     member.publish();
     if after.size_bytes < now.size_bytes {
-        drop_beyond(member, &after).await?;
+        drop_beyond(member, &after).await.map_err(|error| {
+            let text = format!("volume {name} has {size_bytes} bytes now, but {error}");
+            refused(error.kind, text)
+        })?;
     }
     Ok(AdminReply::Volume(info(member, &after).await))
 }
@@ -157,7 +160,10 @@ async fn drop_beyond(member: &Member, volume: &VolumeRecord) -> Result<(), Admin
     });
     let ended: Result<Vec<Frame>, AdminError> = join_all(drops).await.into_iter().collect();
     ended.map(drop).map_err(|error| {
-        let text = format!("space beyond the end is not cleared on all servers: {error}");
+        let text = format!(
+            "what lay beyond the end is not cleared on all servers ({error}); it will be before \
+             the volume grows"
+        );
         refused(AdminErrorKind::Unavailable, text)
     })
 }
