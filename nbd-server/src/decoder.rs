@@ -83,7 +83,14 @@ impl Decoder {
         matches!(self.state, State::Head) && self.available().is_empty()
     }
 
-    /// Where to receive into, and at most how many bytes (never 0).
+    /// Whether what was received last is a DISC: nothing may follow it.
+    pub(crate) fn has_goodbye(&self) -> bool {
+        let last = self.available().last_chunk::<{ wire::REQUEST_BYTES }>();
+        let request = last.and_then(request::parse);
+        request.is_some_and(|request| request.kind == wire::command::DISC)
+    }
+
+    /// Where to receive into, and at most how many bytes: 0 only while received requests wait.
     pub(crate) fn receive_target(&mut self) -> (&mut Vec<u8>, usize) {
         if let State::Payload(request, _, data) = &mut self.state {
             let left_bytes = request.len_bytes as usize - data.len();

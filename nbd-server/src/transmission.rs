@@ -148,7 +148,7 @@ where
             let sent = self.send(cx);
             let again = match pause {
                 Pause::Receive => self.receive(cx),
-                Pause::Full => sent,
+                Pause::Full => sent || self.receive_ahead(cx),
                 Pause::Ended if self.running.is_empty() && self.output.is_empty() => {
                     return self.close(cx);
                 }
@@ -281,6 +281,13 @@ where
             Poll::Pending => return false,
         }
         true
+    }
+
+    /// Receives while nothing more is started, as far as the buffer has room: that the client is
+    /// gone must be seen also when all its requests wait.
+    fn receive_ahead(&mut self, cx: &mut Context<'_>) -> bool {
+        let (_, max_bytes) = self.decoder.receive_target();
+        max_bytes > 0 && !self.decoder.has_goodbye() && self.receive(cx)
     }
 
     /// The client is gone without a goodbye. It may send its unanswered requests again over another

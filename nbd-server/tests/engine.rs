@@ -322,30 +322,48 @@ fn a_client_that_does_not_read_its_replies_is_bounded_and_dropped_when_others_wa
     });
 }
 
+/// Writes that fill the limit of a connection, and more that wait to be started.
+fn many_writes() -> Vec<u8> {
+    let count = u64::from(limits::IN_FLIGHT_MAX) + 12;
+    (1..=count).flat_map(|cookie| write(cookie, 512)).collect()
+}
+
 #[test]
-fn writes_that_were_received_run_to_their_end_when_the_client_is_gone() {
+fn waiting_writes_are_dropped_when_the_client_is_gone() {
     run(async {
-        let bench = Bench::new();
-        let (mut client, ended) = bench.open(&ServeOptions::default()).await;
-        client
-            .write_all(
-                &[
-                    write(1, 4096),
-                    write(2, 100_000),
-                    request(1, 3, 4096),
-                    vec![1; 4095],
-                ]
-                .concat(),
-            )
-            .await
-            .unwrap();
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        drop(client);
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        assert!(!ended.is_finished());
-        bench.gate.send_replace(true);
-        assert!(matches!(ended.await.unwrap(), Err(ConnectionError::Io(_))));
-        assert_eq!(bench.seen.borrow().written_bytes, 104_096);
+        let cut_off = [write(1, 4096), write(2, 100_000), request(1, 3, 4096)].concat();
+        for sent in [write(1, 4096), cut_off, many_writes()] {
+            let bench = Bench::new();
+            let (mut client, ended) = bench.open(&ServeOptions::default()).await;
+            client.write_all(&sent).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert!(bench.seen.borrow().running > 0);
+            drop(client);
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert!(ended.is_finished(), "its client is gone");
+            bench.gate.send_replace(true);
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert_eq!(bench.seen.borrow().written_bytes, 0);
+        }
+    });
+}
+
+#[test]
+fn writes_before_a_goodbye_run_to_their_end() {
+    run(async {
+        for (sent, total_bytes) in [(write(1, 4096), 4096), (many_writes(), 140 * 512)] {
+            let bench = Bench::new();
+            let (mut client, ended) = bench.open(&ServeOptions::default()).await;
+            let goodbye = request(2, 0, 0);
+            client.write_all(&[sent, goodbye].concat()).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            client.shutdown().await.unwrap();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert!(!ended.is_finished());
+            bench.gate.send_replace(true);
+            ended.await.unwrap().unwrap();
+            assert_eq!(bench.seen.borrow().written_bytes, total_bytes);
+        }
     });
 }
 

@@ -1,4 +1,4 @@
-//! A small blocking NBD client of our own: one request at a time, every error visible.
+//! A small blocking NBD client of our own: every error visible, writes pipelined on demand.
 
 use std::fmt::Debug;
 use std::io::{self, Read, Write};
@@ -157,7 +157,31 @@ impl NbdConnection {
         self.request(CMD_TRIM, 0, offset, len, &[])
     }
 
-    fn request(&mut self, kind: u16, flags: u16, at: u64, len: u32, data: &[u8]) -> Reply<()> {
+    /// Sends a write whose reply [`Self::next_reply`] takes, and says its cookie.
+    ///
+    /// # Errors
+    /// [`NbdError::Lost`].
+    pub fn send_write(&mut self, offset: u64, data: &[u8]) -> Reply<u64> {
+        let len = u32::try_from(data.len()).unwrap();
+        self.send(CMD_WRITE, 0, offset, len, data)
+    }
+
+    /// The cookie of the next request that was carried out; only for requests without data in
+    /// their replies.
+    ///
+    /// # Errors
+    /// [`NbdError`].
+    pub fn next_reply(&mut self) -> Reply<u64> {
+        let mut reply = [0; 16];
+        self.stream.read_exact(&mut reply)?;
+        check(be32(&reply[..4]) == REPLY_MAGIC, "reply magic")?;
+        match be32(&reply[4..8]) {
+            0 => Ok(be64(&reply[8..])),
+            errno => Err(NbdError::Errno(errno)),
+        }
+    }
+
+    fn send(&mut self, kind: u16, flags: u16, at: u64, len: u32, data: &[u8]) -> Reply<u64> {
         self.cookie += 1;
         let mut request = Vec::with_capacity(28 + data.len());
         request.extend(REQUEST_MAGIC.to_be_bytes());
@@ -168,14 +192,12 @@ impl NbdConnection {
         request.extend(len.to_be_bytes());
         request.extend(data);
         self.stream.write_all(&request)?;
-        let mut reply = [0; 16];
-        self.stream.read_exact(&mut reply)?;
-        check(be32(&reply[..4]) == REPLY_MAGIC, "reply magic")?;
-        check(be64(&reply[8..]) == self.cookie, "reply cookie")?;
-        match be32(&reply[4..8]) {
-            0 => Ok(()),
-            errno => Err(NbdError::Errno(errno)),
-        }
+        Ok(self.cookie)
+    }
+
+    fn request(&mut self, kind: u16, flags: u16, at: u64, len: u32, data: &[u8]) -> Reply<()> {
+        let cookie = self.send(kind, flags, at, len, data)?;
+        Ok(check(self.next_reply()? == cookie, "reply cookie")?)
     }
 }
 

@@ -16,8 +16,12 @@ mod files_view;
 mod full_disk;
 #[path = "system/hostile_peers.rs"]
 mod hostile_peers;
+#[path = "system/lost_owners.rs"]
+mod lost_owners;
 #[path = "system/nbd_clients.rs"]
 mod nbd_clients;
+#[path = "system/resizes.rs"]
+mod resizes;
 #[path = "system/restart.rs"]
 mod restart;
 #[path = "system/routing.rs"]
@@ -26,3 +30,5 @@ mod routing;
 mod snapshot_kills;
 #[path = "system/snapshots.rs"]
 mod snapshots;
+#[path = "system/spans.rs"]
+mod spans;

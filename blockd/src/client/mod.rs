@@ -252,3 +252,6 @@ fn changes(request: &AdminRequest) -> bool {
 fn is_waiting_worthwhile(request: &AdminRequest) -> bool {
     matches!(request, AdminRequest::Open { .. })
 }
+
+#[cfg(test)]
+mod tests;

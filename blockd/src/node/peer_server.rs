@@ -319,11 +319,12 @@ async fn begin_span(member: &Member, spans: &Spans, request: &Frame) -> Executed
     if epoch != request.epoch {
         return Err(DataError::Stale(epoch));
     }
-    let executing = Rc::new(state.try_execute()?);
-    let begun = Rc::downgrade(&executing);
-    if spans.borrow_mut().insert(key, executing).is_some() {
+    if spans.borrow().contains_key(&key) {
         return Err(DataError::Malformed("the id of a span that goes on"));
     }
+    let executing = Rc::new(state.try_execute()?);
+    let begun = Rc::downgrade(&executing);
+    spans.borrow_mut().insert(key, executing);
     let spans = Rc::downgrade(spans);
     tokio::task::spawn_local(async move {
         sleep(Duration::from_millis(SPAN_MAX_MS)).await;

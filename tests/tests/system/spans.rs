@@ -1,0 +1,249 @@
+//! Writes over pages of several owners: agreed before they are sent, whole in every snapshot.
+
+use super::chains::{Load, PAGE, PAGE_BLOCKS, write_spans};
+use blockd::id::{Epoch, PageNo, VolumeId};
+use blockd::io::wire::{Frame, Kind, Status, flags};
+use blockd_tests::{Cluster, MIB, Peer};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+fn spanners(cluster: &Cluster, volume: &'static str, through: &[Option<usize>]) -> Load {
+    let stop = Arc::new(AtomicBool::new(false));
+    let spans = (1..).step_by(3).zip(through);
+    let spanners = spans
+        .map(|(page, through)| write_spans(cluster, volume, page * PAGE, *through, &stop))
+        .collect();
+    Load {
+        stop,
+        writers: vec![],
+        spanners,
+    }
+}
+
+/// Review e3: the spans of two volumes that one client writes at the same time share connections
+/// and must not be taken for each other: no write fails, no snapshot of one has half a span.
+#[test]
+fn spans_of_two_volumes_of_one_client_are_kept_apart() {
+    let cluster = Cluster::three();
+    cluster.create_on("v", 16 * PAGE, PAGE_BLOCKS, &[]);
+    cluster.create_on("w", 16 * PAGE, PAGE_BLOCKS, &[]);
+    let snapped = spanners(&cluster, "v", &[None; 4]);
+    let other = spanners(&cluster, "w", &[None; 4]);
+    for number in 0..40 {
+        let name = format!("s{number}");
+        let before = snapped.marks();
+        cluster
+            .snapshot_at(number % 3, &[&format!("v@{name}")])
+            .unwrap();
+        let after = snapped.marks();
+        snapped.check(&cluster, number % 3, &name, &before, &after);
+        snapped.check_running();
+        other.check_running();
+    }
+    let written: u64 = [&snapped, &other]
+        .iter()
+        .flat_map(|load| load.marks())
+        .map(|(acknowledged, _)| acknowledged)
+        .sum();
+    snapped.finish();
+    other.finish();
+    eprintln!("spans of two volumes: 40 snapshots under {written} spanning writes");
+    assert!(written > 400, "{written}: no real load");
+}
+
+fn span_frame(kind: Kind, volume: VolumeId, span: u64, epoch: Epoch) -> Frame {
+    let mut frame = Frame::request(kind, volume);
+    (frame.aux, frame.epoch) = (span, epoch);
+    frame
+}
+
+fn span_part(volume: VolumeId, span: u64, epoch: Epoch, page: u32) -> Frame {
+    let mut frame = span_frame(Kind::Write, volume, span, epoch);
+    frame.flags = flags::SPAN;
+    (frame.page, frame.len_bytes) = (PageNo(page), 512);
+    frame.payload = bytes::Bytes::from(vec![7; 512]).into();
+    frame
+}
+
+/// Review E2 and E3: an owner refuses an id that is in use, answers `Held` to a part of a span that
+/// it does not know (so that it is begun again), and forgets spans with their connection: what a
+/// dead requester has begun keeps no snapshot from being taken.
+#[test]
+fn spans_end_with_their_connection() {
+    let cluster = Cluster::three();
+    let volume = cluster.create_on("v", 16 * PAGE, PAGE_BLOCKS, &[1]);
+    let other = cluster.create_on("w", 16 * PAGE, PAGE_BLOCKS, &[1]);
+    let peer = Peer::connect(&cluster, 0);
+    let begin = |id| span_frame(Kind::SpanBegin, volume.id, id, volume.epoch);
+    assert_eq!(peer.status(begin(5)), Status::Ok);
+    assert_eq!(peer.status(begin(5)), Status::Malformed);
+    let of_other = span_frame(Kind::SpanBegin, other.id, 5, other.epoch);
+    assert_eq!(peer.status(of_other), Status::Ok, "ids are per volume");
+    let part = |id| span_part(volume.id, id, volume.epoch, 0);
+    assert_eq!(peer.status(part(5)), Status::Ok);
+    assert_eq!(peer.status(part(6)), Status::Held, "never begun");
+    assert_eq!(
+        Peer::connect(&cluster, 0).status(part(5)),
+        Status::Held,
+        "begun over another connection"
+    );
+    let end = span_frame(Kind::SpanEnd, other.id, 5, other.epoch);
+    assert_eq!(peer.status(end), Status::Ok);
+    let ended = span_part(other.id, 5, other.epoch, 0);
+    assert_eq!(peer.status(ended), Status::Held, "ended");
+    cluster.snapshot_at(1, &["w@s"]).unwrap();
+    let open = cluster.snapshot_at(1, &["v@early"]);
+    assert!(open.is_err(), "taken although a span is open: {open:?}");
+    drop(peer);
+    let started = Instant::now();
+    cluster.snapshot_at(1, &["v@s"]).unwrap();
+    assert!(
+        started.elapsed() < Duration::from_secs(3),
+        "a dead requester's span held the snapshot for {:?}",
+        started.elapsed()
+    );
+    assert_eq!(cluster.nbd(2, "v@s").read(0, 512).unwrap(), [7; 512]);
+}
+
+/// Review e8: writes that a snapshot holds, more of one server than a connection may have in
+/// flight, do not keep the orders of that same snapshot from the owner: it is taken once the last
+/// owner is ready, and all writes end well.
+#[test]
+fn held_writes_do_not_stand_in_the_way_of_the_snapshot() {
+    const CONNECTIONS: u64 = 16;
+    const WRITES: u64 = 120;
+    let cluster = Cluster::three();
+    let volume = cluster.create_on("v", 64 * PAGE, PAGE_BLOCKS, &[2, 3]);
+    let route = cluster.route(0, "v");
+    let crowded = route.runs.iter().find(|run| run.owner.0 == 2).unwrap();
+    let at = u64::from(crowded.first_page) * PAGE;
+    let slow = Peer::connect(&cluster, 2);
+    let begin = span_frame(Kind::SpanBegin, volume.id, 1, volume.epoch);
+    assert_eq!(slow.status(begin), Status::Ok);
+    let mut writers: Vec<_> = (0..CONNECTIONS).map(|_| cluster.nbd(0, "v")).collect();
+    let client = cluster.client_of(&[0]);
+    let taking = cluster.handle().spawn(async move {
+        use blockd::admin::{AdminRequest, SnapshotName};
+        let target = SnapshotName {
+            volume: "v".to_owned(),
+            snapshot: "s".to_owned(),
+        };
+        let targets = vec![target];
+        client.admin(AdminRequest::SnapshotCreate { targets }).await
+    });
+    await_hold(&cluster, &volume, at);
+    for (number, writer) in (0..).zip(&mut writers) {
+        for write in 0..WRITES {
+            let data = [number as u8 + 1; 512];
+            let offset = at + (number * WRITES + write) % u64::from(PAGE_BLOCKS) * 512;
+            writer.send_write(offset, &data).unwrap();
+        }
+    }
+    let end = span_frame(Kind::SpanEnd, volume.id, 1, volume.epoch);
+    assert_eq!(slow.status(end), Status::Ok);
+    let ended = Instant::now();
+    let taken = cluster.block(taking).unwrap();
+    let took = ended.elapsed();
+    eprintln!("snapshot behind {} writes: {took:?}", CONNECTIONS * WRITES);
+    for writer in &mut writers {
+        for _ in 0..WRITES {
+            writer.next_reply().unwrap();
+        }
+    }
+    taken.unwrap();
+    assert!(took < Duration::from_secs(5), "ended after {took:?}");
+}
+
+/// Waits until a write of the page at this byte is held; that write ends when the hold does.
+fn await_hold(cluster: &Cluster, volume: &blockd::admin::VolumeInfo, at: u64) {
+    let page = u32::try_from(at / PAGE).unwrap();
+    let peer = Peer::connect(cluster, 1);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    for id in 1.. {
+        let begin = span_frame(Kind::SpanBegin, volume.id, id, volume.epoch);
+        match peer.status(begin) {
+            Status::Held => return,
+            status => assert_eq!(status, Status::Ok, "page {page}"),
+        }
+        let end = span_frame(Kind::SpanEnd, volume.id, id, volume.epoch);
+        assert_eq!(peer.status(end), Status::Ok);
+        assert!(Instant::now() < deadline, "no snapshot holds the volume");
+    }
+}
+
+/// Review on S003-33: owners are killed while writes over two of them go on through servers and the
+/// library, again and again; each write ends well, and every snapshot that came to be has both
+/// parts of a write or none.
+#[test]
+fn spans_are_whole_when_an_owner_dies_between_the_parts() {
+    let mut cluster = Cluster::three();
+    cluster.create_on("v", 16 * PAGE, PAGE_BLOCKS, &[2, 3]);
+    let load = spanners(&cluster, "v", &[Some(0), None, Some(0), None]);
+    let mut marks = BTreeMap::new();
+    for round in 0..16 {
+        let name = format!("s{round}");
+        let before = load.marks();
+        let victim = 1 + round % 2;
+        cluster.servers[victim].kill();
+        let taking = {
+            let client = cluster.client_of(&[0]);
+            let targets = vec![blockd::admin::SnapshotName {
+                volume: "v".to_owned(),
+                snapshot: name.clone(),
+            }];
+            let request = blockd::admin::AdminRequest::SnapshotCreate { targets };
+            let taking = async move { client.admin(request).await };
+            cluster.handle().spawn(taking)
+        };
+        cluster.servers[victim].start();
+        // Refused or taken: only what exists is judged.
+        let _answer = cluster.block(taking).unwrap();
+        load.check_running();
+        let late = format!("late{round}");
+        cluster.wait_writable();
+        cluster.snapshot_at(0, &[&format!("v@{late}")]).unwrap();
+        let after = load.marks();
+        marks.insert(name, (before.clone(), after.clone()));
+        marks.insert(late, (before, after));
+    }
+    let existing: Vec<String> = cluster
+        .snapshots("v")
+        .into_iter()
+        .map(|info| info.name)
+        .collect();
+    for name in &existing {
+        let (before, after) = &marks[name];
+        for server in 0..3 {
+            load.check(&cluster, server, name, before, after);
+        }
+    }
+    let moved = load.marks();
+    load.finish();
+    eprintln!("spans and kills: {} snapshots, {moved:?}", existing.len());
+    assert!(existing.len() >= 16, "{existing:?}");
+    assert!(moved.iter().all(|(done, _)| *done > 16), "{moved:?}");
+}
+
+/// A span whose second owner is down is not given up: the request ends well when it returns, and
+/// meanwhile the owner that has its part takes no snapshot with half of it.
+#[test]
+fn a_half_done_span_waits_for_its_owner() {
+    let mut cluster = Cluster::three();
+    cluster.create_on("v", 4 * MIB, 2048, &[2, 3]);
+    cluster.servers[2].kill();
+    let mut connection = cluster.nbd(0, "v");
+    let route = cluster.route(0, "v");
+    let boundary = u64::from(route.runs[1].first_page) * MIB;
+    let data = vec![3; 8192];
+    let cookie = connection.send_write(boundary - 4096, &data).unwrap();
+    let early = cluster.snapshot_at(0, &["v@early"]);
+    assert!(early.is_err(), "an owner is down: {early:?}");
+    cluster.servers[2].start();
+    assert_eq!(connection.next_reply().unwrap(), cookie);
+    cluster.wait_writable();
+    cluster.snapshot("v@s");
+    let found = cluster.nbd(1, "v@s").read(boundary - 4096, 8192).unwrap();
+    assert!(found == data, "half of the write is missing");
+}
