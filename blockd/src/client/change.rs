@@ -129,7 +129,9 @@ impl Volume {
             match result {
                 Ok(_) => span.progress.done(*index),
                 Err(error) => {
-                    span.progress.lost(part.owner);
+                    if matches!(&error, TryError::Forward(error) if error.ends_span()) {
+                        span.progress.lost(part.owner);
+                    }
                     ended = Err(error);
                 }
             }

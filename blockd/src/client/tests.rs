@@ -8,9 +8,9 @@ use crate::admin::{RouteInfo, VersionInfo, VolumeInfo};
 use crate::id::{Epoch, PageNo, RouteRun};
 use crate::io::framed::{FrameStream, serve};
 use crate::io::link::{Hello, Welcome};
-use crate::io::wire::VERSION;
+use crate::io::wire::{VERSION, flags};
 use bytes::Bytes;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Mutex, MutexGuard};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -41,6 +41,8 @@ struct State {
     /// Tags of the changes in the order of their execution, and `F` for a flush.
     executed: Vec<u8>,
     hung: u32,
+    /// Spans that were begun and not ended.
+    spans: BTreeSet<u64>,
 }
 
 /// One owner; two of them own the pages in turn.
@@ -63,6 +65,7 @@ impl Owner {
         let mut state = self.state();
         state.verifier += 1;
         state.pages = state.durable.clone();
+        state.spans.clear();
         self.power.send_replace(state.verifier);
     }
 
@@ -90,6 +93,9 @@ impl Owner {
             let mut stale = request.refuse(Status::Stale, "another epoch");
             stale.epoch = Epoch(state.epoch);
             return (Act::Execute, stale);
+        }
+        if request.flags & flags::SPAN != 0 && !state.spans.contains(&request.aux) {
+            return (Act::Execute, request.refuse(Status::Held, "never begun"));
         }
         let act = state.script.pop_front().unwrap_or(Act::Execute);
         match act {
@@ -124,6 +130,13 @@ impl Owner {
                 let mut state = self.state();
                 state.durable = state.pages.clone();
                 state.executed.push(b'F');
+                request.answer(Status::Ok, Bytes::new().into())
+            }
+            Kind::SpanBegin if !self.state().spans.insert(request.aux) => {
+                request.refuse(Status::Malformed, "begun already")
+            }
+            Kind::SpanEnd => {
+                self.state().spans.remove(&request.aux);
                 request.answer(Status::Ok, Bytes::new().into())
             }
             _ => request.answer(Status::Ok, Bytes::new().into()),
@@ -276,25 +289,35 @@ async fn lost_writes_are_sent_again_in_order_before_anything_else() {
     assert_eq!(executed.trim_matches('h'), "", "flushed changes are kept");
 }
 
-/// An owner loses power while it executes one part of a change over two owners, or before: the
-/// change is whole on both when it is acknowledged, and durable on both after the flush.
+/// An owner loses power while it executes one part of a change over two owners, or cannot execute
+/// it now, or has a newer table: the change is whole on both when it is acknowledged, the owners
+/// are asked again only if they may have forgotten the span, and it is ended on both.
 #[tokio::test]
-async fn a_part_that_was_lost_in_flight_is_sent_again() {
+async fn a_part_that_failed_in_flight_is_sent_again() {
     let (first, second, volume) = bench().await;
-    for (act, tag) in [(Act::ExecuteAndLose, 'x'), (Act::Refuse(Status::Held), 'y')] {
+    let unavailable = Act::Refuse(Status::Unavailable);
+    for (act, tag) in [
+        (Act::ExecuteAndLose, 'x'),
+        (unavailable, 'y'),
+        (Act::Execute, 'z'),
+    ] {
         write(&volume, 3, 'o').await;
         second.script(&[act]);
+        if act == Act::Execute {
+            first.state().epoch = 2;
+            second.state().epoch = 2;
+        }
         let data = Bytes::from(vec![tag as u8; 2 * PAGE_BYTES as usize]);
         volume.write(0, data).await.unwrap();
-        if act != Act::ExecuteAndLose {
-            second.lose_power();
-        }
         volume.flush().await.unwrap();
         assert_eq!(
             (first.durable(0), second.durable(1)),
             (Some(tag), Some(tag))
         );
         assert_eq!(second.durable(3), Some('o'), "lost with the part");
+        for owner in [&first, &second] {
+            assert!(owner.state().spans.is_empty(), "{act:?}: a span goes on");
+        }
     }
 }
 

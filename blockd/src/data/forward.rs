@@ -89,6 +89,15 @@ pub enum ForwardError {
     Data(#[from] DataError),
 }
 
+impl ForwardError {
+    /// Whether the owner may not know a span that it has agreed to: its connection has ended, or
+    /// it says so. After any other error the span goes on, and its id is not free.
+    #[must_use]
+    pub fn ends_span(&self) -> bool {
+        matches!(self, Self::Link(_) | Self::Data(DataError::Held))
+    }
+}
+
 /// One try.
 ///
 /// # Errors

@@ -359,7 +359,7 @@ impl Volume {
             match result {
                 Ok(_) => span.progress.done(*index),
                 Err(error) => {
-                    if part.owner != self.group.owner.me {
+                    if part.owner != self.group.owner.me && error.ends_span() {
                         span.progress.lost(part.owner);
                     }
                     ended = Err(error);
