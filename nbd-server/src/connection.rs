@@ -7,9 +7,10 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::budget::Budget;
-use crate::export::Exports;
+use crate::export::{Export, Exports};
 use crate::handshake::{self, Opened};
 use crate::limits;
+use crate::request::Agreement;
 use crate::shutdown::Shutdown;
 use crate::transmission;
 
@@ -104,4 +105,18 @@ where
         }
         None => Ok(()),
     }
+}
+
+/// Serves the transmission phase alone, with simple replies, as `serve_connection` does after its handshake: for a peer that was told
+/// size and flags in another way, such as a kernel that holds the other end of a socketpair.
+pub async fn serve_transmission<S, E>(
+    stream: S,
+    export: E,
+    options: ServeOptions,
+) -> Result<(), ConnectionError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    E: Export,
+{
+    transmission::transmit(stream, export, Agreement::default(), options).await
 }

@@ -25,10 +25,10 @@ mod transmission;
 mod wire;
 
 pub use budget::Budget;
-pub use connection::{ConnectionError, ServeOptions, serve_connection};
+pub use connection::{ConnectionError, ServeOptions, serve_connection, serve_transmission};
 pub use error::{ExportError, NbdErrno, OpenError};
 pub use export::{
-    Export, ExportEntry, ExportInfo, Exports, Extent, ReadPart, ReadReply, ZeroFlags,
+    Export, ExportEntry, ExportInfo, Exports, Extent, MetaContext, ReadPart, ReadReply, ZeroFlags,
 };
 pub use server::{Listener, Server};
 pub use shutdown::{Shutdown, ShutdownSender};
