@@ -178,6 +178,9 @@ where
                 Step::Refuse(request, error) => self.refuse(request, error),
                 Step::End(ending) => self.ending = Some(ending),
             }
+            if self.output.is_much() {
+                self.send(cx);
+            }
         }
         Pause::Ended
     }
