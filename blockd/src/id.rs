@@ -54,6 +54,10 @@ id!(
     Epoch(u32)
 );
 id!(
+    /// The fencing number of a volume's exclusive lease; 0 in a change: its requester holds none.
+    LeaseEpoch(u32)
+);
+id!(
     /// Number of a node in its cluster; 0 is "no node".
     NodeNo(u16)
 );

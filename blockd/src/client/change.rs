@@ -100,7 +100,8 @@ impl Volume {
         }
         for part in opened.table.parts(offset, len) {
             let table = &opened.table;
-            let request = forward::request(table.volume, table.epoch, &part, io, None);
+            let mut request = forward::request(table.volume, table.epoch, &part, io, None);
+            request.set_lease(self.shared.lease.epoch());
             self.call(&opened, part.owner, request, replaying).await?;
         }
         Ok(())
@@ -121,7 +122,8 @@ impl Volume {
         let parts = span.progress.send();
         let id = Some(span.id);
         let tries = parts.iter().map(async |(_, part)| {
-            let request = forward::request(table.volume, table.epoch, part, io, id);
+            let mut request = forward::request(table.volume, table.epoch, part, io, id);
+            request.set_lease(self.shared.lease.epoch());
             self.call(opened, part.owner, request, replaying).await
         });
         let mut ended = Ok(());
@@ -145,7 +147,8 @@ impl Volume {
         span: &mut Span,
         replaying: Option<u64>,
     ) -> Result<(), TryError> {
-        let request = span.begin_request(&opened.table);
+        let mut request = span.begin_request(&opened.table);
+        request.set_lease(self.shared.lease.epoch());
         let begins = span.progress.to_begin().into_iter().map(|node| {
             let request = request.clone();
             async move {

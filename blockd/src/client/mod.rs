@@ -6,13 +6,15 @@
 //! are kept until a FLUSH with an unchanged write verifier (promise 3 of the design).
 
 mod change;
+mod lease;
 mod patience;
 mod replay;
 mod volume;
 
+pub use lease::{HolderText, Lease};
 pub use volume::Volume;
 
-use crate::admin::{AdminError, AdminErrorKind, AdminReply, AdminRequest, OpenInfo};
+use crate::admin::{AdminError, AdminErrorKind, AdminReply, AdminRequest, LeaseInfo, OpenInfo};
 use crate::id::{NodeNo, VolumeId};
 use crate::io::host::random_u64;
 use crate::io::link::{LinkError, Peers, decode_control, encode_control};
@@ -36,6 +38,17 @@ pub enum ClientError {
         offset_bytes: u64,
         len_bytes: u64,
         reason: IoErrorKind,
+    },
+    /// The lease was not acquired: this one holds it.
+    #[error("{0}")]
+    Leased(Box<LeaseInfo>),
+    /// A change was refused: somebody else is, or was meanwhile, the only writer.
+    #[error("{what} at byte {offset_bytes} ({len_bytes} bytes) refused: {reason}")]
+    Fenced {
+        what: &'static str,
+        offset_bytes: u64,
+        len_bytes: u64,
+        reason: String,
     },
 }
 
@@ -225,9 +238,18 @@ impl Client {
         };
         match self.admin(AdminRequest::Open { volume, snapshot }).await? {
             AdminReply::Open(info) => Ok(info),
-            _ => Err(self.unreachable("answered something else than was asked".to_owned())),
+            _ => Err(self.unexpected()),
         }
     }
+
+    fn unexpected(&self) -> ClientError {
+        self.unreachable("answered something else than was asked".to_owned())
+    }
+}
+
+fn failed_lease(kind: AdminErrorKind, message: impl Into<String>) -> ClientError {
+    let message = message.into();
+    AdminError { kind, message }.into()
 }
 
 const ADMIN_PAUSE: Duration = Duration::from_millis(200);
@@ -245,6 +267,9 @@ fn changes(request: &AdminRequest) -> bool {
             | AdminRequest::Version
             | AdminRequest::Identify
             | AdminRequest::Open { .. }
+            | AdminRequest::LeaseList
+            | AdminRequest::LeaseShow { .. }
+            | AdminRequest::LeaseRenew { .. }
     )
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Reads, flushes and what they share with changes (see `change.rs`).
 
+use super::lease::LeaseMark;
 use super::patience::Patience;
 use super::replay::{Change, Replay};
 use super::{Client, ClientError, Extent, IoErrorKind};
@@ -30,6 +31,7 @@ pub(super) struct Shared {
     opened: RwLock<Arc<Opened>>,
     refreshing: tokio::sync::Mutex<()>,
     replay: Mutex<Replay>,
+    pub(super) lease: LeaseMark,
     /// Held shared by every operation, and alone by a replay: no change is in flight while older
     /// ones are sent again, so that a newer one cannot be overwritten by an older.
     pub(super) order: tokio::sync::RwLock<()>,
@@ -78,6 +80,7 @@ impl Volume {
                 opened: RwLock::new(Arc::new(Opened::new(info))),
                 refreshing: tokio::sync::Mutex::default(),
                 replay: Mutex::default(),
+                lease: LeaseMark::default(),
                 order: tokio::sync::RwLock::default(),
             }),
         }

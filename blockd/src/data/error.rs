@@ -24,6 +24,9 @@ pub enum DataError {
     Held,
     #[error("{0}")]
     Unavailable(String),
+    /// The exclusive lease of the volume is another one's, or nobody's any more.
+    #[error("{0}")]
+    Leased(String),
     #[error("malformed request: {0}")]
     Malformed(&'static str),
 }
@@ -40,6 +43,7 @@ impl DataError {
             Self::Gone => Status::Gone,
             Self::Held => Status::Held,
             Self::Unavailable(_) => Status::Unavailable,
+            Self::Leased(_) => Status::Leased,
             Self::Malformed(_) => Status::Malformed,
         }
     }
@@ -66,6 +70,7 @@ impl DataError {
             Status::OutOfRange => Self::OutOfRange,
             Status::Gone => Self::Gone,
             Status::Held => Self::Held,
+            Status::Leased => Self::Leased(reply.text()),
             Status::Malformed => Self::Malformed("refused by the owner"),
             Status::WrongCluster | Status::BadVersion | Status::Unavailable => {
                 Self::Unavailable(reply.text())

@@ -14,7 +14,7 @@ use super::owner::{Executing, Owner, Target, VolumeState};
 use super::page_store::ReadPart;
 use super::router::{Part, RoutingTable};
 use super::span::Span;
-use crate::id::{NodeNo, SnapshotId};
+use crate::id::{LeaseEpoch, NodeNo, SnapshotId};
 use crate::io::link::{Link, Peers};
 use crate::io::wire::{Frame, Kind, Run, decode_extents, decode_runs};
 use crate::limits::{FORWARD_DEADLINE_MS, FORWARD_RETRY_MS, OPEN_PROBE_MS};
@@ -290,6 +290,7 @@ impl Volume {
             offset_bytes: part.offset_bytes,
             len_bytes: part.len_bytes,
             epoch: table.epoch,
+            lease: LeaseEpoch(0),
         };
         match io {
             PartIo::Read(snapshot) => {
@@ -378,6 +379,7 @@ impl Volume {
         let group = &self.group;
         let mut wanted = span.progress.to_begin();
         if wanted.remove(&group.owner.me) {
+            self.state.check_lease(LeaseEpoch(0))?;
             *local = Some(self.state.try_execute()?);
             span.progress.began(group.owner.me);
         }

@@ -14,7 +14,8 @@
 //!     16    8 volume         volume id
 //!     24    8 aux            hello: none; write/zero/span: span id; ticket of a snapshot step;
 //!                            replies of an owner: its write verifier
-//!     32    4 snapshot       snapshot id, 0 is the volume itself
+//!     32    4 snapshot       snapshot id, 0 is the volume itself; write, zero and span begin: lease
+//!                            epoch of the requester, 0 holds none
 //!     36    4 epoch          routing epoch of the requester; in a stale reply, of the answerer
 //!     40    4 page           page number
 //!     44    4 offset_bytes   offset in the page
@@ -30,9 +31,9 @@
 //! runs that are not holes have data. Control messages carry postcard in the payload. Replies of
 //! an error status carry a UTF-8 text.
 //!
-//! Version history: 1, the first.
+//! Version history: 1, the first; kind `Lease` and status `Leased` were added to it.
 
-use crate::id::{Epoch, PageNo, SnapshotId, VolumeId};
+use crate::id::{Epoch, LeaseEpoch, PageNo, SnapshotId, VolumeId};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 /// Bytes of the fixed header.
@@ -102,6 +103,8 @@ wire_enum! {
         Registry = 13,
         /// Payload `AdminRequest`, reply payload `AdminReply`.
         Admin = 14,
+        /// Exclusive writer lease of a volume. Payload `LeaseOrder`.
+        Lease = 20,
     }
 }
 
@@ -125,6 +128,8 @@ wire_enum! {
         Malformed = 10,
         /// The server cannot serve this now (not yet a member, shutting down).
         Unavailable = 11,
+        /// Another one holds the exclusive lease of the volume; the text names it.
+        Leased = 12,
     }
 }
 
@@ -245,6 +250,17 @@ impl Frame {
     #[must_use]
     pub fn refuse(&self, status: Status, text: impl Into<String>) -> Self {
         self.answer(status, Bytes::from(text.into()).into())
+    }
+
+    /// The lease epoch under which a change is asked for.
+    #[must_use]
+    pub fn lease(&self) -> LeaseEpoch {
+        LeaseEpoch(self.snapshot.0)
+    }
+
+    /// Asks for a change under this lease epoch.
+    pub fn set_lease(&mut self, lease: LeaseEpoch) {
+        self.snapshot = SnapshotId(lease.0);
     }
 
     /// Appends the header to `out`; the payload is to follow piece by piece.

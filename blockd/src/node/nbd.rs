@@ -184,7 +184,7 @@ fn nbd_part(part: page_store::ReadPart) -> ReadPart {
 fn refuse(error: DataError) -> ExportError {
     let errno = match error {
         DataError::NoSpace => NbdErrno::NoSpc,
-        DataError::ReadOnly => NbdErrno::Perm,
+        DataError::ReadOnly | DataError::Leased(_) => NbdErrno::Perm,
         DataError::OutOfRange | DataError::Malformed(_) => NbdErrno::Inval,
         DataError::Stale(_)
         | DataError::Damaged(_)

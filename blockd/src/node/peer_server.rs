@@ -201,6 +201,7 @@ async fn handle(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
             request.answer(Status::Ok, bytes::Bytes::from(answer).into())
         }
         Kind::Snapshot => member.participant.answer(&member, &request).await,
+        Kind::Lease => member.leases.answer(&member, &request).await,
         _ => match execute_known(&node, &member, &spans, &request).await {
             Ok((frame_flags, payload)) => {
                 let mut reply = request.answer(Status::Ok, payload);
@@ -265,7 +266,7 @@ async fn execute(node: &Node, member: &Member, spans: &Spans, request: &Frame) -
         }
         Kind::VolumeDrop => drop_pages(member, request).await,
         Kind::Usage => Ok((0, encode_control(&usage(node, member, volume, snapshot)?))),
-        Kind::Hello | Kind::Admin | Kind::Registry | Kind::Snapshot => {
+        Kind::Hello | Kind::Admin | Kind::Registry | Kind::Snapshot | Kind::Lease => {
             Err(DataError::Malformed("not a request for an owner"))
         }
     }
@@ -286,6 +287,7 @@ fn untested_target(request: &Frame) -> Target {
         offset_bytes: request.offset_bytes,
         len_bytes: request.len_bytes,
         epoch: request.epoch,
+        lease: request.lease(),
     }
 }
 
@@ -322,6 +324,7 @@ async fn begin_span(member: &Member, spans: &Spans, request: &Frame) -> Executed
     if spans.borrow().contains_key(&key) {
         return Err(DataError::Malformed("the id of a span that goes on"));
     }
+    state.check_lease(request.lease())?;
     let executing = Rc::new(state.try_execute()?);
     let begun = Rc::downgrade(&executing);
     spans.borrow_mut().insert(key, executing);

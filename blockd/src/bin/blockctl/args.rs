@@ -57,6 +57,9 @@ pub(crate) enum Noun {
     /// Snapshots of volumes, VOL@SNAP
     #[command(subcommand)]
     Snapshot(SnapshotVerb),
+    /// Who alone may write a volume
+    #[command(subcommand)]
+    Lease(LeaseVerb),
     /// Which server owns which pages
     #[command(subcommand)]
     Route(RouteVerb),
@@ -187,6 +190,25 @@ pub(crate) enum SnapshotVerb {
     Delete {
         #[arg(value_name = "VOL@SNAP", value_parser = parse_snapshot)]
         target: SnapshotName,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum LeaseVerb {
+    /// All volumes that are leased
+    List,
+    /// The lease of one volume
+    Show {
+        #[arg(value_name = "VOL")]
+        volume: String,
+    },
+    /// Take the lease from a holder that is gone; its later writes fail
+    Break {
+        #[arg(value_name = "VOL")]
+        volume: String,
+        /// Do it; without this it says what it would do
+        #[arg(long)]
+        force: bool,
     },
 }
 

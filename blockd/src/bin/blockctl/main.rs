@@ -8,6 +8,7 @@ mod documents;
 mod failure;
 mod format;
 mod interrupt;
+mod lease;
 mod mount;
 mod output;
 mod progress;
