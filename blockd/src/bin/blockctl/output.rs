@@ -236,7 +236,7 @@ fn route_text(route: &RouteInfo) -> String {
 }
 
 /// Names to the left, values to the right, one a line.
-fn facts(facts: &[(&str, String)]) -> String {
+pub(crate) fn facts(facts: &[(&str, String)]) -> String {
     let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     let lines = facts
         .iter()
@@ -245,7 +245,7 @@ fn facts(facts: &[(&str, String)]) -> String {
 }
 
 /// A table without lines; the columns in `right` hold numbers.
-fn table(header: &[&str], right: &[usize], rows: impl Iterator<Item = Vec<String>>) -> String {
+pub(crate) fn table(header: &[&str], right: &[usize], rows: impl Iterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table.set_header(header.to_vec());
