@@ -4,6 +4,7 @@
 //! Server       accepts, caps, drains                 server.rs
 //! connection   handshake, then transmission          connection.rs, handshake.rs, transmission.rs
 //! bytes        pure parsers and builders             wire.rs, option.rs, request.rs, decoder.rs, reply.rs
+//! kernel       nbd.ko as the client: /dev/nbdX from connected sockets   kernel/
 //! memory       payload budget, queue of replies      budget.rs, output.rs
 //! ```
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
@@ -14,6 +15,7 @@ mod decoder;
 mod error;
 mod export;
 mod handshake;
+pub mod kernel;
 pub mod limits;
 mod option;
 mod output;
