@@ -8,7 +8,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use nbd_server::{
     Budget, ConnectionError, Export, ExportEntry, ExportError, ExportInfo, Exports, Extent,
-    OpenError, ReadReply, ServeOptions, Shutdown, ZeroFlags, limits, serve_connection,
+    MetaContext, OpenError, Peer, ReadReply, ServeOptions, Shutdown, ZeroFlags, limits,
+    serve_connection,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::watch;
@@ -81,23 +82,24 @@ impl Export for Gated {
         Ok(())
     }
 
-    async fn block_status(&self, _offset: u64, len: u64) -> Result<Vec<Extent>, ExportError> {
-        Ok(vec![Extent {
-            len,
-            hole: false,
-            zero: false,
-        }])
+    async fn block_status(
+        &self,
+        _context: &MetaContext,
+        _offset: u64,
+        len: u64,
+    ) -> Result<Vec<Extent>, ExportError> {
+        Ok(vec![Extent::allocation(len, false, false)])
     }
 }
 
 impl Exports for Gated {
     type Export = Self;
 
-    async fn list(&self) -> Result<Vec<ExportEntry>, OpenError> {
+    async fn list(&self, _peer: &Peer) -> Result<Vec<ExportEntry>, OpenError> {
         Err(OpenError::Policy("the list is private".into()))
     }
 
-    async fn open(&self, name: &str) -> Result<Self, OpenError> {
+    async fn open(&self, name: &str, _peer: &Peer) -> Result<Self, OpenError> {
         match name {
             "draining" => Err(OpenError::Shutdown("this server is going down".into())),
             _ => Ok(self.clone()),
@@ -131,6 +133,7 @@ impl Bench {
             client,
             tokio::task::spawn_local(serve_connection(
                 server,
+                Peer::default(),
                 self.exports.clone(),
                 options.clone(),
             )),
@@ -466,20 +469,21 @@ fn an_export_with_send_futures_can_be_served_by_a_multi_thread_runtime() {
         async fn cache(&self, _offset: u64, _len: u64) -> Result<(), ExportError> {
             Ok(())
         }
-        async fn block_status(&self, _offset: u64, len: u64) -> Result<Vec<Extent>, ExportError> {
-            Ok(vec![Extent {
-                len,
-                hole: true,
-                zero: true,
-            }])
+        async fn block_status(
+            &self,
+            _context: &MetaContext,
+            _offset: u64,
+            len: u64,
+        ) -> Result<Vec<Extent>, ExportError> {
+            Ok(vec![Extent::allocation(len, true, true)])
         }
     }
     impl Exports for Zeroes {
         type Export = Self;
-        async fn list(&self) -> Result<Vec<ExportEntry>, OpenError> {
+        async fn list(&self, _peer: &Peer) -> Result<Vec<ExportEntry>, OpenError> {
             Ok(Vec::new())
         }
-        async fn open(&self, _name: &str) -> Result<Self, OpenError> {
+        async fn open(&self, _name: &str, _peer: &Peer) -> Result<Self, OpenError> {
             Ok(self.clone())
         }
     }
@@ -490,6 +494,7 @@ fn an_export_with_send_futures_can_be_served_by_a_multi_thread_runtime() {
         let (mut client, server) = tokio::io::duplex(1 << 10);
         let served = tokio::task::spawn_local(spawnable(serve_connection(
             server,
+            Peer::default(),
             Zeroes,
             ServeOptions::default(),
         )));

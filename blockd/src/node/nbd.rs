@@ -8,8 +8,8 @@ use crate::data::volume::Volume;
 use crate::id::SnapshotId;
 use bytes::Bytes;
 use nbd_server::{
-    Export, ExportEntry, ExportError, ExportInfo, Exports, Extent, NbdErrno, OpenError, ReadPart,
-    ReadReply, ZeroFlags,
+    Export, ExportEntry, ExportError, ExportInfo, Exports, Extent, MetaContext, NbdErrno,
+    OpenError, Peer, ReadPart, ReadReply, ZeroFlags,
 };
 use std::rc::Rc;
 use std::time::Duration;
@@ -42,7 +42,7 @@ impl NbdExports {
 impl Exports for NbdExports {
     type Export = NbdExport;
 
-    async fn list(&self) -> Result<Vec<ExportEntry>, OpenError> {
+    async fn list(&self, _peer: &Peer) -> Result<Vec<ExportEntry>, OpenError> {
         let state = self.member()?.registry.state();
         let mut entries = Vec::new();
         for volume in state.volumes() {
@@ -61,7 +61,7 @@ impl Exports for NbdExports {
         Ok(entries)
     }
 
-    async fn open(&self, name: &str) -> Result<NbdExport, OpenError> {
+    async fn open(&self, name: &str, _peer: &Peer) -> Result<NbdExport, OpenError> {
         let member = self.member()?;
         let unknown =
             || OpenError::Unknown(format!("there is no volume or snapshot {name:?}").into());
@@ -159,12 +159,15 @@ impl Export for NbdExport {
         Ok(())
     }
 
-    async fn block_status(&self, offset: u64, len: u64) -> Result<Vec<Extent>, ExportError> {
+    async fn block_status(
+        &self,
+        _context: &MetaContext,
+        offset: u64,
+        len: u64,
+    ) -> Result<Vec<Extent>, ExportError> {
         let extents = self.volume.extents(offset, len).await.map_err(refuse)?;
-        let extent = |(len_bytes, allocated): (u32, bool)| Extent {
-            len: u64::from(len_bytes),
-            hole: !allocated,
-            zero: !allocated,
+        let extent = |(len_bytes, allocated): (u32, bool)| {
+            Extent::allocation(u64::from(len_bytes), !allocated, !allocated)
         };
         Ok(extents.into_iter().map(extent).collect())
     }
