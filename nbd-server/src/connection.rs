@@ -9,10 +9,11 @@ use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
 use crate::budget::Budget;
-use crate::export::Exports;
+use crate::export::{Export, Exports};
 use crate::handshake::{self, Negotiated, Opened, TlsStage};
 use crate::limits;
 use crate::peer::Peer;
+use crate::request::Agreement;
 use crate::shutdown::Shutdown;
 use crate::tls::Tls;
 use crate::transmission;
@@ -185,4 +186,18 @@ where
             Ok(Ready::Left)
         }
     }
+}
+
+/// Serves the transmission phase alone, with simple replies, as `serve_connection` does after its handshake: for a peer that was told
+/// size and flags in another way, such as a kernel that holds the other end of a socketpair.
+pub async fn serve_transmission<S, E>(
+    stream: S,
+    export: E,
+    options: ServeOptions,
+) -> Result<(), ConnectionError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    E: Export,
+{
+    transmission::transmit(stream, export, Agreement::default(), options).await
 }

@@ -32,10 +32,10 @@ mod wire;
 
 pub use access::{Access, AddressRange, Guarded, Pattern, Rule, RuleError};
 pub use budget::Budget;
-pub use connection::{ConnectionError, ServeOptions, serve_connection};
+pub use connection::{ConnectionError, ServeOptions, serve_connection, serve_transmission};
 pub use error::{ExportError, NbdErrno, OpenError};
 pub use export::{
-    Export, ExportEntry, ExportInfo, Exports, Extent, ReadPart, ReadReply, ZeroFlags,
+    Export, ExportEntry, ExportInfo, Exports, Extent, MetaContext, ReadPart, ReadReply, ZeroFlags,
 };
 pub use peer::Peer;
 pub use server::{Listener, Server};

@@ -37,6 +37,9 @@ pub const SHARED_PAYLOAD_BYTES: u64 = 256 << 20;
 /// Slices in one vectored write: enough for 32 replies with header and payload.
 pub const WRITE_SLICES: usize = 64;
 
+/// Reply bytes that are sent before further requests are executed: they are still in the processor's cache.
+pub const SEND_BYTES: usize = 256 << 10;
+
 /// Connections of one server, handshakes included: 256 MiB of receive buffers.
 pub const CONNECTIONS_MAX: usize = 1024;
 /// Connections from one address, so that one client does not keep all others out.

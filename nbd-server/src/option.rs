@@ -132,10 +132,11 @@ pub(crate) fn selects_allocation(queries: &[&str]) -> bool {
 /// Transmission flags of an export.
 pub(crate) fn transmission_flags(export: &ExportInfo, structured: bool) -> u16 {
     use transmission::{CAN_MULTI_CONN, HAS_FLAGS, READ_ONLY, ROTATIONAL, SEND_CACHE, SEND_DF};
-    use transmission::{SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES};
+    use transmission::{SEND_FAST_ZERO, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES};
     let optional = [
         (export.read_only, READ_ONLY),
         (!export.read_only, SEND_TRIM | SEND_WRITE_ZEROES),
+        (!export.read_only && export.fast_zero, SEND_FAST_ZERO),
         (export.rotational, ROTATIONAL),
         (export.can_multi_conn, CAN_MULTI_CONN),
         (structured, SEND_DF),

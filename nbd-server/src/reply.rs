@@ -196,8 +196,7 @@ fn merge_extents(extents: &[Extent], len_bytes: u32, count_max: usize) -> Vec<(u
         let step = u32::try_from(extent.len)
             .unwrap_or(u32::MAX)
             .min(left_bytes);
-        let hole = if extent.hole { wire::STATUS_HOLE } else { 0 };
-        let status = hole | if extent.zero { wire::STATUS_ZERO } else { 0 };
+        let status = extent.flags;
         let is_full = merged.len() == count_max;
         match merged.last_mut() {
             _ if step == 0 => {}
@@ -338,11 +337,7 @@ mod tests {
 
     #[test]
     fn golden_block_status() {
-        let extent = |len, hole| Extent {
-            len,
-            hole,
-            zero: hole,
-        };
+        let extent = |len, hole| Extent::allocation(len, hole, hole);
         let extents = vec![
             extent(0x200, false),
             extent(0x200, false),
@@ -377,9 +372,9 @@ mod tests {
     proptest! {
         #[test]
         fn merged_extents_are_never_empty_and_never_too_long(
-            raw in proptest::collection::vec((any::<u64>(), any::<bool>(), any::<bool>()), 0..50), len_bytes in 1u32.., max in 1usize..60,
+            raw in proptest::collection::vec((any::<u64>(), 0u32..4), 0..50), len_bytes in 1u32.., max in 1usize..60,
         ) {
-            let extents: Vec<Extent> = raw.into_iter().map(|(len, hole, zero)| Extent { len: len >> 34, hole, zero }).collect();
+            let extents: Vec<Extent> = raw.into_iter().map(|(len, flags)| Extent { len: len >> 34, flags }).collect();
             let merged = merge_extents(&extents, len_bytes, max);
             let total: u64 = merged.iter().map(|(len, _)| u64::from(*len)).sum();
             prop_assert!(!merged.is_empty() && merged.len() <= max);

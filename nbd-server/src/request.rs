@@ -120,7 +120,7 @@ fn check(
     agreed: Agreement,
 ) -> Result<Command, ExportError> {
     let command = classify(request, agreed)?;
-    check_flags(request, agreed)?;
+    check_flags(request, export, agreed)?;
     let writes = matches!(
         command,
         Command::Write { .. } | Command::Trim { .. } | Command::Zero(_)
@@ -153,6 +153,7 @@ fn classify(request: &Request, agreed: Agreement) -> Result<Command, ExportError
         command::WRITE_ZEROES => Ok(Command::Zero(ZeroFlags {
             no_hole: request.has(flag::NO_HOLE),
             fua,
+            fast: request.has(flag::FAST_ZERO),
         })),
         command::BLOCK_STATUS if agreed.allocation => Ok(Command::Status {
             one: request.has(flag::REQ_ONE),
@@ -169,9 +170,16 @@ fn classify(request: &Request, agreed: Agreement) -> Result<Command, ExportError
 }
 
 /// FUA is legal everywhere; any other flag only where it means something and was advertised.
-fn check_flags(request: &Request, agreed: Agreement) -> Result<(), ExportError> {
+fn check_flags(
+    request: &Request,
+    export: &ExportInfo,
+    agreed: Agreement,
+) -> Result<(), ExportError> {
     let legal = match request.kind {
         command::READ if agreed.structured => flag::DF,
+        command::WRITE_ZEROES if export.fast_zero && !export.read_only => {
+            flag::NO_HOLE | flag::FAST_ZERO
+        }
         command::WRITE_ZEROES => flag::NO_HOLE,
         command::BLOCK_STATUS => flag::REQ_ONE,
         _ => 0,
@@ -323,6 +331,22 @@ mod tests {
         assert_eq!(errno(request(7, flag::REQ_ONE, 0, 512), ALL), None);
         assert_eq!(errno(request(7, 0, 0, 512), BARE), Some(NbdErrno::Inval));
         assert_eq!(errno(request(8, 0, 0, 512), ALL), Some(NbdErrno::Inval));
+    }
+
+    #[test]
+    fn fast_zero_is_accepted_only_where_it_is_advertised() {
+        let export = ExportInfo {
+            fast_zero: true,
+            ..ExportInfo::new(SIZE)
+        };
+        let verdict = admit(&request(6, flag::FAST_ZERO, 0, 512), &export, ALL);
+        let fast = ZeroFlags {
+            fast: true,
+            ..ZeroFlags::default()
+        };
+        assert_eq!(verdict, Verdict::Run(Command::Zero(fast)));
+        let verdict = admit(&request(1, flag::FAST_ZERO, 0, 512), &export, ALL);
+        assert!(matches!(verdict, Verdict::Refuse(error) if error.errno == NbdErrno::Inval));
     }
 
     #[test]

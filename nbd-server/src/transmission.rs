@@ -18,7 +18,7 @@ use crate::budget::Holding;
 use crate::connection::{ConnectionError, ServeOptions};
 use crate::decoder::{Decoder, Job, Step};
 use crate::error::ExportError;
-use crate::export::Export;
+use crate::export::{Export, MetaContext};
 use crate::limits;
 use crate::output::{Output, Sent};
 use crate::reply::{self, Outcome};
@@ -57,7 +57,10 @@ async fn execute<E: Export>(export: E, job: Job) -> Completion {
             .await
             .map(|()| Outcome::Done),
         Command::Cache => export.cache(offset, len).await.map(|()| Outcome::Done),
-        Command::Status { .. } => export.block_status(offset, len).await.map(Outcome::Status),
+        Command::Status { .. } => export
+            .block_status(&MetaContext::Allocation, offset, len)
+            .await
+            .map(Outcome::Status),
         Command::Nothing => Ok(Outcome::Done),
     };
     Completion {
@@ -174,6 +177,9 @@ where
                 Step::Run(job) => self.run(cx, job),
                 Step::Refuse(request, error) => self.refuse(request, error),
                 Step::End(ending) => self.ending = Some(ending),
+            }
+            if self.output.is_much() {
+                self.send(cx);
             }
         }
         Pause::Ended

@@ -84,6 +84,7 @@ pub(crate) mod transmission {
     pub(crate) const SEND_DF: u16 = 1 << 7;
     pub(crate) const CAN_MULTI_CONN: u16 = 1 << 8;
     pub(crate) const SEND_CACHE: u16 = 1 << 10;
+    pub(crate) const SEND_FAST_ZERO: u16 = 1 << 11;
 }
 
 pub(crate) mod command {
@@ -104,6 +105,7 @@ pub(crate) mod flag {
     pub(crate) const NO_HOLE: u16 = 1 << 1;
     pub(crate) const DF: u16 = 1 << 2;
     pub(crate) const REQ_ONE: u16 = 1 << 3;
+    pub(crate) const FAST_ZERO: u16 = 1 << 4;
 }
 
 pub(crate) mod chunk {
@@ -119,8 +121,6 @@ pub(crate) mod chunk {
 /// The one metadata context that is served, and its id on the wire.
 pub(crate) const ALLOCATION_CONTEXT: &str = "base:allocation";
 pub(crate) const ALLOCATION_ID: u32 = 1;
-pub(crate) const STATUS_HOLE: u32 = 1;
-pub(crate) const STATUS_ZERO: u32 = 2;
 
 /// The big-endian integer of `N` bytes at the front, and what follows; `None` if the bytes do not suffice.
 pub(crate) fn take<const N: usize>(bytes: &[u8]) -> Option<([u8; N], &[u8])> {

@@ -8,7 +8,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use nbd_server::{
     Budget, ConnectionError, Export, ExportEntry, ExportError, ExportInfo, Exports, Extent,
-    OpenError, Peer, ReadReply, ServeOptions, Shutdown, ZeroFlags, limits, serve_connection,
+    MetaContext, OpenError, Peer, ReadReply, ServeOptions, Shutdown, ZeroFlags, limits,
+    serve_connection,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::watch;
@@ -81,12 +82,13 @@ impl Export for Gated {
         Ok(())
     }
 
-    async fn block_status(&self, _offset: u64, len: u64) -> Result<Vec<Extent>, ExportError> {
-        Ok(vec![Extent {
-            len,
-            hole: false,
-            zero: false,
-        }])
+    async fn block_status(
+        &self,
+        _context: &MetaContext,
+        _offset: u64,
+        len: u64,
+    ) -> Result<Vec<Extent>, ExportError> {
+        Ok(vec![Extent::allocation(len, false, false)])
     }
 }
 
@@ -467,12 +469,13 @@ fn an_export_with_send_futures_can_be_served_by_a_multi_thread_runtime() {
         async fn cache(&self, _offset: u64, _len: u64) -> Result<(), ExportError> {
             Ok(())
         }
-        async fn block_status(&self, _offset: u64, len: u64) -> Result<Vec<Extent>, ExportError> {
-            Ok(vec![Extent {
-                len,
-                hole: true,
-                zero: true,
-            }])
+        async fn block_status(
+            &self,
+            _context: &MetaContext,
+            _offset: u64,
+            len: u64,
+        ) -> Result<Vec<Extent>, ExportError> {
+            Ok(vec![Extent::allocation(len, true, true)])
         }
     }
     impl Exports for Zeroes {

@@ -8,8 +8,8 @@ use crate::data::volume::Volume;
 use crate::id::SnapshotId;
 use bytes::Bytes;
 use nbd_server::{
-    Export, ExportEntry, ExportError, ExportInfo, Exports, Extent, NbdErrno, OpenError, Peer,
-    ReadPart, ReadReply, ZeroFlags,
+    Export, ExportEntry, ExportError, ExportInfo, Exports, Extent, MetaContext, NbdErrno,
+    OpenError, Peer, ReadPart, ReadReply, ZeroFlags,
 };
 use std::rc::Rc;
 use std::time::Duration;
@@ -159,12 +159,15 @@ impl Export for NbdExport {
         Ok(())
     }
 
-    async fn block_status(&self, offset: u64, len: u64) -> Result<Vec<Extent>, ExportError> {
+    async fn block_status(
+        &self,
+        _context: &MetaContext,
+        offset: u64,
+        len: u64,
+    ) -> Result<Vec<Extent>, ExportError> {
         let extents = self.volume.extents(offset, len).await.map_err(refuse)?;
-        let extent = |(len_bytes, allocated): (u32, bool)| Extent {
-            len: u64::from(len_bytes),
-            hole: !allocated,
-            zero: !allocated,
+        let extent = |(len_bytes, allocated): (u32, bool)| {
+            Extent::allocation(u64::from(len_bytes), !allocated, !allocated)
         };
         Ok(extents.into_iter().map(extent).collect())
     }

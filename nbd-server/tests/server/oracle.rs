@@ -320,7 +320,7 @@ fn requests_get_the_recommended_answer_and_the_connection_lives() {
     let mut raw = Raw::opened(&server, false);
     let wrap = u64::MAX - 511;
     let (read, write, flush, trim, cache, zero, status) = (0, 1, 3, 4, 5, 6, 7);
-    let rows: [(&str, u16, u16, u64, u32, u32); 43] = [
+    let rows: [(&str, u16, u16, u64, u32, u32); 44] = [
         ("read of nothing", read, 0, 0, 0, 0),
         ("write of nothing", write, 0, 0, 0, 0),
         ("trim of nothing", trim, 0, 0, 0, 0),
@@ -358,7 +358,7 @@ fn requests_get_the_recommended_answer_and_the_connection_lives() {
         ("write with FUA", write, 1, 0, 4096, 0),
         ("zeroes with FUA", zero, 1, 0, 4096, 0),
         ("zeroes with NO_HOLE", zero, 2, 0, 4096, 0),
-        ("zeroes with FAST_ZERO", zero, 16, 0, 4096, EINVAL),
+        ("zeroes with FAST_ZERO", zero, 16, 0, 4096, 0),
         ("trim of 48 MiB", trim, 0, 0, 48 << 20, 0),
         ("zeroes of 48 MiB", zero, 0, 0, 48 << 20, 0),
         ("read with DF but without chunks", read, 4, 0, 512, EINVAL),
@@ -375,6 +375,7 @@ fn requests_get_the_recommended_answer_and_the_connection_lives() {
         ("block status without context", status, 0, 0, 512, EINVAL),
         ("RESIZE", 8, 0, 4096, 0, EINVAL),
         ("unknown request", 99, 0, 0, 512, EINVAL),
+        ("write with FAST_ZERO", write, 16, 0, 512, EINVAL),
         ("unknown request 65535", u16::MAX, 0, 0, 0, EINVAL),
         ("write of 33 MiB", write, 0, 0, 33 << 20, 0),
         ("write of 1 byte", write, 0, 4097, 1, EPERM_FREE),

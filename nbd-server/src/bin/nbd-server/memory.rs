@@ -6,7 +6,9 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use bytes::{Bytes, BytesMut};
-use nbd_server::{Export, ExportError, ExportInfo, Extent, ReadPart, ReadReply, ZeroFlags, limits};
+use nbd_server::{
+    Export, ExportError, ExportInfo, Extent, MetaContext, ReadPart, ReadReply, ZeroFlags, limits,
+};
 
 const CHUNK_BYTES: u64 = 64 << 10;
 /// Chunks of a leaf of the chunk table: 64 MiB of the export.
@@ -58,6 +60,7 @@ impl MemoryExport {
         Self {
             table,
             info: ExportInfo {
+                fast_zero: true,
                 read_only,
                 ..ExportInfo::new(size_bytes)
             },
@@ -175,20 +178,22 @@ impl Export for MemoryExport {
         Ok(())
     }
 
-    async fn block_status(&self, offset: u64, len: u64) -> Result<Vec<Extent>, ExportError> {
+    async fn block_status(
+        &self,
+        _context: &MetaContext,
+        offset: u64,
+        len: u64,
+    ) -> Result<Vec<Extent>, ExportError> {
         let mut extents: Vec<Extent> = Vec::new();
         for piece in pieces(offset, len) {
             let hole = !self.is_allocated(piece.chunk);
             let len_bytes = piece.len_bytes as u64;
+            let status = Extent::allocation(len_bytes, hole, hole);
             let is_full = extents.len() == limits::EXTENTS_MAX;
             match extents.last_mut() {
-                Some(last) if last.hole == hole => last.len += len_bytes,
+                Some(last) if last.flags == status.flags => last.len += len_bytes,
                 _ if is_full => break,
-                _ => extents.push(Extent {
-                    len: len_bytes,
-                    hole,
-                    zero: hole,
-                }),
+                _ => extents.push(status),
             }
         }
         Ok(extents)
@@ -219,10 +224,15 @@ mod tests {
         let holes = |extents: Vec<Extent>| {
             extents
                 .iter()
-                .map(|extent| (extent.len, extent.hole))
+                .map(|extent| (extent.len, extent.flags & Extent::HOLE != 0))
                 .collect::<Vec<_>>()
         };
-        let status = holes(memory.block_status(0, SIZE).await.unwrap());
+        let status = holes(
+            memory
+                .block_status(&MetaContext::Allocation, 0, SIZE)
+                .await
+                .unwrap(),
+        );
         assert_eq!(
             status,
             [
@@ -236,7 +246,12 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(
-            holes(memory.block_status(0, SIZE).await.unwrap()),
+            holes(
+                memory
+                    .block_status(&MetaContext::Allocation, 0, SIZE)
+                    .await
+                    .unwrap()
+            ),
             [(SIZE, true)]
         );
         memory
@@ -245,12 +260,19 @@ mod tests {
                 2,
                 ZeroFlags {
                     no_hole: true,
-                    fua: false,
+                    ..ZeroFlags::default()
                 },
             )
             .await
             .unwrap();
-        assert!(!memory.block_status(0, 1).await.unwrap()[0].hole);
+        assert_eq!(
+            memory
+                .block_status(&MetaContext::Allocation, 0, 1)
+                .await
+                .unwrap()[0]
+                .flags,
+            0
+        );
     }
 
     #[tokio::test]
