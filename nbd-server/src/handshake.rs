@@ -186,7 +186,7 @@ where
     fn start_tls(&mut self, data: &[u8]) -> Next<P::Export> {
         let refusal = match self.tls {
             _ if !data.is_empty() => (reply::ERR_INVALID, "STARTTLS has no payload"),
-            TlsStage::Off => (reply::ERR_POLICY, "this server offers no TLS"),
+            TlsStage::Off => (reply::ERR_UNSUP, "this server offers no TLS"),
             TlsStage::Inside => (reply::ERR_INVALID, "this connection is inside TLS already"),
             TlsStage::Offered | TlsStage::Required => {
                 self.reply(wire::option::STARTTLS, reply::ACK, &[]);

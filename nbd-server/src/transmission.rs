@@ -273,7 +273,13 @@ where
     fn receive(&mut self, cx: &mut Context<'_>) -> bool {
         let (target, max_bytes) = self.decoder.receive_target();
         let mut target = target.limit(max_bytes);
-        let received = pin!(self.stream.read_buf(&mut target)).poll(cx);
+        let received = match pin!(self.stream.read_buf(&mut target)).poll(cx) {
+            // Inside TLS: the client closed without the goodbye of TLS, as many do.
+            Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Poll::Ready(Ok(0))
+            }
+            received => received,
+        };
         match received {
             Poll::Ready(Ok(0)) if self.decoder.is_between_requests() => {
                 self.ending = Some(Ok(()));

@@ -3,4 +3,6 @@
 
 mod clients;
 mod oracle;
+mod pki;
 mod support;
+mod tls;
