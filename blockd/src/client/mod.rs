@@ -10,6 +10,8 @@ mod patience;
 mod replay;
 mod volume;
 
+pub use crate::data::forward::Since;
+pub use crate::id::LayerRun;
 pub use volume::Volume;
 
 use crate::admin::{AdminError, AdminErrorKind, AdminReply, AdminRequest, OpenInfo};
@@ -54,6 +56,8 @@ pub enum IoErrorKind {
     Gone,
     #[error("no answer before the deadline")]
     Deadline,
+    #[error("a server runs an older version, which cannot do this")]
+    OlderServer,
 }
 
 impl IoErrorKind {
@@ -66,6 +70,7 @@ impl IoErrorKind {
             Self::NoSpace => libc::ENOSPC,
             Self::Damaged | Self::Deadline => libc::EIO,
             Self::Gone => libc::ENXIO,
+            Self::OlderServer => libc::EOPNOTSUPP,
         }
     }
 }
