@@ -4,14 +4,18 @@ use std::io;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio_rustls::server::TlsStream;
+use tracing::debug;
 
 use crate::budget::Budget;
 use crate::export::{Export, Exports};
-use crate::handshake::{self, Opened};
+use crate::handshake::{self, Negotiated, Opened, TlsStage};
 use crate::limits;
+use crate::peer::Peer;
 use crate::request::Agreement;
 use crate::shutdown::Shutdown;
+use crate::tls::Tls;
 use crate::transmission;
 
 /// How connections are served.
@@ -25,6 +29,8 @@ pub struct ServeOptions {
     pub budget: Budget,
     /// Asks connections to answer what they have read and close.
     pub shutdown: Shutdown,
+    /// What is offered at STARTTLS; `None` refuses it.
+    pub tls: Option<Tls>,
 }
 
 impl Default for ServeOptions {
@@ -34,6 +40,7 @@ impl Default for ServeOptions {
             stall_deadline: limits::STALL_DEADLINE,
             budget: Budget::default(),
             shutdown: Shutdown::never(),
+            tls: None,
         }
     }
 }
@@ -69,6 +76,12 @@ pub enum ConnectionError {
     /// EXPORT_NAME, which has no error reply, named no export that can be opened.
     #[error("EXPORT_NAME failed and has no error reply: {0}")]
     ExportName(String),
+    /// EXPORT_NAME, which has no error reply, came without TLS.
+    #[error("the client sent EXPORT_NAME without TLS, which is required here")]
+    TlsRequired,
+    /// The TLS handshake failed.
+    #[error("the TLS handshake failed: {0}")]
+    TlsHandshake(io::Error),
     /// A request does not start with its magic number.
     #[error("a request does not start with its magic number: the client is out of sync")]
     RequestMagic,
@@ -85,7 +98,8 @@ pub enum ConnectionError {
 ///
 /// Every request that was started runs to its end before this returns. Dropping the future drops them.
 pub async fn serve_connection<S, P>(
-    mut stream: S,
+    stream: S,
+    peer: Peer,
     exports: P,
     options: ServeOptions,
 ) -> Result<(), ConnectionError>
@@ -93,17 +107,84 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
     P: Exports,
 {
-    let opened = tokio::select! {
-        opened = tokio::time::timeout(options.handshake_deadline, handshake::negotiate(&mut stream, &exports)) => {
-            opened.map_err(|_| ConnectionError::HandshakeDeadline(options.handshake_deadline))??
+    let deadline = options.handshake_deadline;
+    let tls = options.tls.as_ref();
+    let ready = tokio::select! {
+        ready = tokio::time::timeout(deadline, prepare(stream, peer, &exports, tls)) => {
+            ready.map_err(|_| ConnectionError::HandshakeDeadline(deadline))??
         }
-        () = options.shutdown.clone().given() => None,
+        () = options.shutdown.clone().given() => Ready::Left,
     };
-    match opened {
-        Some(Opened { export, agreed }) => {
-            transmission::transmit(stream, export, agreed, options).await
+    match ready {
+        Ready::Plain(stream, opened) => {
+            transmission::transmit(stream, opened.export, opened.agreed, options).await
         }
-        None => Ok(()),
+        Ready::Tls(stream, opened) => {
+            transmission::transmit(*stream, opened.export, opened.agreed, options).await
+        }
+        Ready::Left => Ok(()),
+    }
+}
+
+/// A connection after its handshake.
+enum Ready<S, E> {
+    Plain(S, Opened<E>),
+    Tls(Box<TlsStream<BufReader<S>>>, Opened<E>),
+    Left,
+}
+
+/// The whole handshake, with the one of TLS in its midst if the client asks for it.
+async fn prepare<S, P>(
+    mut stream: S,
+    peer: Peer,
+    exports: &P,
+    tls: Option<&Tls>,
+) -> Result<Ready<S, P::Export>, ConnectionError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    P: Exports,
+{
+    let stage = match tls {
+        None => TlsStage::Off,
+        Some(tls) if tls.is_required() => TlsStage::Required,
+        Some(_) => TlsStage::Offered,
+    };
+    let flags = handshake::greet(&mut stream).await?;
+    match (
+        handshake::negotiate(&mut stream, flags, exports, &peer, stage).await?,
+        tls,
+    ) {
+        (Negotiated::Opened(opened), _) => Ok(Ready::Plain(stream, opened)),
+        (Negotiated::StartTls, Some(tls)) => {
+            prepare_inside_tls(stream, flags, peer, exports, tls).await
+        }
+        (Negotiated::StartTls, None) | (Negotiated::Left, _) => Ok(Ready::Left),
+    }
+}
+
+async fn prepare_inside_tls<S, P>(
+    stream: S,
+    flags: u16,
+    peer: Peer,
+    exports: &P,
+    tls: &Tls,
+) -> Result<Ready<S, P::Export>, ConnectionError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    P: Exports,
+{
+    let accepted = tls.accept(stream).await;
+    let (mut stream, names) = accepted.map_err(ConnectionError::TlsHandshake)?;
+    let peer = peer.inside_tls(names);
+    debug!(%peer, "inside TLS");
+    let stage = TlsStage::Inside;
+    match handshake::negotiate(&mut stream, flags, exports, &peer, stage).await? {
+        Negotiated::Opened(opened) => Ok(Ready::Tls(Box::new(stream), opened)),
+        Negotiated::StartTls | Negotiated::Left => {
+            // The client may be gone already.
+            let _ = stream.shutdown().await;
+            Ok(Ready::Left)
+        }
     }
 }
 

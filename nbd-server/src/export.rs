@@ -14,6 +14,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::error::{ExportError, OpenError};
+use crate::peer::Peer;
 
 /// What a client may know of an export. Read anew for every request, so it must be cheap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,8 +224,12 @@ pub trait Exports: Clone + 'static {
     type Export: Export;
 
     /// The names that this client may see. An error refuses the list (ERR_POLICY, ERR_SHUTDOWN).
-    fn list(&self) -> impl Future<Output = Result<Vec<ExportEntry>, OpenError>>;
+    fn list(&self, peer: &Peer) -> impl Future<Output = Result<Vec<ExportEntry>, OpenError>>;
 
     /// Opens an export; the empty name asks for the default one. Called for INFO, GO and EXPORT_NAME only, never before.
-    fn open(&self, name: &str) -> impl Future<Output = Result<Self::Export, OpenError>>;
+    fn open(
+        &self,
+        name: &str,
+        peer: &Peer,
+    ) -> impl Future<Output = Result<Self::Export, OpenError>>;
 }

@@ -9,6 +9,7 @@ use crate::error::OpenError;
 use crate::export::{Export, ExportEntry, Exports};
 use crate::limits;
 use crate::option::{self, OptionHead, Refusal};
+use crate::peer::Peer;
 use crate::request::Agreement;
 use crate::wire::{self, reply};
 
@@ -23,19 +24,42 @@ pub(crate) struct Opened<E> {
     pub(crate) agreed: Agreement,
 }
 
-/// Negotiates; `None` when the client leaves politely.
+/// How the options before GO end.
+pub(crate) enum Negotiated<E> {
+    Opened(Opened<E>),
+    /// The client leaves politely.
+    Left,
+    /// The next byte of either side is one of TLS.
+    StartTls,
+}
+
+/// What STARTTLS means now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TlsStage {
+    Off,
+    Offered,
+    Required,
+    /// The connection is inside TLS.
+    Inside,
+}
+
+/// Negotiates, with nothing agreed yet but the flags of `greet`; so what was agreed before STARTTLS is forgotten inside TLS.
 pub(crate) async fn negotiate<S, P>(
     stream: &mut S,
+    flags: u16,
     exports: &P,
-) -> Result<Option<Opened<P::Export>>, ConnectionError>
+    peer: &Peer,
+    tls: TlsStage,
+) -> Result<Negotiated<P::Export>, ConnectionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
     P: Exports,
 {
-    let flags = greet(stream).await?;
     let mut handshake = Handshake {
         stream,
         exports,
+        peer,
+        tls,
         out: Vec::new(),
         fixed: flags & wire::FIXED_NEWSTYLE != 0,
         no_zeroes: flags & wire::NO_ZEROES != 0,
@@ -47,17 +71,26 @@ where
             Next::Option => handshake.send().await?,
             Next::Open(opened) => {
                 handshake.send().await?;
-                return Ok(Some(opened));
+                return Ok(Negotiated::Opened(opened));
             }
-            // The client may be gone already: it need not wait for the answer.
-            Next::Leave => return Ok(handshake.send().await.map_or(None, |()| None)),
+            Next::StartTls => {
+                handshake.send().await?;
+                return Ok(Negotiated::StartTls);
+            }
+            Next::Leave => {
+                // The client may be gone already: it need not wait for the answer.
+                let _ = handshake.send().await;
+                return Ok(Negotiated::Left);
+            }
         }
     }
     Err(ConnectionError::TooManyOptions)
 }
 
 /// Sends the greeting and returns the client's flags.
-async fn greet<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Result<u16, ConnectionError> {
+pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+) -> Result<u16, ConnectionError> {
     let offered = wire::FIXED_NEWSTYLE | wire::NO_ZEROES;
     let mut greeting = wire::GREETING_MAGIC.to_be_bytes().to_vec();
     greeting.extend_from_slice(&wire::OPTION_MAGIC.to_be_bytes());
@@ -74,12 +107,15 @@ async fn greet<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Result<u16,
 enum Next<E> {
     Option,
     Open(Opened<E>),
+    StartTls,
     Leave,
 }
 
 struct Handshake<'a, S, P> {
     stream: &'a mut S,
     exports: &'a P,
+    peer: &'a Peer,
+    tls: TlsStage,
     out: Vec<u8>,
     fixed: bool,
     no_zeroes: bool,
@@ -108,10 +144,15 @@ where
         if !self.fixed && head.option != wire::option::EXPORT_NAME {
             return Err(ConnectionError::NotFixed(head.option));
         }
-        let Some(data) = self.read_data(head).await? else {
+        let data = self.read_data(head).await?;
+        if self.needs_tls_first(head.option) {
+            return self.refuse_without_tls(head.option);
+        }
+        let Some(data) = data else {
             return self.too_large(head.option);
         };
         match head.option {
+            wire::option::STARTTLS => Ok(self.start_tls(&data)),
             wire::option::EXPORT_NAME => self.export_name(&data).await,
             wire::option::GO => Ok(self.go(&data).await),
             wire::option::ABORT => {
@@ -125,6 +166,35 @@ where
                 Ok(Next::Option)
             }
         }
+    }
+
+    /// Whether this client must ask for STARTTLS before it may send this option.
+    fn needs_tls_first(&self, option: u32) -> bool {
+        let always = [wire::option::STARTTLS, wire::option::ABORT];
+        self.tls == TlsStage::Required && !always.contains(&option)
+    }
+
+    fn refuse_without_tls(&mut self, option: u32) -> Result<Next<P::Export>, ConnectionError> {
+        if option == wire::option::EXPORT_NAME {
+            return Err(ConnectionError::TlsRequired);
+        }
+        let text = "this server requires TLS; send STARTTLS first";
+        self.refuse(option, Refusal::new(reply::ERR_TLS_REQD, text));
+        Ok(Next::Option)
+    }
+
+    fn start_tls(&mut self, data: &[u8]) -> Next<P::Export> {
+        let refusal = match self.tls {
+            _ if !data.is_empty() => (reply::ERR_INVALID, "STARTTLS has no payload"),
+            TlsStage::Off => (reply::ERR_POLICY, "this server offers no TLS"),
+            TlsStage::Inside => (reply::ERR_INVALID, "this connection is inside TLS already"),
+            TlsStage::Offered | TlsStage::Required => {
+                self.reply(wire::option::STARTTLS, reply::ACK, &[]);
+                return Next::StartTls;
+            }
+        };
+        self.refuse(wire::option::STARTTLS, Refusal::new(refusal.0, refusal.1));
+        Next::Option
     }
 
     /// The payload of an option; `None` when it was skipped because it is too large to look at.
@@ -160,7 +230,7 @@ where
                     "the name is too long".to_owned(),
                 ));
             }
-            wire::option::ABORT | wire::option::LIST => {
+            wire::option::ABORT | wire::option::LIST | wire::option::STARTTLS => {
                 Refusal::new(reply::ERR_INVALID, "unexpected payload")
             }
             wire::option::INFO..=wire::option::SET_META_CONTEXT => {
@@ -201,7 +271,7 @@ where
         if !data.is_empty() {
             return Ok(Err(Refusal::new(reply::ERR_INVALID, "LIST has no payload")));
         }
-        let entries = match self.exports.list().await {
+        let entries = match self.exports.list(self.peer).await {
             Ok(entries) => entries,
             Err(error) => return Ok(Err(open_refusal(&error))),
         };
@@ -279,7 +349,7 @@ where
         let asked = option::parse_info(data)?;
         let export = self
             .exports
-            .open(asked.name)
+            .open(asked.name, self.peer)
             .await
             .map_err(|error| open_refusal(&error))?;
         let description = export.description();
@@ -321,7 +391,7 @@ where
             .map_err(|refusal| ConnectionError::ExportName(refusal.text.into_owned()))?;
         let export = self
             .exports
-            .open(name)
+            .open(name, self.peer)
             .await
             .map_err(|error| ConnectionError::ExportName(error.to_string()))?;
         option::put_export_name(

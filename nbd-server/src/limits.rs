@@ -37,8 +37,13 @@ pub const SHARED_PAYLOAD_BYTES: u64 = 256 << 20;
 /// Slices in one vectored write: enough for 32 replies with header and payload.
 pub const WRITE_SLICES: usize = 64;
 
+/// Reply bytes that are sent before further requests are executed: they are still in the processor's cache.
+pub const SEND_BYTES: usize = 256 << 10;
+
 /// Connections of one server, handshakes included: 256 MiB of receive buffers.
 pub const CONNECTIONS_MAX: usize = 1024;
+/// Connections from one address, so that one client does not keep all others out.
+pub const CONNECTIONS_PER_ADDRESS_MAX: usize = 512;
 /// Pending connections in the kernel: a burst of clients that reconnect at once.
 pub const LISTEN_BACKLOG: u32 = 1024;
 /// Time for the whole handshake.
@@ -77,6 +82,10 @@ const _: () = assert!(
 const _: () = assert!(
     OPTION_BYTES <= OPTION_DRAIN_BYTES,
     "an option that is looked at is also in sync"
+);
+const _: () = assert!(
+    CONNECTIONS_PER_ADDRESS_MAX < CONNECTIONS_MAX,
+    "one address must not take everything"
 );
 const _: () = assert!(
     EXTENTS_MAX <= 1 << 20 && ERROR_TEXT_BYTES <= 4096,

@@ -178,6 +178,9 @@ where
                 Step::Refuse(request, error) => self.refuse(request, error),
                 Step::End(ending) => self.ending = Some(ending),
             }
+            if self.output.is_much() {
+                self.send(cx);
+            }
         }
         Pause::Ended
     }
@@ -256,6 +259,10 @@ where
                 }
                 Poll::Pending => break,
             }
+        }
+        // A stream may keep what it took (TLS does) until it is told that nothing follows.
+        if let Poll::Ready(Err(error)) = Pin::new(&mut self.stream).poll_flush(cx) {
+            self.fail(error.into());
         }
         self.unanswered -= total.replies;
         self.holding.put_back(total.held_bytes);

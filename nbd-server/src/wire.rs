@@ -41,6 +41,7 @@ pub(crate) mod option {
     pub(crate) const EXPORT_NAME: u32 = 1;
     pub(crate) const ABORT: u32 = 2;
     pub(crate) const LIST: u32 = 3;
+    pub(crate) const STARTTLS: u32 = 5;
     pub(crate) const INFO: u32 = 6;
     pub(crate) const GO: u32 = 7;
     pub(crate) const STRUCTURED_REPLY: u32 = 8;
@@ -57,6 +58,7 @@ pub(crate) mod reply {
     pub(crate) const ERR_UNSUP: u32 = 0x8000_0001;
     pub(crate) const ERR_POLICY: u32 = 0x8000_0002;
     pub(crate) const ERR_INVALID: u32 = 0x8000_0003;
+    pub(crate) const ERR_TLS_REQD: u32 = 0x8000_0005;
     pub(crate) const ERR_UNKNOWN: u32 = 0x8000_0006;
     pub(crate) const ERR_SHUTDOWN: u32 = 0x8000_0007;
     pub(crate) const ERR_TOO_BIG: u32 = 0x8000_0009;

@@ -8,7 +8,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use nbd_server::{
     Budget, ConnectionError, Export, ExportEntry, ExportError, ExportInfo, Exports, Extent,
-    MetaContext, OpenError, ReadReply, ServeOptions, Shutdown, ZeroFlags, limits, serve_connection,
+    MetaContext, OpenError, Peer, ReadReply, ServeOptions, Shutdown, ZeroFlags, limits,
+    serve_connection,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::watch;
@@ -94,11 +95,11 @@ impl Export for Gated {
 impl Exports for Gated {
     type Export = Self;
 
-    async fn list(&self) -> Result<Vec<ExportEntry>, OpenError> {
+    async fn list(&self, _peer: &Peer) -> Result<Vec<ExportEntry>, OpenError> {
         Err(OpenError::Policy("the list is private".into()))
     }
 
-    async fn open(&self, name: &str) -> Result<Self, OpenError> {
+    async fn open(&self, name: &str, _peer: &Peer) -> Result<Self, OpenError> {
         match name {
             "draining" => Err(OpenError::Shutdown("this server is going down".into())),
             _ => Ok(self.clone()),
@@ -132,6 +133,7 @@ impl Bench {
             client,
             tokio::task::spawn_local(serve_connection(
                 server,
+                Peer::default(),
                 self.exports.clone(),
                 options.clone(),
             )),
@@ -478,10 +480,10 @@ fn an_export_with_send_futures_can_be_served_by_a_multi_thread_runtime() {
     }
     impl Exports for Zeroes {
         type Export = Self;
-        async fn list(&self) -> Result<Vec<ExportEntry>, OpenError> {
+        async fn list(&self, _peer: &Peer) -> Result<Vec<ExportEntry>, OpenError> {
             Ok(Vec::new())
         }
-        async fn open(&self, _name: &str) -> Result<Self, OpenError> {
+        async fn open(&self, _name: &str, _peer: &Peer) -> Result<Self, OpenError> {
             Ok(self.clone())
         }
     }
@@ -492,6 +494,7 @@ fn an_export_with_send_futures_can_be_served_by_a_multi_thread_runtime() {
         let (mut client, server) = tokio::io::duplex(1 << 10);
         let served = tokio::task::spawn_local(spawnable(serve_connection(
             server,
+            Peer::default(),
             Zeroes,
             ServeOptions::default(),
         )));

@@ -13,7 +13,7 @@ use crate::limits::{STATUS_BYTES_MAX, STATUS_PAGES_MAX};
 use bytes::Bytes;
 use nbd_server::{
     Export, ExportEntry, ExportError, ExportInfo, Exports, Extent, MetaContext, NbdErrno,
-    OpenError, ReadPart, ReadReply, ZeroFlags,
+    OpenError, Peer, ReadPart, ReadReply, ZeroFlags,
 };
 use std::rc::Rc;
 use std::sync::Arc;
@@ -50,7 +50,7 @@ impl NbdExports {
 impl Exports for NbdExports {
     type Export = NbdExport;
 
-    async fn list(&self) -> Result<Vec<ExportEntry>, OpenError> {
+    async fn list(&self, _peer: &Peer) -> Result<Vec<ExportEntry>, OpenError> {
         let state = self.member()?.registry.state();
         let mut entries = Vec::new();
         for volume in state.volumes() {
@@ -68,7 +68,7 @@ impl Exports for NbdExports {
         Ok(entries)
     }
 
-    async fn open(&self, name: &str) -> Result<NbdExport, OpenError> {
+    async fn open(&self, name: &str, _peer: &Peer) -> Result<NbdExport, OpenError> {
         let member = self.member()?;
         let unknown =
             || OpenError::Unknown(format!("there is no volume or snapshot {name:?}").into());

@@ -8,6 +8,7 @@
 //! each slot holds), `catalog-a` and `catalog-b` (volumes and snapshots). Each format is described at
 //! the top of its module.
 
+mod buffers;
 mod catalog;
 mod codec;
 mod engine;
