@@ -11,6 +11,8 @@ mod patience;
 mod replay;
 mod volume;
 
+pub use crate::data::forward::Since;
+pub use crate::id::LayerRun;
 pub use lease::{HolderText, Lease};
 pub use volume::Volume;
 
@@ -68,6 +70,8 @@ pub enum IoErrorKind {
     Gone,
     #[error("no answer before the deadline")]
     Deadline,
+    #[error("a server runs an older version, which cannot do this")]
+    OlderServer,
 }
 
 impl IoErrorKind {
@@ -80,6 +84,7 @@ impl IoErrorKind {
             Self::NoSpace => libc::ENOSPC,
             Self::Damaged | Self::Deadline => libc::EIO,
             Self::Gone => libc::ENXIO,
+            Self::OlderServer => libc::EOPNOTSUPP,
         }
     }
 }

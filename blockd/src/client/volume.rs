@@ -8,9 +8,9 @@ use super::replay::{Change, Replay};
 use super::{Client, ClientError, Extent, IoErrorKind, OwnerState};
 use crate::admin::OpenInfo;
 use crate::data::error::DataError;
-use crate::data::forward::{self, ForwardError, PartIo};
+use crate::data::forward::{self, ForwardError, PartIo, Since};
 use crate::data::router::{Part, RoutingTable};
-use crate::id::NodeNo;
+use crate::id::{LayerRun, NodeNo};
 use crate::io::link::Link;
 use crate::io::wire::{Frame, Kind, Run, decode_extents, decode_runs};
 use crate::limits::{CLIENT_ZERO_BYTES, REQUEST_PART_BYTES};
@@ -301,6 +301,52 @@ impl Volume {
             }
         }
         Ok(extents)
+    }
+
+    /// The snapshot `name` of this volume, for [`Self::layers`].
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when there is no such snapshot.
+    pub async fn since(&self, name: &str) -> Result<Since, ClientError> {
+        let opened = self.opened();
+        let volume = self.shared.name.split('@').next().unwrap_or_default();
+        let target = format!("{volume}@{name}");
+        let info = self.shared.client.open_info(&target).await?;
+        match info.snapshot {
+            Some(id) if info.volume.id == opened.info.volume.id => {
+                Ok(Since::new(id, info.size_bytes, opened.table.page_bytes()))
+            }
+            _ => Err(failed("since", 0, 0, IoErrorKind::Gone)),
+        }
+    }
+
+    /// In which layers the range was written and what may differ from the snapshot `since`, older
+    /// or newer, in order, covering the range exactly. Exact to 4 KiB that were written or zeroed
+    /// meanwhile, whatever they hold now. Without `since`, all data counts as changed.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn layers(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u64,
+        since: Option<Since>,
+    ) -> Result<Vec<LayerRun>, ClientError> {
+        let snapshot = self.opened().info.snapshot;
+        let io = PartIo::Layers { snapshot, since };
+        let ended = self.run("layers", offset_bytes, len_bytes, &io).await?;
+        let mut layers = Vec::new();
+        for (part, reply) in ended {
+            let runs = forward::layers_of(reply, part.len_bytes).map_err(|error| {
+                let reason = match error {
+                    DataError::Unavailable(_) => IoErrorKind::OlderServer,
+                    _ => IoErrorKind::Damaged,
+                };
+                failed("layers", offset_bytes, len_bytes, reason)
+            })?;
+            runs.into_iter().for_each(|run| run.append_to(&mut layers));
+        }
+        Ok(layers)
     }
 
     /// Reads size and routing table anew (after a resize).
