@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "system/attach_socket.rs"]
+mod attach_socket;
 #[path = "system/bad_requests.rs"]
 mod bad_requests;
 #[path = "system/bad_state.rs"]
