@@ -23,7 +23,7 @@ pub struct ServeOptions {
     pub stall_deadline: Duration,
     /// Payload bytes that all connections with a clone of these options share.
     pub budget: Budget,
-    /// Asks connections to answer what they have read and close.
+    /// Asks connections to end: see [`Shutdown`].
     pub shutdown: Shutdown,
 }
 
@@ -93,11 +93,16 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
     P: Exports,
 {
+    let drained = async {
+        options.shutdown.clone().given().await;
+        tokio::time::sleep(limits::DRAIN_GRACE).await;
+    };
+    let negotiated = handshake::negotiate(&mut stream, &exports, &options.shutdown);
     let opened = tokio::select! {
-        opened = tokio::time::timeout(options.handshake_deadline, handshake::negotiate(&mut stream, &exports)) => {
+        opened = tokio::time::timeout(options.handshake_deadline, negotiated) => {
             opened.map_err(|_| ConnectionError::HandshakeDeadline(options.handshake_deadline))??
         }
-        () = options.shutdown.clone().given() => None,
+        () = drained => None,
     };
     match opened {
         Some(Opened { export, agreed }) => {

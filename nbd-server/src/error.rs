@@ -22,7 +22,7 @@ pub enum NbdErrno {
     Overflow = 75,
     /// Not supported (only for WRITE_ZEROES with FAST_ZERO).
     NotSup = 95,
-    /// The server is going down; a Linux kernel client turns this into an IO error, so closing the connection is kinder.
+    /// The server is going down. The library never answers this by itself: nbd.ko and QEMU make an IO error of it (see `Shutdown`).
     Shutdown = 108,
 }
 

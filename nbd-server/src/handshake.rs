@@ -12,11 +12,13 @@ use crate::export::{Export, ExportEntry, Exports, MetaContext};
 use crate::limits;
 use crate::option::{self, OptionHead, Refusal};
 use crate::request::{Agreement, Headers};
+use crate::shutdown::Shutdown;
 use crate::wire::{self, reply};
 
 /// Reply bytes that are gathered before they are sent.
 const GATHER_BYTES: usize = 64 << 10;
 
+const GOING_DOWN: &str = "this server is going down; connect to another one";
 const NOT_SUPPORTED: &str = "this option is not supported";
 
 /// What the handshake ended with.
@@ -25,10 +27,11 @@ pub(crate) struct Opened<E> {
     pub(crate) agreed: Agreement,
 }
 
-/// Negotiates; `None` when the client leaves politely.
+/// Negotiates; `None` when the client leaves politely. Nothing is opened any more once the shutdown signal is given.
 pub(crate) async fn negotiate<S, P>(
     stream: &mut S,
     exports: &P,
+    shutdown: &Shutdown,
 ) -> Result<Option<Opened<P::Export>>, ConnectionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -38,6 +41,7 @@ where
     let mut handshake = Handshake {
         stream,
         exports,
+        shutdown,
         out: Vec::new(),
         fixed: flags & wire::FIXED_NEWSTYLE != 0,
         no_zeroes: flags & wire::NO_ZEROES != 0,
@@ -88,6 +92,7 @@ enum Next<E> {
 struct Handshake<'a, S, P> {
     stream: &'a mut S,
     exports: &'a P,
+    shutdown: &'a Shutdown,
     out: Vec<u8>,
     fixed: bool,
     no_zeroes: bool,
@@ -318,6 +323,9 @@ where
 
     async fn open(&self, name: &str) -> Result<P::Export, Refusal> {
         let opened = self.exports.open(name).await;
+        if self.shutdown.is_given() {
+            return Err(Refusal::new(reply::ERR_SHUTDOWN, GOING_DOWN));
+        }
         opened.map_err(|error| open_refusal(&error))
     }
 

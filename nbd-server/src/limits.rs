@@ -49,9 +49,15 @@ pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 pub const STALL_DEADLINE: Duration = Duration::from_secs(30);
 /// Silence on a TCP connection after which the kernel asks whether the peer still lives.
 pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+/// How long a draining server lets a handshake go on (to be told so), and waits for a client to close after it has closed itself.
+pub const DRAIN_GRACE: Duration = Duration::from_secs(1);
 /// How long a stopping server waits for requests in flight before it drops them.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
+const _: () = assert!(
+    DRAIN_GRACE.as_nanos() < DRAIN_DEADLINE.as_nanos(),
+    "a connection must end before it is dropped"
+);
 const _: () = assert!(
     ADVERTISED_PAYLOAD_BYTES <= PAYLOAD_BYTES,
     "what is advertised must be accepted"

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::BufMut;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
 use crate::budget::Holding;
@@ -116,6 +116,7 @@ where
         spare: None,
         unanswered: 0,
         ending: None,
+        drain: Drain::default(),
         stall: Stall {
             deadline: options.stall_deadline,
             timer: None,
@@ -123,8 +124,8 @@ where
         },
     };
     poll_fn(|cx| {
-        if transmission.ending.is_none() && shutdown.as_mut().poll(cx).is_ready() {
-            transmission.ending = Some(Ok(()));
+        if !transmission.drain.begun && transmission.ending.is_none() {
+            transmission.drain.begun = shutdown.as_mut().poll(cx).is_ready();
         }
         transmission.poll(cx)
     })
@@ -155,6 +156,7 @@ struct Transmission<S, E, M, F> {
     spare: Option<Pin<Box<F>>>,
     unanswered: u32,
     ending: Option<Result<(), ConnectionError>>,
+    drain: Drain,
     stall: Stall,
 }
 
@@ -172,11 +174,11 @@ where
             let sent = self.send(cx);
             let again = match pause {
                 Pause::Receive => self.receive(cx),
-                Pause::Full => sent || self.receive_ahead(cx),
+                Pause::Full => sent || !self.drain.begun && self.receive_ahead(cx),
                 Pause::Ended if self.running.is_empty() && self.output.is_empty() => {
                     return self.close(cx);
                 }
-                Pause::Ended => false,
+                Pause::Ended => self.drain.done && self.receive_ahead(cx),
             };
             if !again {
                 return self.rest(cx);
@@ -193,6 +195,10 @@ where
             let (export, agreed, holding) = (&self.export, &self.agreed, &mut self.holding);
             let admit = |request: &Request| request::admit(request, &export.info(), agreed);
             match self.decoder.next(admit, |bytes| holding.take(cx, bytes)) {
+                Step::Receive if self.drain.begun => {
+                    self.drain.done = true;
+                    self.ending = Some(Ok(()));
+                }
                 Step::Receive => return Pause::Receive,
                 Step::Wait => return Pause::Full,
                 Step::Run(job) => self.run_narrowed(cx, job),
@@ -370,7 +376,50 @@ where
         if Pin::new(&mut self.stream).poll_shutdown(cx).is_pending() {
             return Poll::Pending;
         }
+        if self.drain.done && self.drain.poll_closed(&mut self.stream, cx).is_pending() {
+            return Poll::Pending;
+        }
         Poll::Ready(self.ending.take().unwrap_or(Ok(())))
+    }
+}
+
+/// The end that the server wants.
+#[derive(Default)]
+struct Drain {
+    /// Nothing more is received for execution.
+    begun: bool,
+    /// Everything that was received before is started.
+    done: bool,
+    linger: Option<Pin<Box<Sleep>>>,
+}
+
+impl Drain {
+    /// Ready when the client has closed its side, too, or took too long. Until then what it sends is dropped: to close a TCP socket
+    /// with unread bytes would reset the connection, and replies that are still on their way would be lost.
+    fn poll_closed<S: AsyncRead + Unpin>(
+        &mut self,
+        stream: &mut S,
+        cx: &mut Context<'_>,
+    ) -> Poll<()> {
+        let grace = || Box::pin(tokio::time::sleep(limits::DRAIN_GRACE));
+        if self
+            .linger
+            .get_or_insert_with(grace)
+            .as_mut()
+            .poll(cx)
+            .is_ready()
+        {
+            return Poll::Ready(());
+        }
+        let mut dropped = [0; 4096];
+        loop {
+            let mut buffer = ReadBuf::new(&mut dropped);
+            match Pin::new(&mut *stream).poll_read(cx, &mut buffer) {
+                Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {}
+                Poll::Ready(_) => return Poll::Ready(()),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
     }
 }
 
