@@ -87,7 +87,7 @@ pub enum ConnectionError {
     RequestMagic,
     /// A refused WRITE is larger than `limits::DRAIN_BYTES`.
     #[error("a payload of {0} bytes is too large to be skipped")]
-    PayloadTooLarge(u32),
+    PayloadTooLarge(u64),
     /// The client held payload bytes without progress while others waited.
     #[error("the client made no progress for {0:?} while others waited for the payload budget")]
     Stalled(Duration),

@@ -41,6 +41,8 @@ pub struct ExportError {
     pub errno: NbdErrno,
     /// UTF-8 text for the reply; cut to `limits::ERROR_TEXT_BYTES` on the wire.
     pub message: Cow<'static, str>,
+    /// Where in the export it happened, if that is known; within the range of the request.
+    pub offset: Option<u64>,
 }
 
 impl ExportError {
@@ -49,6 +51,15 @@ impl ExportError {
         Self {
             errno,
             message: message.into(),
+            offset: None,
+        }
+    }
+
+    /// The same error, known to be at this offset.
+    pub fn at(self, offset: u64) -> Self {
+        Self {
+            offset: Some(offset),
+            ..self
         }
     }
 

@@ -21,8 +21,10 @@ pub const OPTION_DRAIN_BYTES: u32 = 1 << 20;
 pub const OPTIONS_MAX: u32 = 1024;
 /// Longest human text in bytes in an error reply (protocol maximum 4096; a line is enough).
 pub const ERROR_TEXT_BYTES: usize = 512;
-/// Extents in one BLOCK_STATUS reply (protocol maximum 2^20): 32 KiB of reply.
+/// Extents of one metadata context in a BLOCK_STATUS reply (protocol maximum 2^20): 32 or 64 KiB of reply.
 pub const EXTENTS_MAX: usize = 4096;
+/// Metadata contexts that one connection may select; listed are all.
+pub const CONTEXTS_MAX: usize = 64;
 
 /// Receive buffer of one connection in bytes: 62 requests of 4 KiB writes per receive.
 pub const RECEIVE_BYTES: usize = 256 << 10;
@@ -90,4 +92,12 @@ const _: () = assert!(
 const _: () = assert!(
     EXTENTS_MAX <= 1 << 20 && ERROR_TEXT_BYTES <= 4096,
     "protocol maxima"
+);
+const _: () = assert!(
+    CONTEXTS_MAX <= u64::BITS as usize,
+    "a subset of the selected contexts is a u64"
+);
+const _: () = assert!(
+    (CONTEXTS_MAX * (EXTENTS_MAX + 1) * 16) as u64 <= CONNECTION_PAYLOAD_BYTES,
+    "the largest BLOCK_STATUS reply must fit one connection"
 );

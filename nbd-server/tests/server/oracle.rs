@@ -165,7 +165,7 @@ fn options_are_refused_in_step() {
         ("unknown, 100 KB", 77, junk[..100_000].to_vec(), UNSUP),
         ("unknown, 1 MiB", 77, junk, UNSUP),
         ("STARTTLS", 5, vec![], UNSUP),
-        ("EXTENDED_HEADERS", 11, vec![], UNSUP),
+        ("EXTENDED_HEADERS with data", 11, b"x".to_vec(), INVALID),
         ("PEEK", 4, vec![], UNSUP),
         ("LIST with data", 3, b"x".to_vec(), INVALID),
         ("STRUCTURED_REPLY with data", 8, b"x".to_vec(), INVALID),
@@ -419,7 +419,7 @@ fn reads_of_any_size_are_exact_in_both_reply_forms() {
     let head = raw.take(20);
     assert_eq!(
         head[..8],
-        *b"\x66\x8e\x33\xef\0\x01\x80\x01",
+        *b"\x66\x8e\x33\xef\0\x01\x80\x02",
         "an error after STRUCTURED_REPLY must be a chunk"
     );
     let text = raw.take(u32::from_be_bytes(head[16..].try_into().unwrap()) as usize);
