@@ -6,7 +6,8 @@ use std::process::Command;
 use bytes::Bytes;
 use nbd_server::{
     Export, ExportEntry, ExportError, ExportInfo, Exports, Extent, Listener, MetaContext, NbdErrno,
-    OpenError, ReadPart, ReadReply, ServeOptions, Server, Shutdown, ZeroFlags, serve_connection,
+    OpenError, Peer, ReadPart, ReadReply, ServeOptions, Server, Shutdown, ZeroFlags,
+    serve_connection,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::task::LocalSet;
@@ -108,14 +109,14 @@ impl Export for Layered {
 impl Exports for Layered {
     type Export = Self;
 
-    async fn list(&self) -> Result<Vec<ExportEntry>, OpenError> {
+    async fn list(&self, _peer: &Peer) -> Result<Vec<ExportEntry>, OpenError> {
         Ok(vec![ExportEntry {
             name: "vol".to_owned(),
             description: "layers".to_owned(),
         }])
     }
 
-    async fn open(&self, name: &str) -> Result<Self, OpenError> {
+    async fn open(&self, name: &str, _peer: &Peer) -> Result<Self, OpenError> {
         match name {
             "vol" | "alias" => Ok(Self),
             _ => Err(OpenError::Unknown("only vol is here".into())),
@@ -129,7 +130,12 @@ struct Raw(DuplexStream);
 impl Raw {
     async fn greeted() -> Self {
         let (mut client, server) = tokio::io::duplex(1 << 20);
-        tokio::task::spawn_local(serve_connection(server, Layered, ServeOptions::default()));
+        tokio::task::spawn_local(serve_connection(
+            server,
+            Peer::default(),
+            Layered,
+            ServeOptions::default(),
+        ));
         client.read_exact(&mut [0; 18]).await.unwrap();
         client.write_all(&[0, 0, 0, 3]).await.unwrap();
         Self(client)
