@@ -92,7 +92,10 @@ impl From<ClientError> for AttachError {
             ClientError::Refused(refusal) => {
                 Self::new(AttachErrorKind::Refused(refusal.kind), refusal.message)
             }
-            ClientError::Io { .. } => Self::new(AttachErrorKind::System, message),
+            ClientError::Leased(_) => Self::new(AttachErrorKind::Conflict, message),
+            ClientError::Io { .. } | ClientError::Fenced { .. } => {
+                Self::new(AttachErrorKind::System, message)
+            }
         }
     }
 }

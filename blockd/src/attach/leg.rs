@@ -10,7 +10,7 @@ use crate::io::wire::Run;
 use bytes::Bytes;
 use nbd_server::{
     Export, ExportEntry, ExportError, ExportInfo, Exports, Extent, MetaContext, NbdErrno,
-    OpenError, ReadPart, ReadReply, ZeroFlags,
+    OpenError, Peer, ReadPart, ReadReply, ZeroFlags,
 };
 use std::rc::Rc;
 
@@ -146,14 +146,14 @@ pub(super) struct LegExports(pub(super) Leg);
 impl Exports for LegExports {
     type Export = Leg;
 
-    async fn list(&self) -> Result<Vec<ExportEntry>, OpenError> {
+    async fn list(&self, _peer: &Peer) -> Result<Vec<ExportEntry>, OpenError> {
         Ok(vec![ExportEntry {
             name: self.0.volume.name().to_owned(),
             description: self.0.description(),
         }])
     }
 
-    async fn open(&self, name: &str) -> Result<Leg, OpenError> {
+    async fn open(&self, name: &str, _peer: &Peer) -> Result<Leg, OpenError> {
         let only = self.0.volume.name();
         match name.is_empty() || name == only {
             true => Ok(self.0.clone()),
@@ -170,9 +170,15 @@ fn refuse(error: &ClientError) -> ExportError {
             IoErrorKind::OutOfRange => NbdErrno::Inval,
             IoErrorKind::ReadOnly => NbdErrno::Perm,
             IoErrorKind::NoSpace => NbdErrno::NoSpc,
-            IoErrorKind::Damaged | IoErrorKind::Deadline | IoErrorKind::Gone => NbdErrno::Io,
+            IoErrorKind::Damaged
+            | IoErrorKind::Deadline
+            | IoErrorKind::Gone
+            | IoErrorKind::OlderServer => NbdErrno::Io,
         },
-        ClientError::Unreachable { .. } | ClientError::Refused(_) => NbdErrno::Io,
+        ClientError::Fenced { .. } => NbdErrno::Perm,
+        ClientError::Unreachable { .. } | ClientError::Refused(_) | ClientError::Leased(_) => {
+            NbdErrno::Io
+        }
     };
     ExportError::new(errno, error.to_string())
 }
