@@ -2,12 +2,14 @@
 
 use super::control::{self, Asked, ControlReply, ControlRequest};
 use super::error::{AttachError, AttachErrorKind};
+use super::exclusive;
 use super::leg::Leg;
 use super::place::Place;
 use super::process::{self, Ready};
+use super::proxy::left_by;
 use super::record::{Lock, Record, Spec, StateDir, VolumeKey};
 use super::status::{Meter, ServerStatus, Status};
-use crate::client::{Client, ClientError, ClientOptions, Volume};
+use crate::client::{Client, ClientError, ClientOptions, Lease, Volume};
 use crate::io::host::unix_ms;
 use std::io;
 use std::rc::Rc;
@@ -15,7 +17,7 @@ use std::time::{Duration, Instant};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 /// How often the servers are asked for the size: `volume resize` reaches the device within it.
 const RESIZE_POLL: Duration = Duration::from_secs(1);
@@ -53,6 +55,7 @@ struct Daemon {
     client: Client,
     leg: Leg,
     place: Place,
+    lease: Option<Lease>,
     /// For its drop.
     _lock: Lock,
 }
@@ -67,6 +70,14 @@ impl Daemon {
             AttachError::new(AttachErrorKind::Served, text)
         })?;
         let before = dir.load(&key)?;
+        let wants_lease = match before.as_ref().filter(|before| left_by(before).is_some()) {
+            Some(before) => before.spec.exclusive,
+            None => spec.exclusive,
+        };
+        let lease = match wants_lease {
+            true => Some(exclusive::acquire(&client, &volume, before.as_ref()).await?),
+            false => None,
+        };
         let meter = Rc::new(Meter::default());
         let leg = Leg::new(volume, spec.read_only, meter);
         let mut record = Record::new(key, spec, unix_ms());
@@ -88,6 +99,7 @@ impl Daemon {
             client,
             leg,
             place,
+            lease,
             _lock: lock,
         };
         daemon.dir.save(&daemon.record)?;
@@ -134,10 +146,17 @@ impl Daemon {
                     Ok(()) => break,
                     Err(error) => tracing::warn!("signal ignored: {error}"),
                 },
-                () = self.place.ended() => {
+                () = self.place.gone() => {
                     tracing::warn!("the device was taken down by somebody else");
+                    self.place.remove_link();
                     self.forget()?;
                     break;
+                }
+                reason = exclusive::lost(self.lease.as_ref()) => {
+                    tracing::error!("no longer the only writer, every write fails: {reason}");
+                    self.leg.meter().failed(format!("no longer the only writer: {reason}"));
+                    self.record.spec.exclusive = false;
+                    self.lease = None;
                 }
                 _ = ticks.tick() => self.place.resize(self.leg.volume().size_bytes()).await,
             }
@@ -178,12 +197,20 @@ impl Daemon {
     /// Takes the place down and forgets the attachment; refuses while somebody uses the place.
     async fn detach(&mut self, force: bool) -> Result<(), AttachError> {
         self.place.take_down(force).await?;
-        let flushed = self.leg.volume().flush().await;
+        let flushed = timeout(self.record.spec.open_timeout, self.leg.volume().flush()).await;
+        if let Some(lease) = self.lease.take()
+            && let Err(error) = lease.release().await
+        {
+            tracing::warn!("the lease is not released, it expires: {error}");
+        }
         self.forget()?;
-        flushed.map_err(|error| {
-            let text = format!("detached, but the last flush failed: {error}");
-            AttachError::new(AttachErrorKind::System, text)
-        })
+        let reason = match flushed {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "a server does not answer".to_owned(),
+        };
+        tracing::warn!("detached, but what was not flushed may not survive a power cut: {reason}");
+        Ok(())
     }
 
     fn forget(&self) -> Result<(), AttachError> {

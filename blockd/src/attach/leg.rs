@@ -175,10 +175,11 @@ fn refuse(error: &ClientError) -> ExportError {
             | IoErrorKind::Gone
             | IoErrorKind::OlderServer => NbdErrno::Io,
         },
-        ClientError::Fenced { .. } => NbdErrno::Perm,
-        ClientError::Unreachable { .. } | ClientError::Refused(_) | ClientError::Leased(_) => {
-            NbdErrno::Io
-        }
+        // A filesystem must stop at once when somebody else has become the writer.
+        ClientError::Fenced { .. }
+        | ClientError::Leased(_)
+        | ClientError::Unreachable { .. }
+        | ClientError::Refused(_) => NbdErrno::Io,
     };
     ExportError::new(errno, error.to_string())
 }

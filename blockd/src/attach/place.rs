@@ -2,6 +2,8 @@
 
 use super::error::{AttachError, AttachErrorKind};
 use super::leg::{Leg, LegExports};
+use super::names;
+use super::proxy::{ProxyDevice, left_by};
 use super::record::{Record, StateDir};
 use nbd_server::{Listener, ServeOptions, Server, Shutdown, ShutdownSender};
 use std::future::pending;
@@ -11,6 +13,10 @@ use tokio::task::JoinHandle;
 
 pub(super) enum Place {
     Socket(SocketPlace),
+    Device {
+        device: Box<ProxyDevice>,
+        link: Option<PathBuf>,
+    },
 }
 
 impl Place {
@@ -22,43 +28,92 @@ impl Place {
         before: Option<&Record>,
         dir: &StateDir,
     ) -> Result<Self, AttachError> {
-        match record.spec.socket.clone() {
-            Some(path) => SocketPlace::listen(leg, &path).map(Self::Socket),
-            None => Err(AttachError::new(AttachErrorKind::Invalid, "--socket only")),
+        let left = before.and_then(|before| Some((before, left_by(before)?)));
+        if let Some((before, device)) = &left {
+            take_over(record, before, &device.path())?;
         }
+        if let Some(path) = &record.spec.socket {
+            return SocketPlace::listen(leg, path).map(Self::Socket);
+        }
+        // udev asks for the name as soon as the kernel has the device.
+        dir.save(record)?;
+        let device = ProxyDevice::connect(leg, record, left.map(|(_, device)| device)).await?;
+        record.device = Some(device.path());
+        dir.save(record)?;
+        let named = names::make(&record.spec.target, &device.path()).await;
+        let link = named.inspect_err(|error| tracing::warn!("no link: {error}"));
+        Ok(Self::Device {
+            device: Box::new(device),
+            link: link.ok(),
+        })
     }
 
     /// `/dev/blockd/VOL`.
     pub(super) fn link(&self) -> Option<PathBuf> {
         match self {
             Self::Socket(_) => None,
+            Self::Device { link, .. } => link.clone(),
         }
     }
 
-    /// Gives a device the size of its volume.
+    /// Gives a device the size of its volume; new connections of a socket see it by themselves.
     pub(super) async fn resize(&mut self, size_bytes: u64) {
-        match self {
-            // New connections see it.
-            Self::Socket(_) => {}
+        if let Self::Device { device, .. } = self {
+            device.resize(size_bytes).await;
         }
     }
 
     /// Returns when somebody else has taken the device down.
-    pub(super) async fn ended(&mut self) {
+    pub(super) async fn gone(&mut self) {
         match self {
             Self::Socket(_) => pending().await,
+            Self::Device { device, .. } => device.gone().await,
         }
     }
 
-    /// Ends it; without `force` only if nobody uses it.
+    /// Ends it: a socket once it has answered what it has read, a device only if nobody uses it,
+    /// unless forced.
     pub(super) async fn take_down(&mut self, force: bool) -> Result<(), AttachError> {
         match self {
-            Self::Socket(socket) => {
-                socket.close().await;
-                Ok(())
-            }
+            Self::Socket(socket) => socket.close().await,
+            Self::Device { device, .. } => device.disconnect(force).await?,
+        }
+        self.remove_link();
+        Ok(())
+    }
+
+    /// Takes `/dev/blockd/VOL` away, once the device is down.
+    pub(super) fn remove_link(&self) {
+        if let Self::Device {
+            device,
+            link: Some(link),
+        } = self
+        {
+            names::remove(link, &device.path());
         }
     }
+}
+
+/// The device goes on as it was attached, whatever the command asks for now.
+fn take_over(record: &mut Record, before: &Record, device: &Path) -> Result<(), AttachError> {
+    let asked = &record.spec;
+    let other = asked.device.as_deref().is_some_and(|asked| asked != device);
+    if asked.socket.is_some() || other {
+        let text = format!(
+            "{volume} is attached here as {}, whose daemon is gone; `blockctl attach {volume}` \
+             brings it back, `blockctl detach {volume}` gives it up",
+            device.display(),
+            volume = asked.target
+        );
+        return Err(AttachError::new(AttachErrorKind::Conflict, text));
+    }
+    let servers = asked.servers.clone();
+    record.spec = before.spec.clone();
+    record.spec.servers = servers;
+    record.device = before.device.clone();
+    record.attached_unix_ms = before.attached_unix_ms;
+    tracing::info!(device = %device.display(), "taken over");
+    Ok(())
 }
 
 /// A unix socket with the full NBD handshake, for QEMU and libnbd.

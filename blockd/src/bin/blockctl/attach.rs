@@ -39,6 +39,7 @@ pub(crate) async fn detach(cli: &Cli, args: &Detach) -> Result<(), Failure> {
         let force = args.force;
         control(cli, &dir, &record, &ControlRequest::Detach { force }).await?;
     } else {
+        blockd::attach::detach_unserved(&record, args.force).await?;
         dir.remove(&record.key)?;
     }
     if cli.json {
