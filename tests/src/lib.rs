@@ -10,6 +10,7 @@
 mod address;
 mod chain;
 mod cluster;
+mod guest;
 mod mount;
 mod nbd;
 pub mod nbd_raw;
@@ -24,6 +25,7 @@ mod server;
 pub use address::AddressBlock;
 pub use chain::{Chain, Progress, Tag};
 pub use cluster::{Cluster, ClusterOptions, MIB};
+pub use guest::{Guest, GuestJob};
 pub use mount::{FuseMount, Tmpfs};
 pub use nbd::{NbdConnection, NbdError, Reply};
 pub use nbd_server::{NbdServer, Usage};
