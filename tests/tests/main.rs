@@ -18,10 +18,14 @@ mod files_view;
 mod full_disk;
 #[path = "system/hostile_peers.rs"]
 mod hostile_peers;
+#[path = "system/kernel.rs"]
+mod kernel;
 #[path = "system/lost_owners.rs"]
 mod lost_owners;
 #[path = "system/nbd_clients.rs"]
 mod nbd_clients;
+#[path = "system/nbd_oracle.rs"]
+mod nbd_oracle;
 #[path = "system/resizes.rs"]
 mod resizes;
 #[path = "system/restart.rs"]

@@ -30,6 +30,7 @@ pub use sysfs::{Device, DeviceUser, QueueSettings};
 
 use crate::export::ExportInfo;
 use crate::option;
+use crate::request::Headers;
 use netlink::{Attributes, Family, NetlinkError, Socket, attribute, command};
 
 /// What to connect.
@@ -202,7 +203,7 @@ const TOO_OLD_BACKEND: KernelError = KernelError::TooOld {
 /// Transmission flags of an export that is served with simple replies, as the kernel wants them.
 #[must_use]
 pub fn transmission_flags(info: &ExportInfo) -> u64 {
-    u64::from(option::transmission_flags(info, false))
+    u64::from(option::transmission_flags(info, Headers::Simple, false))
 }
 
 fn find_family() -> Result<Option<Family>, KernelError> {
