@@ -16,6 +16,8 @@ mod files_view;
 mod full_disk;
 #[path = "system/hostile_peers.rs"]
 mod hostile_peers;
+#[path = "system/leases.rs"]
+mod leases;
 #[path = "system/lost_owners.rs"]
 mod lost_owners;
 #[path = "system/nbd_clients.rs"]
