@@ -5,6 +5,7 @@ set -euo pipefail
 usage() {
     cat <<'EOF'
 Usage: scripts/bench.sh [--quick] [--json FILE] [--rounds N] [--seconds N] [--only A,B] [--dir DIR]
+       scripts/bench.sh nbd [--rows A,B] [--rounds N] [--seconds N] [--size-mib N] [--dir DIR]
 
 Installs what is missing, builds release and compares over unix sockets with fio's nbd engine:
   ours1     one blockd                    ours3      three, pages spread, all IO through the first
@@ -18,6 +19,11 @@ Interleaved in rounds; prints medians, ratios against the peers, and target and 
   --seconds N  seconds of each measurement, default 3
   --only A,B   only these of the servers above
   --dir DIR    put the data there (default ./var); all servers share that disk
+
+With `nbd` it measures the NBD server instead: the library alone on memory against nbdkit memory and
+null, over unix sockets and TCP, and one blockd against nbdkit file. Each row runs ours and the peer
+in turn (5 rounds of 2 s). --rows takes only the rows whose names contain one of these words, as
+`--rows tcp` or `--rows blockd-read-1m`.
 EOF
 }
 
@@ -31,6 +37,12 @@ done
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH="$HOME/.cargo/bin:$PATH:/usr/sbin:/sbin"
 "$root/scripts/deps.sh" build bench >&2
+if [ "${1:-}" = nbd ]; then
+    shift
+    cargo build --release --locked --quiet --manifest-path "$root/Cargo.toml" -p blockd -p nbd-server
+    exec python3 -B "$root/scripts/bench_nbd.py" --bin "${CARGO_TARGET_DIR:-$root/target}/release" \
+        --root "$root" "$@"
+fi
 # Without our own servers (--only with peers alone) there is nothing to build.
 case " $* " in
     *" --only "*ours* | *--only=*ours*) build=yes ;;

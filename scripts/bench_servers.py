@@ -11,6 +11,11 @@ STOP_S = 20
 VOLUME = "bench"
 
 
+def accepts_tcp(address):
+    with socket.socket() as client:
+        return client.connect_ex(address) == 0
+
+
 class Server:
     """Processes with logs; stopped by pid in the reverse order of their start."""
 
@@ -47,6 +52,14 @@ class Server:
             except OSError:
                 return False
         return True
+
+    def cpu_s(self):
+        """CPU seconds that the processes took so far, those of ended threads included."""
+        ticks = 0
+        for process in self.processes:
+            with open(f"/proc/{process.pid}/stat", encoding="ascii") as stat:
+                ticks += sum(map(int, stat.read().rpartition(")")[2].split()[11:13]))
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def stop(self):
         for process in reversed(self.processes):

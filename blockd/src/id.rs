@@ -82,6 +82,46 @@ pub struct RouteRun {
     pub owner: NodeNo,
 }
 
+/// A run of bytes of a page or volume: where its content comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerRun {
+    pub len_bytes: u64,
+    /// 0: never written. 1: written since the newest snapshot older than the view; 2: between that
+    /// one and the next older one; and so on.
+    pub depth: u32,
+    /// Reads as zeros, and takes no space.
+    pub hole: bool,
+    /// May differ from the snapshot that the view was compared with.
+    pub changed: bool,
+}
+
+impl LayerRun {
+    /// Bytes that were never written.
+    #[must_use]
+    pub fn unallocated(len_bytes: u64) -> Self {
+        Self {
+            len_bytes,
+            depth: 0,
+            hole: true,
+            changed: false,
+        }
+    }
+
+    /// Adds this run behind the others; lengthens the last one if it is like it.
+    pub fn append_to(self, runs: &mut Vec<Self>) {
+        match runs.last_mut() {
+            Some(last) if last.is_like(&self) => last.len_bytes += self.len_bytes,
+            _ => runs.push(self),
+        }
+    }
+
+    /// Whether the other run differs in nothing but its length.
+    #[must_use]
+    pub fn is_like(&self, other: &Self) -> bool {
+        (self.depth, self.hole, self.changed) == (other.depth, other.hole, other.changed)
+    }
+}
+
 /// Where a byte of a volume lies: its page and the offset in that page (S003-03).
 #[must_use]
 pub fn locate(offset_bytes: u64, page_blocks: u32) -> (u64, u64) {

@@ -53,6 +53,12 @@ pub const CLIENT_ZERO_BYTES: u64 = 4 << 30;
 /// Bytes of one part of a request: the largest NBD request that is accepted.
 pub const REQUEST_PART_BYTES: u32 = 64 << 20;
 
+/// Bytes of a volume of which one NBD block status tells at the most, so that a question costs little
+/// memory and few peer requests: 64 pages of the default size.
+pub const STATUS_BYTES_MAX: u64 = 256 << 20;
+/// Pages of which one NBD block status tells at the most, where they are small.
+pub const STATUS_PAGES_MAX: u64 = 1024;
+
 /// Characters (all ASCII, so bytes) of the name of a cluster, node, volume or snapshot. Short
 /// enough for an NBD export name `VOL@SNAP` (4096 bytes) and a file name (255 bytes).
 pub const NAME_CHARS_MAX: usize = 128;

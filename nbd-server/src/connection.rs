@@ -4,13 +4,18 @@ use std::io;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio_rustls::server::TlsStream;
+use tracing::debug;
 
 use crate::budget::Budget;
-use crate::export::Exports;
-use crate::handshake::{self, Opened};
+use crate::export::{Export, Exports};
+use crate::handshake::{self, Negotiated, Opened, Situation, TlsStage};
 use crate::limits;
+use crate::peer::Peer;
+use crate::request::Agreement;
 use crate::shutdown::Shutdown;
+use crate::tls::Tls;
 use crate::transmission;
 
 /// How connections are served.
@@ -22,8 +27,10 @@ pub struct ServeOptions {
     pub stall_deadline: Duration,
     /// Payload bytes that all connections with a clone of these options share.
     pub budget: Budget,
-    /// Asks connections to answer what they have read and close.
+    /// Asks connections to end: see [`Shutdown`].
     pub shutdown: Shutdown,
+    /// What is offered at STARTTLS; `None` refuses it.
+    pub tls: Option<Tls>,
 }
 
 impl Default for ServeOptions {
@@ -33,6 +40,7 @@ impl Default for ServeOptions {
             stall_deadline: limits::STALL_DEADLINE,
             budget: Budget::default(),
             shutdown: Shutdown::never(),
+            tls: None,
         }
     }
 }
@@ -68,12 +76,18 @@ pub enum ConnectionError {
     /// EXPORT_NAME, which has no error reply, named no export that can be opened.
     #[error("EXPORT_NAME failed and has no error reply: {0}")]
     ExportName(String),
+    /// EXPORT_NAME, which has no error reply, came without TLS.
+    #[error("the client sent EXPORT_NAME without TLS, which is required here")]
+    TlsRequired,
+    /// The TLS handshake failed.
+    #[error("the TLS handshake failed: {0}")]
+    TlsHandshake(io::Error),
     /// A request does not start with its magic number.
     #[error("a request does not start with its magic number: the client is out of sync")]
     RequestMagic,
     /// A refused WRITE is larger than `limits::DRAIN_BYTES`.
     #[error("a payload of {0} bytes is too large to be skipped")]
-    PayloadTooLarge(u32),
+    PayloadTooLarge(u64),
     /// The client held payload bytes without progress while others waited.
     #[error("the client made no progress for {0:?} while others waited for the payload budget")]
     Stalled(Duration),
@@ -84,7 +98,8 @@ pub enum ConnectionError {
 ///
 /// Every request that was started runs to its end before this returns. Dropping the future drops them.
 pub async fn serve_connection<S, P>(
-    mut stream: S,
+    stream: S,
+    peer: Peer,
     exports: P,
     options: ServeOptions,
 ) -> Result<(), ConnectionError>
@@ -92,16 +107,109 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
     P: Exports,
 {
-    let opened = tokio::select! {
-        opened = tokio::time::timeout(options.handshake_deadline, handshake::negotiate(&mut stream, &exports)) => {
-            opened.map_err(|_| ConnectionError::HandshakeDeadline(options.handshake_deadline))??
-        }
-        () = options.shutdown.clone().given() => None,
+    let deadline = options.handshake_deadline;
+    let drained = async {
+        options.shutdown.clone().given().await;
+        tokio::time::sleep(limits::DRAIN_GRACE).await;
     };
-    match opened {
-        Some(Opened { export, agreed }) => {
-            transmission::transmit(stream, export, agreed, options).await
+    let ready = tokio::select! {
+        ready = tokio::time::timeout(deadline, prepare(stream, peer, &exports, &options)) => {
+            ready.map_err(|_| ConnectionError::HandshakeDeadline(deadline))??
         }
-        None => Ok(()),
+        () = drained => Ready::Left,
+    };
+    match ready {
+        Ready::Plain(stream, opened) => {
+            transmission::transmit(stream, opened.export, opened.agreed, options).await
+        }
+        Ready::Tls(stream, opened) => {
+            transmission::transmit(*stream, opened.export, opened.agreed, options).await
+        }
+        Ready::Left => Ok(()),
     }
+}
+
+/// A connection after its handshake.
+enum Ready<S, E> {
+    Plain(S, Opened<E>),
+    Tls(Box<TlsStream<BufReader<S>>>, Opened<E>),
+    Left,
+}
+
+/// The whole handshake, with the one of TLS in its midst if the client asks for it.
+async fn prepare<S, P>(
+    mut stream: S,
+    peer: Peer,
+    exports: &P,
+    options: &ServeOptions,
+) -> Result<Ready<S, P::Export>, ConnectionError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    P: Exports,
+{
+    let stage = match &options.tls {
+        None => TlsStage::Off,
+        Some(tls) if tls.is_required() => TlsStage::Required,
+        Some(_) => TlsStage::Offered,
+    };
+    let flags = handshake::greet(&mut stream).await?;
+    let situation = Situation {
+        peer: &peer,
+        tls: stage,
+        shutdown: &options.shutdown,
+    };
+    match (
+        handshake::negotiate(&mut stream, flags, exports, situation).await?,
+        &options.tls,
+    ) {
+        (Negotiated::Opened(opened), _) => Ok(Ready::Plain(stream, opened)),
+        (Negotiated::StartTls, Some(tls)) => {
+            prepare_inside_tls(stream, flags, peer, exports, (tls, &options.shutdown)).await
+        }
+        (Negotiated::StartTls, None) | (Negotiated::Left, _) => Ok(Ready::Left),
+    }
+}
+
+async fn prepare_inside_tls<S, P>(
+    stream: S,
+    flags: u16,
+    peer: Peer,
+    exports: &P,
+    (tls, shutdown): (&Tls, &Shutdown),
+) -> Result<Ready<S, P::Export>, ConnectionError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    P: Exports,
+{
+    let accepted = tls.accept(stream).await;
+    let (mut stream, names) = accepted.map_err(ConnectionError::TlsHandshake)?;
+    let peer = peer.inside_tls(names);
+    debug!(%peer, "inside TLS");
+    let situation = Situation {
+        peer: &peer,
+        tls: TlsStage::Inside,
+        shutdown,
+    };
+    match handshake::negotiate(&mut stream, flags, exports, situation).await? {
+        Negotiated::Opened(opened) => Ok(Ready::Tls(Box::new(stream), opened)),
+        Negotiated::StartTls | Negotiated::Left => {
+            // The client may be gone already.
+            let _ = stream.shutdown().await;
+            Ok(Ready::Left)
+        }
+    }
+}
+
+/// Serves the transmission phase alone, with simple replies, as `serve_connection` does after its handshake: for a peer that was told
+/// size and flags in another way, such as a kernel that holds the other end of a socketpair.
+pub async fn serve_transmission<S, E>(
+    stream: S,
+    export: E,
+    options: ServeOptions,
+) -> Result<(), ConnectionError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    E: Export,
+{
+    transmission::transmit(stream, export, Agreement::default(), options).await
 }

@@ -7,11 +7,14 @@
 //! the request again over another connection, and it must not be executed behind that. After DISC every started request runs to its
 //! end.
 
+use std::fmt;
 use std::future::Future;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
 use crate::error::{ExportError, OpenError};
+use crate::peer::Peer;
 
 /// What a client may know of an export. Read anew for every request, so it must be cheap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,10 +29,12 @@ pub struct ExportInfo {
     pub rotational: bool,
     /// Preferred request size and alignment in bytes: a power of 2, 512 or more.
     pub preferred_block_bytes: u32,
+    /// Zeroes with `ZeroFlags::fast` are understood: done without writing data, or refused with `NbdErrno::NotSup` at once.
+    pub fast_zero: bool,
 }
 
 impl ExportInfo {
-    /// Writable, multi-connection, not rotational, 4096-byte blocks preferred.
+    /// Writable, multi-connection, not rotational, 4096-byte blocks preferred, no fast zeroes.
     pub const fn new(size_bytes: u64) -> Self {
         Self {
             size_bytes,
@@ -37,6 +42,7 @@ impl ExportInfo {
             can_multi_conn: true,
             rotational: false,
             preferred_block_bytes: 4096,
+            fast_zero: false,
         }
     }
 }
@@ -85,15 +91,51 @@ impl From<Bytes> for ReadReply {
     }
 }
 
-/// A run of equal allocation status (`base:allocation`).
+/// What a metadata context tells about ranges of an export.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum MetaContext {
+    /// `base:allocation` (NBD protocol): `Extent::HOLE` and `Extent::ZERO`.
+    Allocation,
+    /// `qemu:allocation-depth` (QEMU, docs/interop/nbd.rst): 0 unallocated, 1 in the export itself, 2 in what it is based on, and so on.
+    AllocationDepth,
+    /// `qemu:dirty-bitmap:NAME` (same source): `Extent::DIRTY` where the export differs from what NAME stands for.
+    DirtyBitmap(Arc<str>),
+}
+
+impl fmt::Display for MetaContext {
+    /// The name on the wire.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Allocation => f.write_str("base:allocation"),
+            Self::AllocationDepth => f.write_str("qemu:allocation-depth"),
+            Self::DirtyBitmap(name) => write!(f, "qemu:dirty-bitmap:{name}"),
+        }
+    }
+}
+
+/// A run of equal status in one metadata context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     /// Length in bytes; never 0.
     pub len: u64,
-    /// Nothing is allocated here; `false` promises that a write gets no ENOSPC.
-    pub hole: bool,
-    /// Reads as zeroes.
-    pub zero: bool,
+    /// Status: bits of the constants below, or the depth.
+    pub flags: u32,
+}
+
+impl Extent {
+    /// `base:allocation`: nothing is allocated here; its absence promises that a write gets no ENOSPC.
+    pub const HOLE: u32 = 1;
+    /// `base:allocation`: reads as zeroes.
+    pub const ZERO: u32 = 2;
+    /// `qemu:dirty-bitmap`: differs.
+    pub const DIRTY: u32 = 1;
+
+    /// A run in `base:allocation`.
+    pub const fn allocation(len: u64, hole: bool, zero: bool) -> Self {
+        let hole = if hole { Self::HOLE } else { 0 };
+        let flags = hole | if zero { Self::ZERO } else { 0 };
+        Self { len, flags }
+    }
 }
 
 /// How to write zeroes.
@@ -103,6 +145,8 @@ pub struct ZeroFlags {
     pub no_hole: bool,
     /// Durable before the reply.
     pub fua: bool,
+    /// Refuse with `NbdErrno::NotSup` rather than be slow as a write (FAST_ZERO); set only if `ExportInfo::fast_zero`.
+    pub fast: bool,
 }
 
 /// One opened export as one connection sees it. A clone is made per request, so cloning must be cheap (`Rc`, `Arc`).
@@ -150,10 +194,16 @@ pub trait Export: Clone + 'static {
     /// A hint that the range will be read soon.
     fn cache(&self, offset: u64, len: u64) -> impl Future<Output = Result<(), ExportError>>;
 
-    /// Allocation status from `offset` on, in order and without gaps, for `len` bytes or fewer (at least one extent). What runs over
-    /// is cut; neighbours of equal status are merged; at most `limits::EXTENTS_MAX` are sent, so it is useless to return more.
+    /// The metadata contexts that a client may select; asked during the handshake.
+    fn contexts(&self) -> Vec<MetaContext> {
+        vec![MetaContext::Allocation]
+    }
+
+    /// Status in one of `contexts()` from `offset` on, in order and without gaps, for `len` bytes or fewer (at least one extent). What
+    /// runs over is cut; neighbours of equal status are merged; at most `limits::EXTENTS_MAX` are sent, so it is useless to return more.
     fn block_status(
         &self,
+        context: &MetaContext,
         offset: u64,
         len: u64,
     ) -> impl Future<Output = Result<Vec<Extent>, ExportError>>;
@@ -174,8 +224,13 @@ pub trait Exports: Clone + 'static {
     type Export: Export;
 
     /// The names that this client may see. An error refuses the list (ERR_POLICY, ERR_SHUTDOWN).
-    fn list(&self) -> impl Future<Output = Result<Vec<ExportEntry>, OpenError>>;
+    fn list(&self, peer: &Peer) -> impl Future<Output = Result<Vec<ExportEntry>, OpenError>>;
 
-    /// Opens an export; the empty name asks for the default one. Called for INFO, GO and EXPORT_NAME only, never before.
-    fn open(&self, name: &str) -> impl Future<Output = Result<Self::Export, OpenError>>;
+    /// Opens an export; the empty name asks for the default one. Called when a client names it (INFO, GO, EXPORT_NAME and the options
+    /// of metadata contexts), never before.
+    fn open(
+        &self,
+        name: &str,
+        peer: &Peer,
+    ) -> impl Future<Output = Result<Self::Export, OpenError>>;
 }

@@ -45,11 +45,17 @@ pub(crate) struct Output {
     small: Vec<u8>,
     small_start: usize,
     segments: VecDeque<Segment>,
+    left_bytes: usize,
 }
 
 impl Output {
     pub(crate) fn is_empty(&self) -> bool {
         self.segments.is_empty()
+    }
+
+    /// Whether so much is queued that it should leave before more is made.
+    pub(crate) fn is_much(&self) -> bool {
+        self.left_bytes >= limits::SEND_BYTES
     }
 
     /// Appends bytes by copying.
@@ -64,7 +70,10 @@ impl Output {
                 body: Body::Small,
                 left_bytes,
                 ..
-            }) => *left_bytes += bytes.len(),
+            }) => {
+                *left_bytes += bytes.len();
+                self.left_bytes += bytes.len();
+            }
             _ => self.put_segment(Body::Small, bytes.len()),
         }
     }
@@ -86,6 +95,7 @@ impl Output {
     }
 
     fn put_segment(&mut self, body: Body, left_bytes: usize) {
+        self.left_bytes += left_bytes;
         self.segments.push_back(Segment {
             body,
             left_bytes,
@@ -109,6 +119,7 @@ impl Output {
             .for_each(|segment| sent.add(segment.frees));
         self.small.clear();
         self.small_start = 0;
+        self.left_bytes = 0;
         sent
     }
 
@@ -157,6 +168,7 @@ impl Output {
 
     /// Removes sent bytes from the front.
     fn advance(&mut self, mut sent_bytes: usize) -> Sent {
+        self.left_bytes -= sent_bytes;
         let mut sent = Sent::default();
         while sent_bytes > 0 {
             let Some(front) = self.segments.front_mut() else {

@@ -14,9 +14,11 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixSocket, Un
 use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 
+use crate::admission::{Admission, Caps, Seat};
 use crate::connection::{ServeOptions, serve_connection};
 use crate::export::Exports;
 use crate::limits;
+use crate::peer::Peer;
 
 /// Kernel buffer of a unix socket in bytes: its default holds only three 64 KiB writes. The system may grant less.
 const UNIX_BUFFER_BYTES: usize = 1 << 20;
@@ -36,6 +38,15 @@ pub enum Listener {
 enum Accepted {
     Tcp(TcpStream, SocketAddr),
     Unix(UnixStream),
+}
+
+impl Accepted {
+    fn address(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(_, address) => Some(*address),
+            Self::Unix(_) => None,
+        }
+    }
 }
 
 impl Listener {
@@ -123,7 +134,7 @@ fn is_abandoned(path: &Path) -> bool {
 pub struct Server<P> {
     exports: P,
     options: ServeOptions,
-    connections_max: usize,
+    caps: Caps,
     drain_deadline: Duration,
 }
 
@@ -133,14 +144,20 @@ impl<P: Exports> Server<P> {
         Self {
             exports,
             options,
-            connections_max: limits::CONNECTIONS_MAX,
+            caps: Caps::default(),
             drain_deadline: limits::DRAIN_DEADLINE,
         }
     }
 
     /// Serves at most so many connections at a time; further ones are closed when they are accepted.
     pub fn connections_max(mut self, connections_max: usize) -> Self {
-        self.connections_max = connections_max;
+        self.caps.total = connections_max;
+        self
+    }
+
+    /// Serves at most so many connections of one address (of one /64 network in IPv6) at a time.
+    pub fn connections_per_address_max(mut self, connections_max: usize) -> Self {
+        self.caps.per_address = connections_max;
         self
     }
 
@@ -155,13 +172,14 @@ impl<P: Exports> Server<P> {
     /// Must run within a `tokio::task::LocalSet`, whose thread runs every connection.
     pub async fn run(self, listeners: Vec<Listener>) {
         let mut connections = JoinSet::new();
+        let admission = Admission::new(self.caps);
         let mut shutdown = std::pin::pin!(self.options.shutdown.clone().given());
         loop {
             tokio::select! {
                 () = &mut shutdown => break,
                 Some(_) = connections.join_next(), if !connections.is_empty() => {}
                 accepted = accept_any(&listeners) => match accepted {
-                    Ok(accepted) => self.admit(accepted, &mut connections),
+                    Ok(accepted) => self.admit(accepted, &admission, &mut connections),
                     Err(error) => {
                         warn!(%error, "accept failed; raise the limit of open files if it says so");
                         tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -183,34 +201,39 @@ impl<P: Exports> Server<P> {
         }
     }
 
-    fn admit(&self, accepted: Accepted, connections: &mut JoinSet<()>) {
-        if connections.len() >= self.connections_max {
-            warn!(
-                limit = self.connections_max,
-                "too many connections: a new one is closed"
-            );
-            return;
-        }
+    fn admit(&self, accepted: Accepted, admission: &Admission, connections: &mut JoinSet<()>) {
+        let peer = Peer::at(accepted.address());
+        let seat = match admission.admit(peer.address.map(|address| address.ip())) {
+            Ok(seat) => seat,
+            Err(full) => {
+                warn!(%peer, %full, "a new connection is closed");
+                return;
+            }
+        };
         let (exports, options) = (self.exports.clone(), self.options.clone());
         match accepted {
-            Accepted::Tcp(stream, peer) => {
-                tune(stream.set_nodelay(true));
-                tune(sockopt::set_socket_keepalive(stream.as_fd(), true));
-                tune(sockopt::set_tcp_keepidle(
-                    stream.as_fd(),
-                    limits::KEEPALIVE_IDLE,
-                ));
-                connections.spawn_local(serve(stream, peer.to_string(), exports, options));
+            Accepted::Tcp(stream, _) => {
+                tune_tcp(&stream);
+                connections.spawn_local(serve(stream, peer, exports, options, seat));
             }
             Accepted::Unix(stream) => {
                 tune(sockopt::set_socket_send_buffer_size(
                     stream.as_fd(),
                     UNIX_BUFFER_BYTES,
                 ));
-                connections.spawn_local(serve(stream, "unix".to_owned(), exports, options));
+                connections.spawn_local(serve(stream, peer, exports, options, seat));
             }
         }
     }
+}
+
+fn tune_tcp(stream: &TcpStream) {
+    tune(stream.set_nodelay(true));
+    tune(sockopt::set_socket_keepalive(stream.as_fd(), true));
+    tune(sockopt::set_tcp_keepidle(
+        stream.as_fd(),
+        limits::KEEPALIVE_IDLE,
+    ));
 }
 
 /// A socket that cannot be tuned still works.
@@ -231,14 +254,14 @@ async fn accept_any(listeners: &[Listener]) -> io::Result<Accepted> {
     .await
 }
 
-async fn serve<S, P>(stream: S, peer: String, exports: P, options: ServeOptions)
+async fn serve<S, P>(stream: S, peer: Peer, exports: P, options: ServeOptions, _seat: Seat)
 where
     S: AsyncRead + AsyncWrite + Unpin,
     P: Exports,
 {
-    debug!(peer, "connected");
-    match serve_connection(stream, exports, options).await {
-        Ok(()) => debug!(peer, "disconnected"),
-        Err(error) => info!(peer, %error, "connection ended"),
+    debug!(%peer, "connected");
+    match serve_connection(stream, peer.clone(), exports, options).await {
+        Ok(()) => debug!(%peer, "disconnected"),
+        Err(error) => info!(%peer, %error, "connection ended"),
     }
 }

@@ -22,6 +22,8 @@ mod leases;
 mod lost_owners;
 #[path = "system/nbd_clients.rs"]
 mod nbd_clients;
+#[path = "system/nbd_oracle.rs"]
+mod nbd_oracle;
 #[path = "system/resizes.rs"]
 mod resizes;
 #[path = "system/restart.rs"]

@@ -37,6 +37,7 @@ impl Volume {
         what: &'static str,
         offset: u64,
         change: Change,
+        fua: bool,
     ) -> Result<(), ClientError> {
         let len = change.len_bytes();
         if self.is_read_only() {
@@ -46,7 +47,7 @@ impl Volume {
         if self.replay_buffer().buffered_bytes() > CLIENT_REPLAY_BYTES {
             self.flush().await?;
         }
-        let io = io_of(&change);
+        let io = io_of(&change, fua);
         let issued = Issued {
             volume: self,
             number: self.replay_buffer().issued(offset, change),
@@ -179,7 +180,7 @@ impl Volume {
         };
         tracing::warn!(changes = changes.len(), volume = %self.shared.name, "replaying");
         for (offset, change) in changes {
-            let (len, io) = (change.len_bytes(), io_of(&change));
+            let (len, io) = (change.len_bytes(), io_of(&change, false));
             let replaying = Some(losses);
             self.send_change(offset, len, &io, &mut None, replaying)
                 .await?;
@@ -189,15 +190,16 @@ impl Volume {
     }
 }
 
-fn io_of(change: &Change) -> PartIo {
+/// A replay needs no `fua`: whoever wants its changes durable flushes.
+fn io_of(change: &Change, fua: bool) -> PartIo {
     match change {
         Change::Write(data) => PartIo::Write {
             data: data.clone(),
-            fua: false,
+            fua,
         },
         Change::Zero { keep_allocated, .. } => PartIo::Zero {
             keep_allocated: *keep_allocated,
-            fua: false,
+            fua,
         },
     }
 }

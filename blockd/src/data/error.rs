@@ -32,6 +32,9 @@ pub enum DataError {
 }
 
 impl DataError {
+    /// An owner answered something that does not cover what was asked.
+    pub const BAD_COVER: Self = Self::Malformed("the owner's reply does not cover the range");
+
     #[must_use]
     pub fn status(&self) -> Status {
         match self {

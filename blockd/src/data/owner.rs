@@ -13,7 +13,7 @@ use super::error::DataError;
 use super::fence::{Fence, FenceGate};
 use super::page_store::{PageAt, PageStore, ReadPart, StoreError};
 use super::router::{EpochVerdict, RoutingTable, judge_epoch};
-use crate::id::{Epoch, LeaseEpoch, NodeNo, PageNo, SnapshotId, VolumeId};
+use crate::id::{Epoch, LayerRun, LeaseEpoch, NodeNo, PageNo, SnapshotId, VolumeId};
 use crate::limits::FORWARD_DEADLINE_MS;
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
@@ -321,6 +321,21 @@ impl Owner {
     ) -> Result<Vec<(u32, bool)>, DataError> {
         self.admit(volume, at).await?;
         Ok(self.store.extents(at.in_store(volume), snapshot)?)
+    }
+
+    /// In which layers a range was written, and what changed since a snapshot (`None`: what has data).
+    ///
+    /// # Errors
+    /// [`DataError`].
+    pub async fn layers(
+        &self,
+        volume: VolumeId,
+        snapshot: Option<SnapshotId>,
+        since: Option<SnapshotId>,
+        at: Target,
+    ) -> Result<Vec<LayerRun>, DataError> {
+        self.admit(volume, at).await?;
+        Ok(self.store.layers(at.in_store(volume), snapshot, since)?)
     }
 
     /// Writes a range of one page; `span` is the gate already passed by a spanning request.

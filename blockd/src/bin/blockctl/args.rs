@@ -1,5 +1,6 @@
 //! The command line of `blockctl`.
 
+use crate::attach::{Attach, AttachmentVerb, Detach};
 use crate::size::{parse_duration, parse_volume_size};
 use blockd::admin::SnapshotName;
 use blockd::id::{DEFAULT_PAGE_BLOCKS, NodeNo};
@@ -63,6 +64,13 @@ pub(crate) enum Noun {
     /// Which server owns which pages
     #[command(subcommand)]
     Route(RouteVerb),
+    /// A volume as a block device of this host, or as a unix socket for QEMU
+    Attach(Attach),
+    /// Give the device or socket of a volume back
+    Detach(Detach),
+    /// What is attached on this host
+    #[command(subcommand)]
+    Attachment(AttachmentVerb),
     /// Mount the filesystem in a volume or snapshot (runs fuse-fs)
     Mount(Mount),
     /// Unmount what `blockctl mount` mounted (runs fuse-fs)

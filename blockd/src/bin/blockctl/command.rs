@@ -8,7 +8,7 @@ use crate::format::{Mkfs, copy_data};
 use crate::interrupt::Interrupt;
 use crate::output::{print, reply_json, reply_text};
 use crate::session::Session;
-use crate::{documents, lease, mount, progress};
+use crate::{attach, documents, lease, mount, progress};
 use blockd::admin::{AdminReply, AdminRequest, SnapshotInfo, SnapshotName, VolumeCreate};
 use serde_json::json;
 use std::fs::File;
@@ -27,6 +27,9 @@ pub(crate) async fn run(cli: &Cli) -> Result<(), Failure> {
         }
         Noun::Lease(verb) => lease::run(cli, verb).await,
         Noun::Version => ask_and_print(cli, AdminRequest::Version).await,
+        Noun::Attach(args) => attach::attach(cli, args).await,
+        Noun::Detach(args) => attach::detach(cli, args).await,
+        Noun::Attachment(verb) => attach::attachment(cli, verb).await,
         Noun::Mount(args) => Err(mount::mount(&cli.servers, args)),
         Noun::Umount { dir, options } => Err(mount::umount(dir, options)),
         Noun::Completion { shell } => documents::completion(*shell),

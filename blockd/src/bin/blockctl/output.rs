@@ -241,7 +241,7 @@ fn route_text(route: &RouteInfo) -> String {
 }
 
 /// Names to the left, values to the right, one a line.
-fn facts(facts: &[(&str, String)]) -> String {
+pub(crate) fn facts(facts: &[(&str, String)]) -> String {
     let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     let lines = facts
         .iter()

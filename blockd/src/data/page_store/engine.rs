@@ -4,6 +4,7 @@
 //! device is a `Job`, a plain value that somebody runs and brings back (`maintain`). A request that
 //! cannot go on says why (`Step`) and is simply made again.
 
+use super::buffers::Buffers;
 use super::error::StoreError;
 use super::log::{Log, RESERVE_SNAPSHOTS};
 use super::maintain::Upkeep;
@@ -62,6 +63,16 @@ impl ColdRead {
     }
 }
 
+impl Fetched {
+    /// The bytes of another read, if they are among these.
+    pub(super) fn part(&self, read: ColdRead) -> Option<&[u8]> {
+        let skip = read.pos.checked_sub(self.read.pos)?;
+        let skip = usize::try_from(skip).ok()?;
+        let bytes = self.data.get(skip..skip.checked_add(read.len_bytes)?)?;
+        (self.read.file == read.file).then_some(bytes)
+    }
+}
+
 /// The state machine of one store.
 pub struct Engine<D> {
     pub(super) disk: Arc<D>,
@@ -72,6 +83,7 @@ pub struct Engine<D> {
     /// First failed write or sync; ends all writing.
     pub(super) failed: Option<StoreError>,
     pub(super) closed: bool,
+    pub(super) buffers: Buffers,
     /// Bytes that may be allocated before the file system is asked again.
     headroom: u64,
 }
@@ -92,6 +104,7 @@ impl<D: Disk> Engine<D> {
             upkeep,
             failed: None,
             closed: false,
+            buffers: Buffers::default(),
             headroom: 0,
         }
     }

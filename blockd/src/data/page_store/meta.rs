@@ -11,9 +11,12 @@
 //!     24   40  reserved, 0              18    2  1 if used, 0 if free
 //!     64 4032  42 records               20    4  era
 //!                                       24    4  epoch of the page
-//!                                       28    4  reserved, 0
+//!                                       28    2  copied
+//!                                       30    2  reserved, 0
 //!                                       32   64  CRC-32 of 16 sub-blocks
 //! ```
+//! Stores of the first builds have 0 for `copied`: what was copied up counts as written in its era.
+//!
 //! Page `n` has copy A at `2n` and copy B at `2n + 1`; a checkpoint writes the copy that is not in
 //! force. The superblock has a digest over (number, checkpoint, CRC) of all pages in force, so that a
 //! lost write cannot bring an old copy back unseen.
@@ -57,6 +60,7 @@ fn encode_record(record: &SlotRecord, buf: &mut [u8]) {
     put(buf, 18, &1u16.to_le_bytes());
     put(buf, 20, &version.era.to_le_bytes());
     put(buf, 24, &epoch.to_le_bytes());
+    put(buf, 28, &version.copied.to_le_bytes());
     for sub in 0..SUBS {
         put(buf, 32 + 4 * sub, &version.crcs[sub].to_le_bytes());
     }
@@ -78,6 +82,7 @@ fn decode_record(buf: &[u8], slot: u32) -> SlotRecord {
         era: u32_at(buf, 20),
         present: u16_at(buf, 14),
         zero: u16_at(buf, 16),
+        copied: u16_at(buf, 28),
         chunk: u8::try_from(chunk % GROUP_CHUNKS).unwrap_or(0),
     };
     Some(SlotContent {
@@ -226,6 +231,7 @@ mod tests {
             era: 9,
             present: 0xf0ff,
             zero: 0x1001,
+            copied: 0,
             chunk: 2,
         };
         let at = ChunkAt {
@@ -249,5 +255,32 @@ mod tests {
             (12, vec![content])
         );
         assert!(MetaPage::parse(page.buf, 2).is_none(), "a misdirected page");
+    }
+
+    #[test]
+    fn copied_sub_blocks_have_the_bytes_that_were_reserved() {
+        let version = Version {
+            crcs: [7; SUBS],
+            slot: 42,
+            era: 9,
+            present: 0xf00f,
+            zero: 0x1001,
+            copied: 0x3002,
+            chunk: 2,
+        };
+        let at = ChunkAt {
+            volume: VolumeId(77),
+            page: PageNo(5),
+            chunk: 66,
+        };
+        let content = Some(SlotContent {
+            at,
+            epoch: 4,
+            version,
+        });
+        let mut buf = [0xff; RECORD_BYTES];
+        encode_record(&content, &mut buf);
+        assert_eq!(buf[28..32], [0x02, 0x30, 0, 0]);
+        assert_eq!(decode_record(&buf, 42), content);
     }
 }

@@ -1,19 +1,21 @@
 //! The page store: pages of many volumes, with snapshots, in one directory of one server.
 //!
 //! Read in this order: `types` and `shell` (what callers see), `version` and `tables` (what is
-//! stored), `record` and `log` (how a change is made), `engine`, `read`, `write`, `sweep` (requests),
-//! `maintain` (syncs, applying, checkpoints), `recover` (opening).
+//! stored), `record` and `log` (how a change is made), `engine`, `read`, `layers`, `write`, `sweep`
+//! (requests), `maintain` (syncs, applying, checkpoints), `recover` (opening).
 //!
 //! Files of a store: `super` (superblock), `log` (write-ahead ring), `slab` (64 KiB slots), `meta` (what
 //! each slot holds), `catalog-a` and `catalog-b` (volumes and snapshots). Each format is described at
 //! the top of its module.
 
+mod buffers;
 mod catalog;
 mod codec;
 mod engine;
 mod error;
 mod hash;
 mod lanes;
+mod layers;
 mod log;
 mod maintain;
 mod meta;

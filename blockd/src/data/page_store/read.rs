@@ -1,5 +1,6 @@
 //! Reading: which place holds each sub-block, and getting the bytes from there.
 
+use super::buffers::BUFFER_BYTES;
 use super::engine::{ColdRead, Engine, Fetched, Step, chunk_of};
 use super::error::StoreError;
 use super::tables::Tables;
@@ -86,39 +87,28 @@ impl<D: Disk> Engine<D> {
             return self.read_one(at, era, fetched);
         }
         let sources = self.range_sources(at, era);
+        let (start, stop) = (
+            at.offset_bytes as usize,
+            (at.offset_bytes + at.len_bytes) as usize,
+        );
         let mut parts = Vec::new();
         let mut cold = Vec::new();
         let mut index = 0;
         while index < sources.len() {
-            let is_hole = sources[index] == Source::Hole;
-            let run = sources[index..]
-                .iter()
-                .take_while(|s| (**s == Source::Hole) == is_hole)
-                .count();
-            let start = ((first as usize + index) * SUB).max(at.offset_bytes as usize);
-            let stop = ((first as usize + index + run) * SUB)
-                .min((at.offset_bytes + at.len_bytes) as usize);
-            if is_hole {
-                parts.push(ReadPart::Hole(u32::try_from(stop - start).unwrap_or(0)));
+            let run = piece_len(&sources[index..]);
+            let piece = &sources[index..index + run];
+            let from = (first as usize + index) * SUB;
+            let (skip, end) = (start.saturating_sub(from), (run * SUB).min(stop - from));
+            if piece[0] == Source::Hole {
+                parts.push(ReadPart::Hole(u32::try_from(end - skip).unwrap_or(0)));
             } else {
-                let sub = first + u32::try_from(index).unwrap_or(0);
-                let mut buf = vec![0; run * SUB];
                 let origin = Origin {
                     volume: at.volume,
                     page: at.page,
-                    sub,
+                    sub: first + u32::try_from(index).unwrap_or(0),
                 };
-                self.gather(
-                    &sources[index..index + run],
-                    origin,
-                    &mut buf,
-                    fetched,
-                    &mut cold,
-                )?;
-                let skip = start - (first as usize + index) * SUB;
-                parts.push(ReadPart::Data(
-                    Bytes::from(buf).slice(skip..skip + stop - start),
-                ));
+                let data = self.gather_data(piece, origin, fetched, &mut cold)?;
+                parts.push(ReadPart::Data(data.slice(skip..end)));
             }
             index += run;
         }
@@ -127,6 +117,25 @@ impl<D: Disk> Engine<D> {
         } else {
             Step::Cold(cold)
         })
+    }
+
+    /// The bytes of sources that are all stored.
+    fn gather_data(
+        &self,
+        sources: &[Source],
+        origin: Origin,
+        fetched: &[Fetched],
+        cold: &mut Vec<ColdRead>,
+    ) -> Result<Bytes, StoreError> {
+        let len_bytes = sources.len() * SUB;
+        if len_bytes < BUFFER_BYTES / 4 {
+            let mut buf = vec![0; len_bytes];
+            self.gather(sources, origin, &mut buf, fetched, cold)?;
+            return Ok(buf.into());
+        }
+        let mut buffer = self.buffers.take(len_bytes);
+        self.gather(sources, origin, buffer.as_mut(), fetched, cold)?;
+        Ok(buffer.freeze())
     }
 
     /// The common case: a range within one sub-block.
@@ -221,7 +230,7 @@ impl<D: Disk> Engine<D> {
             if self.get(read, part, fetched)? {
                 self.verify(&sources[index..index + run], read, part, origin, index)?;
             } else {
-                cold.push(read);
+                push_cold(cold, read);
             }
             index += run;
         }
@@ -255,8 +264,8 @@ impl<D: Disk> Engine<D> {
         part: &mut [u8],
         fetched: &[Fetched],
     ) -> Result<bool, StoreError> {
-        if let Some(found) = fetched.iter().find(|f| f.read == read) {
-            part.copy_from_slice(&found.data);
+        if let Some(bytes) = fetched.iter().find_map(|found| found.part(read)) {
+            part.copy_from_slice(bytes);
             return Ok(true);
         }
         self.disk
@@ -324,6 +333,28 @@ fn hole(len_bytes: u32) -> Vec<ReadPart> {
         Vec::new()
     } else {
         vec![ReadPart::Hole(len_bytes)]
+    }
+}
+
+/// Sub-blocks from the first on that make one part of an answer: holes, or data that fits a buffer.
+fn piece_len(sources: &[Source]) -> usize {
+    let is_hole = sources.first() == Some(&Source::Hole);
+    let same = |source: &&Source| (**source == Source::Hole) == is_hole;
+    let most = if is_hole {
+        sources.len()
+    } else {
+        BUFFER_BYTES / SUB
+    };
+    sources.iter().take(most).take_while(same).count()
+}
+
+/// Adds a read, to the last one if it goes on there.
+fn push_cold(cold: &mut Vec<ColdRead>, read: ColdRead) {
+    match cold.last_mut() {
+        Some(last) if last.file == read.file && last.pos + last.len_bytes as u64 == read.pos => {
+            last.len_bytes += read.len_bytes;
+        }
+        _ => cold.push(read),
     }
 }
 

@@ -8,7 +8,7 @@ use super::engine::{ColdRead, Engine, Fetched, Step};
 use super::error::StoreError;
 use super::lanes::{Lanes, Outcome};
 use super::types::{PageAt, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage};
-use crate::id::{Epoch, PageNo, SnapshotId, VolumeId};
+use crate::id::{Epoch, LayerRun, PageNo, SnapshotId, VolumeId};
 use crate::io::disk::FileDisk;
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
@@ -255,6 +255,17 @@ impl PageStore {
         snapshot: Option<SnapshotId>,
     ) -> Result<Vec<(u32, bool)>, StoreError> {
         self.inner.engine.borrow().extents(at, snapshot)
+    }
+
+    /// In which layer each block was written, and whether it changed since a snapshot; see
+    /// [`Engine::layers`].
+    pub fn layers(
+        &self,
+        at: PageAt,
+        snapshot: Option<SnapshotId>,
+        since: Option<SnapshotId>,
+    ) -> Result<Vec<LayerRun>, StoreError> {
+        self.inner.engine.borrow().layers(at, snapshot, since)
     }
 
     /// Space of a volume.

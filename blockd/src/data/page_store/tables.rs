@@ -222,13 +222,14 @@ impl Tables {
                 let content = Content {
                     mask: *mask,
                     zero: *zero,
+                    copied: 0,
                     crcs,
                     data_pos,
                 };
                 match kind {
                     DataKind::Put => self.put(lsn, *at, *slot, *epoch, &content)?,
-                    DataKind::Fill => self.fill(lsn, *at, *slot, &content)?,
-                    DataKind::Merge { drop } => self.merge(lsn, *at, *slot, *drop, &content)?,
+                    DataKind::Fill => self.fill(lsn, *at, *slot, content)?,
+                    DataKind::Merge { drop } => self.merge(lsn, *at, *slot, *drop, content)?,
                 }
             }
             Change::Pointer {
@@ -302,6 +303,7 @@ impl Tables {
                 era,
                 present: 0,
                 zero: 0,
+                copied: 0,
                 chunk,
             });
             self.slots.extend_to(slot.saturating_add(1));
@@ -317,9 +319,10 @@ impl Tables {
         lsn: u64,
         at: ChunkAt,
         slot: u32,
-        content: &Content<'_>,
+        content: Content<'_>,
     ) -> Result<(), Misfit> {
-        self.set(lsn, at, slot, content)
+        let copied = content.mask | content.zero;
+        self.set(lsn, at, slot, &Content { copied, ..content })
     }
 
     /// Content into an existing version. What is zero in the oldest version is a hole.
@@ -351,8 +354,10 @@ impl Tables {
         });
         let before = version.data();
         version.set(content.mask, content.zero, content.crcs);
+        version.copied |= content.copied;
         if is_oldest {
             version.present &= !version.zero;
+            version.copied &= version.present;
             version.zero = 0;
         }
         let (after, is_empty) = (version.data(), version.present == 0);
@@ -401,18 +406,22 @@ impl Tables {
         at: ChunkAt,
         keep: u32,
         drop: u32,
-        content: &Content<'_>,
+        content: Content<'_>,
     ) -> Result<(), Misfit> {
         let chunk = chunk_in_group(at.chunk);
         let versions = self
             .volumes
             .get(&at.volume.0)
             .map_or(&[][..], |v| v.chunk(at.page, at.chunk));
-        let era_of = |slot| versions.iter().find(|v| v.slot == slot).map(|v| v.era);
-        let (kept, dropped) = era_of(keep)
-            .zip(era_of(drop))
+        let find = |slot| versions.iter().find(|v| v.slot == slot);
+        let (kept, dropped) = find(keep)
+            .zip(find(drop))
             .ok_or(Misfit("merge of unknown versions"))?;
-        let era = kept.max(dropped);
+        let (newer, older) = match dropped.era < kept.era {
+            true => (kept, dropped),
+            false => (dropped, kept),
+        };
+        let (era, copied) = (newer.era, newer.copied_with(older));
         self.remove_version(lsn, at, drop, false)?;
         let key = group_key(at.page, at.chunk / GROUP_CHUNKS);
         let group = self
@@ -431,8 +440,8 @@ impl Tables {
                 version: version.clone(),
             })
         });
-        version.era = era;
-        self.set(lsn, at, keep, content)
+        (version.era, version.copied) = (era, copied);
+        self.set(lsn, at, keep, &Content { copied, ..content })
     }
 
     fn point(&mut self, lsn: u64, at: ChunkAt, slot: u32, epoch: u32, crcs: &[u32; SUBS]) {
@@ -453,6 +462,7 @@ impl Tables {
             era,
             present: ALL,
             zero: 0,
+            copied: 0,
             chunk,
         };
         match group.newest_mut(chunk) {
@@ -610,6 +620,8 @@ impl Tables {
 struct Content<'a> {
     mask: u16,
     zero: u16,
+    /// Sub-blocks that are copied afterwards, besides those that were before.
+    copied: u16,
     crcs: &'a [u32; SUBS],
     data_pos: u64,
 }

@@ -2,7 +2,8 @@
 //!
 //! Invariants of the versions of one chunk, newest first:
 //! - eras fall strictly; the first is what the head reads;
-//! - `zero` is a subset of `present`;
+//! - `zero` and `copied` are subsets of `present`;
+//! - a copied sub-block is what the older versions decide it to be, or zeros where none does;
 //! - at most two are partial layers over each other: a partial version lies over a version that is
 //!   closed (`present` is all ones) or is the oldest.
 
@@ -28,6 +29,8 @@ pub(super) struct Version {
     pub(super) present: u16,
     /// Sub-blocks that it decides to be zeros.
     pub(super) zero: u16,
+    /// Sub-blocks that were not written in its era but copied up from older versions.
+    pub(super) copied: u16,
     /// Chunk in its group.
     pub(super) chunk: u8,
 }
@@ -43,10 +46,21 @@ impl Version {
         self.present & !self.zero
     }
 
-    /// Puts content into sub-blocks: bytes for `mask`, zeros for `zero`.
+    /// Sub-blocks that were written in its era.
+    pub(super) fn own(&self) -> u16 {
+        self.present & !self.copied
+    }
+
+    /// Copied sub-blocks once the next older version has been merged with this one.
+    pub(super) fn copied_with(&self, older: &Version) -> u16 {
+        (self.copied & !older.own()) | (older.copied & !self.present)
+    }
+
+    /// Puts content into sub-blocks, as written: bytes for `mask`, zeros for `zero`.
     pub(super) fn set(&mut self, mask: u16, zero: u16, crcs: &[u32; SUBS]) {
         self.present |= mask | zero;
         self.zero = (self.zero | zero) & !mask;
+        self.copied &= !(mask | zero);
         for sub in bits(mask | zero) {
             self.crcs[sub] = if mask >> sub & 1 == 1 { crcs[sub] } else { 0 };
         }
@@ -163,6 +177,7 @@ mod tests {
             era,
             present,
             zero,
+            copied: 0,
             chunk: 3,
         }
     }
@@ -183,6 +198,22 @@ mod tests {
         assert_eq!(group.remove(3, 4).map(|v| v.era), Some(3));
         assert_eq!(group.chunk(3).len(), 2);
         assert!(group.chunk(2).is_empty());
+    }
+
+    #[test]
+    fn a_merge_keeps_what_was_written_apart_from_what_was_copied() {
+        let older = Version {
+            copied: 0b0011,
+            ..version(1, 2, 0b0111, 0)
+        };
+        let newer = Version {
+            copied: 0b1101,
+            ..version(2, 5, 0b1101, 0)
+        };
+        // Copied twice; copied once; written below, copied above; never below.
+        assert_eq!(newer.copied_with(&older), 0b1011);
+        let written = version(2, 5, 0b1101, 0);
+        assert_eq!(written.copied_with(&older), 0b0010);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Parser;
+use nbd_server::{Access, Rule, TlsMode, TlsSettings, limits};
 
 /// Serve a file or memory over NBD.
 ///
@@ -32,12 +33,47 @@ pub(crate) struct Args {
     /// Listen on a TCP address.
     #[arg(long, value_name = "ADDR:PORT")]
     pub(crate) listen: Vec<SocketAddr>,
+    /// Offer TLS with server-cert.pem and server-key.pem of this directory; they are read again when they change.
+    #[arg(long, value_name = "DIR", help_heading = "TLS and access")]
+    pub(crate) tls_certificates: Option<PathBuf>,
+    /// TLS on all sockets, unix sockets included: off, on (clients choose) or require. Default: require with certificates, else off.
+    #[arg(long, value_name = "MODE", help_heading = "TLS and access")]
+    pub(crate) tls: Option<TlsMode>,
+    /// Accept in TLS only clients with a certificate that an authority in ca-cert.pem of the directory signed.
+    #[arg(long, help_heading = "TLS and access")]
+    pub(crate) tls_verify_peer: bool,
+    /// Serve only clients that fit; may be repeated (one has to fit).
+    ///
+    /// name=PATTERN fits the common name or a DNS name of the client's verified certificate (`*` is any text), address=ADDR[/BITS] its
+    /// address, address=unix a unix socket. Separated by commas all kinds must fit: name=alice,name=*.example,address=10.0.0.0/8.
+    #[arg(long, value_name = "RULE", help_heading = "TLS and access")]
+    pub(crate) allow: Vec<Rule>,
+    /// Connections that are served at a time.
+    #[arg(long, value_name = "N", default_value_t = limits::CONNECTIONS_MAX, help_heading = "TLS and access")]
+    pub(crate) connections: usize,
+    /// Connections from one address that are served at a time (IPv6: from one /64 network).
+    #[arg(long, value_name = "N", default_value_t = limits::CONNECTIONS_PER_ADDRESS_MAX, help_heading = "TLS and access")]
+    pub(crate) connections_per_address: usize,
     /// Exit when the parent process exits.
     #[arg(long)]
     pub(crate) exit_with_parent: bool,
     /// Log what happens to standard error.
     #[arg(short, long)]
     pub(crate) verbose: bool,
+}
+
+impl Args {
+    pub(crate) fn tls_settings(&self) -> TlsSettings {
+        TlsSettings {
+            mode: self.tls,
+            certificates: self.tls_certificates.clone(),
+            verify_peer: self.tls_verify_peer,
+        }
+    }
+
+    pub(crate) fn access(&self) -> Access {
+        Access::new(self.allow.clone())
+    }
 }
 
 /// Bytes of a size such as `4096`, `64KiB`, `1G` (powers of 1024) or `5MB` (powers of 1000).

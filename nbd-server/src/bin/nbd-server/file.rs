@@ -11,7 +11,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
-use nbd_server::{Export, ExportError, ExportInfo, Extent, ReadPart, ReadReply, ZeroFlags, limits};
+use nbd_server::{
+    Export, ExportError, ExportInfo, Extent, MetaContext, NbdErrno, ReadPart, ReadReply, ZeroFlags,
+    limits,
+};
 use rustix::fs::{Advice, FallocateFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
@@ -135,6 +138,12 @@ impl Backing {
             FallocateFlags::PUNCH_HOLE
         };
         if !self.fallocate(how, offset, len_bytes)? {
+            if flags.fast {
+                return Err(ExportError::new(
+                    NbdErrno::NotSup,
+                    "the filesystem below can only write zeroes as data",
+                ));
+            }
             let zeroes = vec![0; ZERO_BYTES.min(usize::try_from(len_bytes).unwrap_or(ZERO_BYTES))];
             let end = offset + len_bytes;
             for at in (offset..end).step_by(zeroes.len()) {
@@ -155,22 +164,14 @@ impl Backing {
                 Err(_) => at,
             };
             if data > at {
-                extents.push(Extent {
-                    len: data - at,
-                    hole: true,
-                    zero: true,
-                });
+                extents.push(Extent::allocation(data - at, true, true));
                 at = data;
                 continue;
             }
             let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(at))
                 .unwrap_or(end)
                 .clamp(at + 1, end);
-            extents.push(Extent {
-                len: hole - at,
-                hole: false,
-                zero: false,
-            });
+            extents.push(Extent::allocation(hole - at, false, false));
             at = hole;
         }
         extents
@@ -181,6 +182,7 @@ impl Export for FileExport {
     fn info(&self) -> ExportInfo {
         ExportInfo {
             read_only: self.backing.read_only,
+            fast_zero: true,
             ..ExportInfo::new(self.backing.size_bytes())
         }
     }
@@ -264,7 +266,12 @@ impl Export for FileExport {
         advised.map_err(|error| io::Error::from(error).into())
     }
 
-    async fn block_status(&self, offset: u64, len: u64) -> Result<Vec<Extent>, ExportError> {
+    async fn block_status(
+        &self,
+        _context: &MetaContext,
+        offset: u64,
+        len: u64,
+    ) -> Result<Vec<Extent>, ExportError> {
         self.block(move |backing| Ok(backing.extents(offset, len)))
             .await
     }

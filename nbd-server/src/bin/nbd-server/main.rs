@@ -9,7 +9,7 @@ mod sockets;
 
 use anyhow::Context;
 use clap::Parser;
-use nbd_server::{Export, ServeOptions, Server, Shutdown, ShutdownSender};
+use nbd_server::{Export, Guarded, ServeOptions, Server, Shutdown, ShutdownSender, Tls};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::LocalSet;
@@ -65,9 +65,11 @@ async fn serve_export<E: Export>(args: &Args, export: E) -> anyhow::Result<()> {
     tokio::task::spawn_local(stop_on_signal(sender)?);
     let options = ServeOptions {
         shutdown,
+        tls: load_tls(args)?,
         ..ServeOptions::default()
     };
-    let exports = Single::new(args.name.clone(), export);
+    let single = Single::new(args.name.clone(), export);
+    let exports = Guarded::new(single, args.access());
     if args.stdio {
         return sockets::serve_stdio(exports, options).await;
     }
@@ -75,9 +77,23 @@ async fn serve_export<E: Export>(args: &Args, export: E) -> anyhow::Result<()> {
     listeners
         .iter()
         .for_each(|listener| info!("listening on {}", listener.describe()));
-    Server::new(exports, options).run(listeners).await;
+    Server::new(exports, options)
+        .connections_max(args.connections)
+        .connections_per_address_max(args.connections_per_address)
+        .run(listeners)
+        .await;
     sockets::clean_up(args);
     Ok(())
+}
+
+fn load_tls(args: &Args) -> anyhow::Result<Option<Tls>> {
+    let tls = args.tls_settings().load()?;
+    let proves_names = tls.as_ref().is_some_and(Tls::proves_names);
+    anyhow::ensure!(
+        proves_names || !args.access().asks_for_names(),
+        "--allow name=... fits nobody without --tls-verify-peer"
+    );
+    Ok(tls)
 }
 
 /// Gives the shutdown signal at SIGTERM and SIGINT.

@@ -6,7 +6,9 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use bytes::{Bytes, BytesMut};
-use nbd_server::{Export, ExportError, ExportInfo, Extent, ReadPart, ReadReply, ZeroFlags, limits};
+use nbd_server::{
+    Export, ExportError, ExportInfo, Extent, MetaContext, ReadPart, ReadReply, ZeroFlags, limits,
+};
 
 const CHUNK_BYTES: u64 = 64 << 10;
 /// Chunks of a leaf of the chunk table: 64 MiB of the export.
@@ -31,6 +33,16 @@ struct Piece {
 }
 
 impl Piece {
+    /// The first piece of a range that is not empty.
+    fn first(at: u64, end: u64) -> Self {
+        let (chunk, start) = (at / CHUNK_BYTES, at % CHUNK_BYTES);
+        Self {
+            chunk,
+            start: start as usize,
+            len_bytes: (end - at).min(CHUNK_BYTES - start) as usize,
+        }
+    }
+
     fn is_whole(&self) -> bool {
         self.len_bytes as u64 == CHUNK_BYTES
     }
@@ -38,16 +50,11 @@ impl Piece {
 
 /// A range cut at chunk borders.
 fn pieces(offset: u64, len_bytes: u64) -> impl Iterator<Item = Piece> {
-    let end = offset + len_bytes;
-    let (first, last) = (offset / CHUNK_BYTES, end.div_ceil(CHUNK_BYTES));
-    (first..last).map(move |chunk| {
-        let base = chunk * CHUNK_BYTES;
-        let start = offset.max(base);
-        Piece {
-            chunk,
-            start: (start - base) as usize,
-            len_bytes: (end.min(base + CHUNK_BYTES) - start) as usize,
-        }
+    let (mut at, end) = (offset, offset + len_bytes);
+    std::iter::from_fn(move || {
+        let piece = (at < end).then(|| Piece::first(at, end))?;
+        at += piece.len_bytes as u64;
+        Some(piece)
     })
 }
 
@@ -58,6 +65,7 @@ impl MemoryExport {
         Self {
             table,
             info: ExportInfo {
+                fast_zero: true,
                 read_only,
                 ..ExportInfo::new(size_bytes)
             },
@@ -81,11 +89,17 @@ impl MemoryExport {
         change(&mut leaf[(chunk % LEAF_CHUNKS) as usize]);
     }
 
-    fn is_allocated(&self, chunk: u64) -> bool {
+    /// Whether the byte at `at` is allocated, and the end of a run for which that holds.
+    fn allocation(&self, at: u64) -> (bool, u64) {
         let table = self.table.borrow();
-        table[(chunk / LEAF_CHUNKS) as usize]
-            .as_ref()
-            .is_some_and(|leaf| leaf[(chunk % LEAF_CHUNKS) as usize].is_some())
+        let (chunk, leaf) = (at / CHUNK_BYTES, at / CHUNK_BYTES / LEAF_CHUNKS);
+        match &table[leaf as usize] {
+            None => (false, (leaf + 1) * LEAF_CHUNKS * CHUNK_BYTES),
+            Some(leaf) => {
+                let slot = &leaf[(chunk % LEAF_CHUNKS) as usize];
+                (slot.is_some(), (chunk + 1) * CHUNK_BYTES)
+            }
+        }
     }
 
     /// Changes bytes of a chunk, which is allocated if need be.
@@ -103,22 +117,31 @@ impl MemoryExport {
 
     /// Frees whole chunks unless they shall stay allocated, and clears the rest.
     async fn clear(&self, offset: u64, len_bytes: u64, no_hole: bool) {
-        let mut turn_bytes = 0;
-        for piece in pieces(offset, len_bytes) {
-            let is_allocated = self.is_allocated(piece.chunk);
-            match () {
-                () if !is_allocated && !no_hole => continue,
-                () if piece.is_whole() && !no_hole => {
-                    self.with_slot(piece.chunk, |slot| *slot = None)
-                }
-                () => self.change(&piece, |bytes| bytes.fill(0)),
+        let (mut turn_bytes, mut at, end) = (0, offset, offset + len_bytes);
+        while at < end {
+            let (is_allocated, border) = self.allocation(at);
+            if !is_allocated && !no_hole {
+                at = border;
+                continue;
             }
+            at += self.clear_piece(at, end, no_hole);
             turn_bytes += CHUNK_BYTES;
             if turn_bytes >= TURN_BYTES {
                 tokio::task::yield_now().await;
                 turn_bytes = 0;
             }
         }
+    }
+
+    /// Clears what one chunk has of a range and returns its length in bytes.
+    fn clear_piece(&self, at: u64, end: u64, no_hole: bool) -> u64 {
+        let piece = Piece::first(at, end);
+        if piece.is_whole() && !no_hole {
+            self.with_slot(piece.chunk, |slot| *slot = None);
+        } else {
+            self.change(&piece, |bytes| bytes.fill(0));
+        }
+        piece.len_bytes as u64
     }
 }
 
@@ -175,21 +198,25 @@ impl Export for MemoryExport {
         Ok(())
     }
 
-    async fn block_status(&self, offset: u64, len: u64) -> Result<Vec<Extent>, ExportError> {
+    async fn block_status(
+        &self,
+        _context: &MetaContext,
+        offset: u64,
+        len: u64,
+    ) -> Result<Vec<Extent>, ExportError> {
         let mut extents: Vec<Extent> = Vec::new();
-        for piece in pieces(offset, len) {
-            let hole = !self.is_allocated(piece.chunk);
-            let len_bytes = piece.len_bytes as u64;
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let (is_allocated, border) = self.allocation(at);
+            let len_bytes = border.min(end) - at;
+            let status = Extent::allocation(len_bytes, !is_allocated, !is_allocated);
             let is_full = extents.len() == limits::EXTENTS_MAX;
             match extents.last_mut() {
-                Some(last) if last.hole == hole => last.len += len_bytes,
+                Some(last) if last.flags == status.flags => last.len += len_bytes,
                 _ if is_full => break,
-                _ => extents.push(Extent {
-                    len: len_bytes,
-                    hole,
-                    zero: hole,
-                }),
+                _ => extents.push(status),
             }
+            at = border;
         }
         Ok(extents)
     }
@@ -219,10 +246,15 @@ mod tests {
         let holes = |extents: Vec<Extent>| {
             extents
                 .iter()
-                .map(|extent| (extent.len, extent.hole))
+                .map(|extent| (extent.len, extent.flags & Extent::HOLE != 0))
                 .collect::<Vec<_>>()
         };
-        let status = holes(memory.block_status(0, SIZE).await.unwrap());
+        let status = holes(
+            memory
+                .block_status(&MetaContext::Allocation, 0, SIZE)
+                .await
+                .unwrap(),
+        );
         assert_eq!(
             status,
             [
@@ -236,7 +268,12 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(
-            holes(memory.block_status(0, SIZE).await.unwrap()),
+            holes(
+                memory
+                    .block_status(&MetaContext::Allocation, 0, SIZE)
+                    .await
+                    .unwrap()
+            ),
             [(SIZE, true)]
         );
         memory
@@ -245,12 +282,19 @@ mod tests {
                 2,
                 ZeroFlags {
                     no_hole: true,
-                    fua: false,
+                    ..ZeroFlags::default()
                 },
             )
             .await
             .unwrap();
-        assert!(!memory.block_status(0, 1).await.unwrap()[0].hole);
+        assert_eq!(
+            memory
+                .block_status(&MetaContext::Allocation, 0, 1)
+                .await
+                .unwrap()[0]
+                .flags,
+            0
+        );
     }
 
     #[tokio::test]

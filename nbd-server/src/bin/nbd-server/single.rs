@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::rc::Rc;
 
-use nbd_server::{Export, ExportEntry, Exports, OpenError};
+use nbd_server::{Export, ExportEntry, Exports, OpenError, Peer};
 
 /// One export under one name, or under every name.
 #[derive(Clone)]
@@ -24,7 +24,7 @@ impl<E: Export> Single<E> {
 impl<E: Export> Exports for Single<E> {
     type Export = E;
 
-    async fn list(&self) -> Result<Vec<ExportEntry>, OpenError> {
+    async fn list(&self, _peer: &Peer) -> Result<Vec<ExportEntry>, OpenError> {
         let name = self.name.as_deref().unwrap_or_default().to_owned();
         Ok(vec![ExportEntry {
             name,
@@ -32,7 +32,7 @@ impl<E: Export> Exports for Single<E> {
         }])
     }
 
-    async fn open(&self, name: &str) -> Result<E, OpenError> {
+    async fn open(&self, name: &str, _peer: &Peer) -> Result<E, OpenError> {
         match self.name.as_deref() {
             Some(own) if own != name && !name.is_empty() => Err(OpenError::Unknown(Cow::Owned(
                 format!("there is no export `{name}` here, only `{own}`"),

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use anyhow::Context;
-use nbd_server::{Exports, Listener, ServeOptions, serve_connection};
+use nbd_server::{Exports, Listener, Peer, ServeOptions, serve_connection};
 use rustix::net::AddressFamily;
 use tracing::warn;
 
@@ -92,26 +92,19 @@ pub(crate) async fn serve_stdio<P: Exports>(
     match rustix::net::getsockname(&input).map(|addr| addr.address_family()) {
         Ok(AddressFamily::UNIX) => {
             rustix::io::ioctl_fionbio(&input, true)?;
-            serve_connection(
-                tokio::net::UnixStream::from_std(input.into())?,
-                exports,
-                options,
-            )
-            .await?;
+            let stream = tokio::net::UnixStream::from_std(input.into())?;
+            serve_connection(stream, Peer::at(None), exports, options).await?;
         }
         Ok(AddressFamily::INET | AddressFamily::INET6) => {
             rustix::io::ioctl_fionbio(&input, true)?;
             let stream = tokio::net::TcpStream::from_std(input.into())?;
             stream.set_nodelay(true)?;
-            serve_connection(stream, exports, options).await?;
+            let peer = Peer::at(Some(stream.peer_addr()?));
+            serve_connection(stream, peer, exports, options).await?;
         }
         _ => {
-            serve_connection(
-                tokio::io::join(tokio::io::stdin(), tokio::io::stdout()),
-                exports,
-                options,
-            )
-            .await?
+            let stream = tokio::io::join(tokio::io::stdin(), tokio::io::stdout());
+            serve_connection(stream, Peer::at(None), exports, options).await?
         }
     }
     Ok(())
