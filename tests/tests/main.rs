@@ -18,6 +18,8 @@ mod full_disk;
 mod hostile_peers;
 #[path = "system/kernel.rs"]
 mod kernel;
+#[path = "system/leases.rs"]
+mod leases;
 #[path = "system/lost_owners.rs"]
 mod lost_owners;
 #[path = "system/nbd_clients.rs"]
