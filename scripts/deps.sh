@@ -25,7 +25,7 @@ packages_of() {
             'mount mount' 'jq jq' 'libnbd-bin nbdinfo' 'qemu-utils qemu-img' ;;
         test) printf '%s\n' 'fio fio' 'nbdkit nbdkit' 'libnbd-bin nbdinfo' 'nbd-client nbd-client' \
             'python3-libnbd python:nbd' 'qemu-utils qemu-nbd' 'fuse3 fusermount3' \
-            'xfsprogs mkfs.xfs' 'e2fsprogs mkfs.ext4' 'util-linux losetup' 'mount mount' \
+            'gnutls-bin certtool' 'xfsprogs mkfs.xfs' 'e2fsprogs mkfs.ext4' 'util-linux losetup' 'mount mount' \
             'jq jq' 'python3 python3' 'shellcheck shellcheck' ;;
         bench) printf '%s\n' 'fio fio' 'nbdkit nbdkit' 'qemu-utils qemu-nbd' 'python3 python3' ;;
         *)

@@ -7,6 +7,7 @@
 //! TLS          credentials, the encrypted stream           tls/
 //! rules        who may open what                           peer.rs, access.rs
 //! memory       payload budget, queue of replies      budget.rs, output.rs
+//! kernel       nbd.ko as the client: /dev/nbdX             kernel/
 //! ```
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
@@ -18,6 +19,7 @@ mod decoder;
 mod error;
 mod export;
 mod handshake;
+pub mod kernel;
 pub mod limits;
 mod option;
 mod output;

@@ -11,7 +11,8 @@ use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::server::danger::ClientCertVerifier;
 use tokio_rustls::rustls::server::{NoClientAuth, NoServerSessionStorage, WebPkiClientVerifier};
-use tokio_rustls::rustls::{RootCertStore, ServerConfig};
+use tokio_rustls::rustls::sign::{CertifiedKey, SingleCertAndKey};
+use tokio_rustls::rustls::{Error, InconsistentKeys, RootCertStore, ServerConfig};
 use tracing::{info, warn};
 
 use super::TlsError;
@@ -22,6 +23,9 @@ pub const CA_FILE: &str = "ca-cert.pem";
 pub const CERTIFICATE_FILE: &str = "server-cert.pem";
 /// Private key of the server.
 pub const KEY_FILE: &str = "server-key.pem";
+
+const UNUSABLE_KEY: &str = "no usable key: RSA from 2048 bits, ECDSA P-256 or P-384 or Ed25519 is needed, unencrypted; \
+    an ECDSA key of GnuTLS may have to be written anew with `openssl pkey`";
 
 /// What tells one version of a file from the next: device, inode, length, and seconds and nanoseconds of its last change.
 type Stamp = Option<[i64; 5]>;
@@ -106,23 +110,31 @@ fn acceptor(dir: &Path, verify_peer: bool) -> Result<TlsAcceptor, TlsError> {
         true => client_verifier(&dir.join(CA_FILE), &provider)?,
         false => Arc::new(NoClientAuth),
     };
-    let (certificate, key) = (dir.join(CERTIFICATE_FILE), dir.join(KEY_FILE));
-    let chain = read_certificates(&certificate)?;
-    let key_der = PrivateKeyDer::from_pem_file(&key).map_err(|error| unreadable(&key, error))?;
-    let mismatch = |error: tokio_rustls::rustls::Error| TlsError::Mismatch {
-        certificate,
-        key,
-        reason: error.to_string(),
-    };
+    let certified = certified_key(dir, &provider)?;
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
-        .map(|builder| builder.with_client_cert_verifier(verifier))
-        .and_then(|builder| builder.with_single_cert(chain, key_der))
-        .map_err(mismatch)?;
+        .map_err(|error| bad(dir, error))?
+        .with_client_cert_verifier(verifier)
+        .with_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
     // No session is resumed: every connection proves its certificate as the files are now.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+/// The certificate of the server with its key.
+fn certified_key(dir: &Path, provider: &CryptoProvider) -> Result<CertifiedKey, TlsError> {
+    let (certificate, key) = (dir.join(CERTIFICATE_FILE), dir.join(KEY_FILE));
+    let chain = read_certificates(&certificate)?;
+    let key_der = PrivateKeyDer::from_pem_file(&key).map_err(|error| unreadable(&key, error))?;
+    let signer = provider.key_provider.load_private_key(key_der);
+    let signer = signer.map_err(|_| bad(&key, UNUSABLE_KEY))?;
+    let certified = CertifiedKey::new(chain, signer);
+    match certified.keys_match() {
+        Ok(()) | Err(Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(certified),
+        Err(Error::InconsistentKeys(_)) => Err(TlsError::Mismatch { certificate, key }),
+        Err(error) => Err(bad(&certificate, error)),
+    }
 }
 
 fn client_verifier(

@@ -76,14 +76,12 @@ pub enum TlsError {
         reason: String,
     },
     /// Each file is good, but they do not belong together.
-    #[error("{certificate} and {key} do not belong together: {reason}")]
+    #[error("{certificate} and {key} do not belong together")]
     Mismatch {
         /// The certificate of the server.
         certificate: PathBuf,
         /// Its key.
         key: PathBuf,
-        /// What rustls says.
-        reason: String,
     },
 }
 

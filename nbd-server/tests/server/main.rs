@@ -2,4 +2,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod clients;
+mod pki;
 mod support;
+mod tls;

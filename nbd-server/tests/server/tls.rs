@@ -1,0 +1,602 @@
+//! STARTTLS and access rules under real clients, and under a raw one that breaks the rules.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tempfile::TempDir;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+
+use crate::pki::{Pki, Validity};
+use crate::support::{TestServer, pattern_file, run, try_run};
+
+const ACK: u32 = 1;
+const INVALID: u32 = 0x8000_0003;
+const TLS_REQD: u32 = 0x8000_0005;
+const STARTTLS: u32 = 5;
+
+/// An authority, and a server with credentials of it on 32 MiB of memory.
+struct Bench {
+    pki: Pki,
+    server: TestServer,
+}
+
+impl Bench {
+    fn start(args: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let pki = Pki::new(dir.path().join("pki"));
+        let server = Self::server(&pki, args, dir);
+        Self { pki, server }
+    }
+
+    fn server(pki: &Pki, args: &[&str], dir: TempDir) -> TestServer {
+        let credentials = pki.server();
+        let always = [
+            "--memory",
+            "32MiB",
+            "--tls-certificates",
+            text(&credentials),
+        ];
+        TestServer::start(&[&always, args].concat(), dir)
+    }
+
+    fn alice(&self) -> PathBuf {
+        self.pki.client("alice", "a.clients.example", Validity::Now)
+    }
+
+    fn bob(&self) -> PathBuf {
+        self.pki.client("bob", "b.other.example", Validity::Now)
+    }
+
+    /// URI over TCP and TLS of a client with these credentials.
+    fn uri(&self, client: &Path) -> String {
+        let port = self.server.tcp().rsplit(':').next().unwrap();
+        format!("nbds://localhost:{port}/?tls-certificates={}", text(client))
+    }
+
+    fn unix_uri(&self, client: &Path) -> String {
+        let socket = self.server.socket();
+        format!(
+            "nbds+unix:///?socket={}&tls-certificates={}",
+            text(&socket),
+            text(client)
+        )
+    }
+
+    /// What qemu-img and qemu-io call this server, for a client with these credentials.
+    fn qemu_image(&self) -> String {
+        let port = self.server.tcp().rsplit(':').next().unwrap();
+        format!("driver=nbd,host=localhost,port={port},tls-creds=tls0")
+    }
+
+    fn is_refused(&self, uri: &str) -> bool {
+        !try_run("nbdinfo", &[uri]).0
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn qemu_credentials(client: &Path) -> String {
+    format!(
+        "tls-creds-x509,id=tls0,dir={},endpoint=client",
+        text(client)
+    )
+}
+
+#[test]
+fn libnbd_clients_copy_inside_tls() {
+    let bench = Bench::start(&["--tls-verify-peer"]);
+    let alice = bench.alice();
+    let (image, back) = (bench.server.path("image"), bench.server.path("back"));
+    pattern_file(&image, 16 << 20);
+    for uri in [bench.uri(&alice), bench.unix_uri(&alice)] {
+        let info = run("nbdinfo", &[&uri]);
+        assert!(
+            info.contains("with TLS") && info.contains("base:allocation"),
+            "{info}"
+        );
+        run(
+            "nbdcopy",
+            &["--flush", "--connections=4", text(&image), &uri],
+        );
+        run("nbdcopy", &["--connections=4", &uri, text(&back)]);
+        run("cmp", &[text(&image), text(&back)]);
+        let connect = format!("h.set_uri_allow_local_file(True); h.connect_uri('{uri}')");
+        let script = "h.pwrite(b'x'*70000, 12345); assert h.pread(70000, 12345) == b'x'*70000; \
+            assert h.get_tls_negotiated(); h.shutdown()";
+        run("nbdsh", &["-c", &connect, "-c", script]);
+    }
+}
+
+#[test]
+fn qemu_clients_copy_inside_tls() {
+    let bench = Bench::start(&["--tls-verify-peer"]);
+    let credentials = qemu_credentials(&bench.alice());
+    let image = bench.server.path("image");
+    pattern_file(&image, 16 << 20);
+    let (target, object) = (bench.qemu_image(), ["--object", &credentials]);
+    let convert = [
+        "convert",
+        "-n",
+        "-f",
+        "raw",
+        "--target-image-opts",
+        text(&image),
+        &target,
+    ];
+    run(
+        "qemu-img",
+        &[&convert[..1], &object, &convert[1..]].concat(),
+    );
+    let io = [
+        "-c",
+        "write -P 7 1M 64k",
+        "-c",
+        "read -P 7 1M 64k",
+        "-c",
+        "flush",
+    ];
+    let text = run(
+        "qemu-io",
+        &[&object, &["--image-opts", &target], &io[..]].concat(),
+    );
+    assert!(text.contains("read 65536/65536"), "{text}");
+    let port = bench.server.tcp().rsplit(':').next().unwrap();
+    let list = [
+        "--list",
+        "-b",
+        "localhost",
+        "-p",
+        port,
+        "--tls-creds",
+        "tls0",
+    ];
+    let text = run("qemu-nbd", &[&object, &list[..]].concat());
+    assert!(text.contains("exports available: 1"), "{text}");
+}
+
+/// fio's URI may not name files, so the credentials lie where libnbd looks for those of a user: not for root.
+#[test]
+fn fio_verifies_inside_tls() {
+    let bench = Bench::start(&["--tls-verify-peer"]);
+    let home = bench.server.path("home");
+    std::fs::create_dir_all(home.join(".pki")).unwrap();
+    std::os::unix::fs::symlink(bench.alice(), home.join(".pki/libnbd")).unwrap();
+    run("chmod", &["-R", "a+rX", text(home.parent().unwrap())]);
+    let (home_is, uri_is) = (
+        format!("HOME={}", text(&home)),
+        format!(
+            "--uri={}",
+            bench.uri(Path::new("")).split('?').next().unwrap()
+        ),
+    );
+    let job = [
+        "--name=x",
+        "--ioengine=nbd",
+        "--rw=randwrite",
+        "--bs=4k-64k",
+        "--iodepth=16",
+    ];
+    let verify = ["--size=16M", "--verify=crc32c", "--verify_state_save=0"];
+    let fio = [&["env", &home_is, "fio"], &job[..], &[&uri_is], &verify].concat();
+    let is_root = rustix::process::getuid().is_root();
+    let as_nobody: &[&str] = match is_root {
+        true => &["setpriv", "--reuid=65534", "--clear-groups"],
+        false => &[],
+    };
+    let command = [as_nobody, &fio].concat();
+    let report = run(command[0], &command[1..]);
+    assert!(report.contains("err= 0"), "{report}");
+}
+
+#[test]
+fn each_mode_treats_each_client_as_it_says() {
+    for (mode, plain, tls) in [
+        ("off", true, false),
+        ("on", true, true),
+        ("require", false, true),
+    ] {
+        let bench = Bench::start(&["--tls", mode]);
+        let anonymous = bench.pki.anonymous();
+        assert_eq!(
+            try_run("nbdinfo", &[&bench.server.tcp_uri("")]).0,
+            plain,
+            "{mode}"
+        );
+        assert_eq!(
+            try_run("nbdinfo", &[&bench.server.uri("")]).0,
+            plain,
+            "{mode}"
+        );
+        assert_eq!(!bench.is_refused(&bench.uri(&anonymous)), tls, "{mode}");
+        assert_eq!(
+            !bench.is_refused(&bench.unix_uri(&anonymous)),
+            tls,
+            "{mode}"
+        );
+    }
+}
+
+#[test]
+fn a_client_without_tls_is_told_that_it_is_required() {
+    let bench = Bench::start(&[]);
+    let uri = bench.server.uri("");
+    let (ok, text) = try_run("qemu-io", &["-f", "raw", &uri, "-c", "map"]);
+    assert!(!ok && text.contains("this server requires TLS"), "{text}");
+    let (ok, text) = try_run(
+        "qemu-nbd",
+        &["--list", "-k", self::text(&bench.server.socket())],
+    );
+    assert!(!ok && text.contains("this server requires TLS"), "{text}");
+}
+
+#[test]
+fn only_clients_with_a_good_certificate_come_in() {
+    let bench = Bench::start(&["--tls-verify-peer"]);
+    let other = Pki::new(bench.server.path("other-pki"));
+    let forger = other.client("alice", "a.clients.example", Validity::Now);
+    // The forger trusts the server, but not the other way round.
+    std::fs::copy(
+        bench.alice().join("ca-cert.pem"),
+        forger.join("ca-cert.pem"),
+    )
+    .unwrap();
+    let expired = bench.pki.client("late", "late.example", Validity::Past);
+    assert!(!bench.is_refused(&bench.uri(&bench.alice())));
+    for refused in [bench.pki.anonymous(), forger, expired] {
+        assert!(bench.is_refused(&bench.uri(&refused)), "{refused:?}");
+        assert!(bench.is_refused(&bench.unix_uri(&refused)), "{refused:?}");
+    }
+    assert!(
+        !bench.is_refused(&bench.uri(&bench.alice())),
+        "the server goes on"
+    );
+}
+
+#[test]
+fn a_client_sees_a_server_of_another_authority() {
+    let bench = Bench::start(&[]);
+    let other = Pki::new(bench.server.path("other-pki"));
+    assert!(bench.is_refused(&bench.uri(&other.anonymous())));
+    assert!(!bench.is_refused(&bench.uri(&bench.pki.anonymous())));
+}
+
+#[test]
+fn rules_by_name_give_and_hide() {
+    let rules = [
+        "--allow",
+        "name=*.clients.example",
+        "--allow",
+        "address=unix,name=bob",
+    ];
+    let bench = Bench::start(&[&["--tls-verify-peer"], &rules[..]].concat());
+    let (alice, bob) = (bench.alice(), bench.bob());
+    assert!(!bench.is_refused(&bench.uri(&alice)) && !bench.is_refused(&bench.unix_uri(&alice)));
+    assert!(bench.is_refused(&bench.uri(&bob)) && !bench.is_refused(&bench.unix_uri(&bob)));
+    let list = |client: &Path| {
+        let port = bench.server.tcp().rsplit(':').next().unwrap();
+        let list = [
+            "--list",
+            "-b",
+            "localhost",
+            "-p",
+            port,
+            "--tls-creds",
+            "tls0",
+        ];
+        let credentials = qemu_credentials(client);
+        run(
+            "qemu-nbd",
+            &[&["--object", &credentials], &list[..]].concat(),
+        )
+    };
+    assert!(list(&alice).contains("exports available: 1"));
+    assert!(list(&bob).contains("exports available: 0"));
+    let credentials = qemu_credentials(&bob);
+    let open = [
+        "--object",
+        &credentials,
+        "--image-opts",
+        &bench.qemu_image(),
+        "-c",
+        "map",
+    ];
+    let (ok, text) = try_run("qemu-io", &open);
+    assert!(
+        !ok && text.contains("do not give export") && text.contains("TLS as bob"),
+        "{text}"
+    );
+}
+
+#[test]
+fn rules_by_address_need_no_tls() {
+    let local = TestServer::memory("1MiB", &["--allow", "address=127.0.0.0/8"]);
+    assert!(try_run("nbdinfo", &[&local.tcp_uri("")]).0);
+    assert!(
+        !try_run("nbdinfo", &[&local.uri("")]).0,
+        "a unix socket is no address"
+    );
+    let elsewhere = ["--allow", "address=10.0.0.0/8", "--allow", "address=unix"];
+    let elsewhere = TestServer::memory("1MiB", &elsewhere);
+    assert!(!try_run("nbdinfo", &[&elsewhere.tcp_uri("")]).0);
+    assert!(try_run("nbdinfo", &[&elsewhere.uri("")]).0);
+}
+
+#[test]
+fn one_address_gets_no_more_connections_than_its_share() {
+    let server = TestServer::memory("1MiB", &["--connections-per-address", "3"]);
+    let mut greeting = [0; 18];
+    let mut kept: Vec<TcpStream> = (0..4)
+        .map(|_| TcpStream::connect(server.tcp()).unwrap())
+        .collect();
+    for stream in &mut kept[..3] {
+        stream.read_exact(&mut greeting).unwrap();
+    }
+    assert_eq!(
+        kept[3].read(&mut greeting).unwrap_or(0),
+        0,
+        "the fourth is closed"
+    );
+    run("nbdinfo", &["--size", &server.uri("")]);
+    let other = std::net::SocketAddr::from(([127, 0, 0, 2], 0));
+    let socket = rustix::net::socket(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::STREAM,
+        None,
+    );
+    let socket = socket.unwrap();
+    rustix::net::bind(&socket, &other).unwrap();
+    let server_address: std::net::SocketAddr = server.tcp().parse().unwrap();
+    rustix::net::connect(&socket, &server_address).unwrap();
+    TcpStream::from(socket).read_exact(&mut greeting).unwrap();
+}
+
+#[test]
+fn clients_that_stop_within_the_tls_handshake_do_not_keep_others_out() {
+    let bench = Bench::start(&[]);
+    let half_open: Vec<Raw<UnixStream>> = (0..200)
+        .map(|_| {
+            let mut raw = Raw::greeted(UnixStream::connect(bench.server.socket()).unwrap());
+            assert_eq!(raw.option(STARTTLS, b"").0, ACK);
+            raw
+        })
+        .collect();
+    assert!(!bench.is_refused(&bench.uri(&bench.pki.anonymous())));
+    drop(half_open);
+}
+
+#[test]
+fn certificates_are_read_again_when_they_change() {
+    let bench = Bench::start(&[]);
+    let credentials = bench.server.path("pki/server");
+    let other = Pki::new(bench.server.path("other-pki"));
+    assert!(bench.is_refused(&bench.uri(&other.anonymous())));
+    let replace = |file: &str| {
+        std::fs::copy(other.server().join(file), credentials.join(file)).unwrap();
+    };
+    replace("server-cert.pem");
+    let between = bench.uri(&bench.pki.anonymous());
+    assert!(
+        !bench.is_refused(&between),
+        "the former pair stays until the new one is whole"
+    );
+    replace("server-key.pem");
+    assert!(!bench.is_refused(&bench.uri(&other.anonymous())));
+    assert!(bench.is_refused(&between));
+}
+
+/// Runs the server with arguments that it must refuse; what it says.
+fn refused_start(args: &[&str]) -> String {
+    let output = Command::new("timeout")
+        .args(["10", env!("CARGO_BIN_EXE_nbd-server"), "--memory", "1M"])
+        .args(["--listen", "127.0.0.1:0"])
+        .args(args)
+        .env("RUST_BACKTRACE", "0")
+        .output()
+        .unwrap();
+    assert!(matches!(output.status.code(), Some(1 | 2)), "{output:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn wrong_settings_are_explained() {
+    let dir = tempfile::tempdir().unwrap();
+    let pki = Pki::new(dir.path().join("pki"));
+    let good = pki.server();
+    let broken = |name: &str, file: &str, contents: Option<&[u8]>| {
+        let copy = dir.path().join(name);
+        run("cp", &["-r", text(&good), text(&copy)]);
+        match contents {
+            None => std::fs::remove_file(copy.join(file)).unwrap(),
+            Some(contents) => std::fs::write(copy.join(file), contents).unwrap(),
+        }
+        copy
+    };
+    pki.make_key("party-key.pem");
+    let strange_key = std::fs::read(dir.path().join("pki/party-key.pem")).unwrap();
+    let not_a_key = b"-----BEGIN PRIVATE KEY-----\nMAA=\n-----END PRIVATE KEY-----\n";
+    for (credentials, complaint) in [
+        (
+            broken("a", "server-cert.pem", None),
+            "a/server-cert.pem: No such file",
+        ),
+        (
+            broken("b", "server-key.pem", None),
+            "b/server-key.pem: No such file",
+        ),
+        (
+            broken("c", "ca-cert.pem", None),
+            "c/ca-cert.pem: No such file",
+        ),
+        (
+            broken("d", "server-cert.pem", Some(b"hello")),
+            "d/server-cert.pem: it holds nothing",
+        ),
+        (
+            broken("e", "server-key.pem", Some(not_a_key)),
+            "e/server-key.pem: no usable key",
+        ),
+        (
+            broken("f", "server-key.pem", Some(&strange_key)),
+            "server-key.pem do not belong together",
+        ),
+    ] {
+        let text = refused_start(&[
+            "--tls-certificates",
+            self::text(&credentials),
+            "--tls-verify-peer",
+        ]);
+        assert!(text.contains(complaint), "{text}");
+    }
+    for (args, complaint) in [
+        (&["--tls", "require"][..], "with no certificates"),
+        (&["--tls-verify-peer"], "but TLS is off"),
+        (&["--tls", "maybe"], "use off, on or require"),
+        (
+            &["--allow", "name=alice"],
+            "fits nobody without --tls-verify-peer",
+        ),
+        (
+            &["--allow", "address=10.0.0.0/40"],
+            "`10.0.0.0/40` is no address",
+        ),
+    ] {
+        let text = refused_start(args);
+        assert!(text.contains(complaint), "{args:?}: {text}");
+    }
+}
+
+/// A client that sends options one by one.
+struct Raw<S>(S);
+
+impl Raw<UnixStream> {
+    fn greeted(mut stream: UnixStream) -> Self {
+        stream
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        stream.read_exact(&mut [0; 18]).unwrap();
+        stream.write_all(&3u32.to_be_bytes()).unwrap();
+        Self(stream)
+    }
+
+    /// The same connection inside TLS.
+    fn inside_tls(self, pki: &Pki) -> Raw<StreamOwned<ClientConnection, UnixStream>> {
+        let mut roots = RootCertStore::empty();
+        let authority = pki.anonymous().join("ca-cert.pem");
+        roots
+            .add(CertificateDer::from_pem_file(authority).unwrap())
+            .unwrap();
+        let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = ServerName::try_from("localhost").unwrap();
+        let client = ClientConnection::new(Arc::new(config), name).unwrap();
+        Raw(StreamOwned::new(client, self.0))
+    }
+}
+
+fn option_bytes(option: u32, data: &[u8]) -> Vec<u8> {
+    let len_bytes = (data.len() as u32).to_be_bytes();
+    [b"IHAVEOPT", &option.to_be_bytes()[..], &len_bytes, data].concat()
+}
+
+impl<S: Read + Write> Raw<S> {
+    /// Type and payload of the first reply to an option.
+    fn option(&mut self, option: u32, data: &[u8]) -> (u32, Vec<u8>) {
+        self.0.write_all(&option_bytes(option, data)).unwrap();
+        self.0.flush().unwrap();
+        let mut head = [0; 20];
+        self.0.read_exact(&mut head).unwrap();
+        assert_eq!(head[8..12], option.to_be_bytes());
+        let word = |at: usize| u32::from_be_bytes(head[at..at + 4].try_into().unwrap());
+        let mut payload = vec![0; word(16) as usize];
+        self.0.read_exact(&mut payload).unwrap();
+        (word(12), payload)
+    }
+}
+
+const LIST: u32 = 3;
+const STRUCTURED_REPLY: u32 = 8;
+const SET_META_CONTEXT: u32 = 10;
+
+#[test]
+fn nothing_but_starttls_and_abort_is_heard_where_tls_is_required() {
+    let bench = Bench::start(&[]);
+    let connect = || UnixStream::connect(bench.server.socket()).unwrap();
+    let mut raw = Raw::greeted(connect());
+    for option in [LIST, 6, 7, STRUCTURED_REPLY, 9, SET_META_CONTEXT, 77] {
+        assert_eq!(raw.option(option, b"").0, TLS_REQD, "{option}");
+    }
+    assert_eq!(raw.option(LIST, &[0; 70_000]).0, TLS_REQD);
+    assert_eq!(raw.option(STARTTLS, b"x").0, INVALID);
+    assert_eq!(raw.option(2, b"").0, ACK);
+    let mut raw = Raw::greeted(connect());
+    raw.0.write_all(&option_bytes(1, b"")).unwrap();
+    assert_eq!(
+        raw.0.read(&mut [0]).unwrap_or(0),
+        0,
+        "EXPORT_NAME is answered by closing"
+    );
+}
+
+#[test]
+fn what_was_agreed_before_tls_is_forgotten_inside() {
+    let bench = Bench::start(&["--tls", "on"]);
+    let mut raw = Raw::greeted(UnixStream::connect(bench.server.socket()).unwrap());
+    let context = b"\0\0\0\0\0\0\0\x01\0\0\0\x0fbase:allocation";
+    assert_eq!(raw.option(STRUCTURED_REPLY, b"").0, ACK);
+    assert_eq!(raw.option(SET_META_CONTEXT, context).0, 4);
+    raw.0.read_exact(&mut [0; 20]).unwrap();
+    assert_eq!(raw.option(STARTTLS, b"").0, ACK);
+    let mut raw = raw.inside_tls(&bench.pki);
+    assert_eq!(raw.option(STARTTLS, b"").0, INVALID);
+    assert_eq!(
+        raw.option(SET_META_CONTEXT, context).0,
+        INVALID,
+        "structured replies are off again"
+    );
+    let (kind, info) = raw.option(7, b"\0\0\0\0\0\0");
+    assert_eq!((kind, &info[..2]), (3, &b"\0\0"[..]));
+    let df = u16::from_be_bytes([info[10], info[11]]) & 1 << 7;
+    assert_eq!(df, 0, "DF needs structured replies");
+}
+
+/// CVE-2021-3716: what an attacker puts behind STARTTLS must not be taken for what the client says inside TLS.
+#[test]
+fn plaintext_behind_starttls_is_never_heard() {
+    let bench = Bench::start(&["--tls", "on"]);
+    for injected in [
+        option_bytes(LIST, b""),
+        option_bytes(STRUCTURED_REPLY, b""),
+        vec![0; 1],
+    ] {
+        let mut raw = Raw::greeted(UnixStream::connect(bench.server.socket()).unwrap());
+        let pipelined = [option_bytes(STARTTLS, b""), injected].concat();
+        raw.0.write_all(&pipelined).unwrap();
+        let mut ack = [0; 20];
+        raw.0.read_exact(&mut ack).unwrap();
+        assert_eq!(ack[12..16], ACK.to_be_bytes());
+        // The genuine client goes on in good faith; its first bytes come behind the injected ones.
+        let mut raw = raw.inside_tls(&bench.pki);
+        let failed = raw.0.conn.complete_io(&mut raw.0.sock).is_err();
+        assert!(
+            failed,
+            "the handshake must fail, or the injected bytes were kept for later"
+        );
+    }
+    assert!(
+        !bench.is_refused(&bench.uri(&bench.pki.anonymous())),
+        "the server goes on"
+    );
+}
