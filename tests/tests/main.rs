@@ -14,6 +14,8 @@ mod crash;
 mod files_view;
 #[path = "system/full_disk.rs"]
 mod full_disk;
+#[path = "system/hostile_clients.rs"]
+mod hostile_clients;
 #[path = "system/hostile_peers.rs"]
 mod hostile_peers;
 #[path = "system/kernel.rs"]
