@@ -5,7 +5,9 @@
 //! show that the judge sees both kinds of error.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use blockd::data::page_store::{Engine, Fetched, PageAt, Step, StoreError, StoreOptions};
+use blockd::data::page_store::{
+    Engine, Fetched, PageAt, Placement, Step, StoreError, StoreOptions,
+};
 use blockd::id::{Epoch, LayerRun, PageNo, SnapshotId, VolumeId};
 use blockd::io::sim_disk::{SimDisk, SimRandom};
 use std::sync::Arc;
@@ -240,6 +242,7 @@ impl Runner {
                     self.engine.request_checkpoint();
                     self.run_jobs();
                 }
+                Step::More => self.run_jobs(),
             }
         }
         panic!("no progress: {:?}", self.engine.usage());
@@ -300,7 +303,8 @@ impl Runner {
         // Few values, so that blocks are often written again with what they have.
         let value = u8::try_from(self.below(4)).unwrap();
         let data = vec![value; count * 512];
-        self.attempt(|engine, f| engine.write(at(page, block, count), &data, Epoch(1), f));
+        let (range, mut placement) = (at(page, block, count), Placement::default());
+        self.attempt(|engine, f| engine.write(range, &data, Epoch(1), &mut placement, f));
         self.model.put(page, block, count, value);
     }
 
@@ -392,7 +396,8 @@ fn among_a_thousand_snapshots_every_difference_is_exact() {
     for number in 1..=1000 {
         let data = vec![u8::try_from(number % 251).unwrap(); 4096];
         let range = at(0, written(number) * 8, 8);
-        runner.attempt(|engine, f| engine.write(range, &data, Epoch(1), f));
+        let mut placement = Placement::default();
+        runner.attempt(|engine, f| engine.write(range, &data, Epoch(1), &mut placement, f));
         let id = SnapshotId(u32::try_from(number).unwrap());
         runner.engine.take_snapshot(VOLUME, id).unwrap();
         if number % 100 == 0 {

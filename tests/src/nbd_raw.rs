@@ -194,8 +194,14 @@ impl RawNbd {
     /// # Errors
     /// Nobody listens, or the server closes instead of greeting.
     pub fn try_greeted(endpoint: &Endpoint, flags: u32) -> io::Result<Self> {
+        Self::greeted_over(endpoint.connect()?, flags)
+    }
+
+    /// # Errors
+    /// The server closes instead of greeting.
+    pub fn greeted_over(stream: Box<dyn Stream>, flags: u32) -> io::Result<Self> {
         let mut raw = Self {
-            stream: endpoint.connect()?,
+            stream,
             mode: Mode::Simple,
             cookie: 0x5eed_c00c_1e00_0000,
         };

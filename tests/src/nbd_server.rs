@@ -20,7 +20,8 @@ const POLL: Duration = Duration::from_millis(5);
 pub struct NbdServer {
     arguments: Vec<String>,
     child: Option<Child>,
-    addresses: AddressBlock,
+    /// The server listens on number 1.
+    pub addresses: AddressBlock,
     directory: TempDir,
 }
 

@@ -15,6 +15,7 @@ mod transport;
 
 use crate::nbd_raw::{Endpoint, Mode, RawNbd, wire};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 /// Size in bytes of both exports of a [`Target`].
 pub const SIZE: u64 = 128 << 20;
@@ -23,6 +24,8 @@ pub const LARGE: u64 = 16 << 30;
 /// Where the pattern is; no row writes there.
 const PATTERN_AT: u64 = 96 << 20;
 const PATTERN_BYTES: usize = 4096;
+/// Rows that take longer are named in the output.
+const SLOW: Duration = Duration::from_millis(500);
 /// A range that rows may write to and that nobody else uses.
 const SCRATCH: u64 = 64 << 20;
 
@@ -66,7 +69,14 @@ pub fn judge(target: &Target) {
     rows.extend(contexts::rows());
     rows.extend(transport::rows());
     rows.extend(extended::rows());
-    let holds = |row: &Row| catch_unwind(AssertUnwindSafe(|| (row.check)(target))).is_ok();
+    let holds = |row: &Row| {
+        let start = Instant::now();
+        let held = catch_unwind(AssertUnwindSafe(|| (row.check)(target))).is_ok();
+        if start.elapsed() > SLOW {
+            eprintln!("{}: {:?}", row.name, start.elapsed());
+        }
+        held
+    };
     let failed: Vec<&str> = rows
         .iter()
         .filter(|row| !holds(row))

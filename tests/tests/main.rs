@@ -16,10 +16,14 @@ mod crash;
 mod files_view;
 #[path = "system/full_disk.rs"]
 mod full_disk;
+#[path = "system/hostile_clients.rs"]
+mod hostile_clients;
 #[path = "system/hostile_peers.rs"]
 mod hostile_peers;
 #[path = "system/kernel.rs"]
 mod kernel;
+#[path = "system/leases.rs"]
+mod leases;
 #[path = "system/lost_owners.rs"]
 mod lost_owners;
 #[path = "system/nbd_clients.rs"]

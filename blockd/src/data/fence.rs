@@ -13,7 +13,7 @@ use crate::id::LeaseEpoch;
 use std::rc::Rc;
 
 /// Who may change the volume.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Writers {
     /// Everybody who holds no lease.
     All,
@@ -23,7 +23,7 @@ pub enum Writers {
 }
 
 /// What the registry's copy says of the lease of a volume.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Fence {
     pub epoch: LeaseEpoch,
     pub writers: Writers,
@@ -42,7 +42,7 @@ impl Default for Fence {
 }
 
 /// The fence, with the changes that it has let through.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FenceGate {
     fence: Fence,
     /// The newest epoch that was confirmed.

@@ -115,25 +115,21 @@ fn endless_payload(target: &Target) {
     }
 }
 
-/// Without the flag there is no payload: nothing but headers may be taken from the stream.
+/// QEMU 10 forgets the flag and sends the payload: it is carried out or refused, and nothing of it
+/// is taken for a request.
 fn bare_write(target: &Target) {
     let mut raw = RawNbd::opened(&target.export, Mode::Extended);
-    let before = raw.read(SCRATCH, 512);
-    let asked = raw.try_send_exactly(WRITE, 0, SCRATCH, 512, b"").unwrap();
-    let flush = raw.try_send_exactly(FLUSH, 0, 0, 0, b"").unwrap();
-    // 600 bytes more would complete a payload; then the write would be answered and the rest not.
-    let mut first = [0; 32];
-    if std::io::Read::read_exact(&mut raw.stream, &mut first).is_err() {
-        return;
+    for len_bytes in [512, 70_000] {
+        assert_eq!(raw.ask(ZEROES, 0, SCRATCH, 1 << 20).errno, 0);
+        let payload = vec![0x77; len_bytes];
+        let asked = raw.try_send_exactly(WRITE, 0, SCRATCH, len_bytes as u64, &payload);
+        let errno = raw.reply(&asked.unwrap()).errno;
+        assert!(errno == 0 || errno == EINVAL, "{errno}");
+        let written = if errno == 0 { 0x77 } else { 0 };
+        let data = raw.read(SCRATCH, len_bytes as u64);
+        assert!(data.iter().all(|byte| *byte == written));
+        alive(&mut raw);
     }
-    let rest = u64::from_be_bytes(first[24..].try_into().unwrap());
-    let rest = raw.take(usize::try_from(rest).unwrap());
-    let bytes = std::io::Cursor::new([&first[..], &rest].concat());
-    let reply = crate::nbd_raw::receive(Box::new(bytes), Mode::Extended, &asked);
-    assert_eq!(reply.errno, EINVAL);
-    assert_eq!(raw.reply(&flush).errno, 0);
-    assert!(raw.read(SCRATCH, 512) == before);
-    alive(&mut raw);
 }
 
 fn huge_out_of_range(target: &Target) {

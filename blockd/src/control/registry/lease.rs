@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Who holds a lease, as it said when it acquired it.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct LeaseHolder {
     /// Chosen at random by the holder: tells it from every other one.
     pub id: u64,
@@ -45,7 +45,7 @@ pub struct LeaseHolder {
 }
 
 /// Why a lease is not held any more.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LeaseEnd {
     /// By its holder.
@@ -57,7 +57,7 @@ pub enum LeaseEnd {
 }
 
 /// Who may change the volume.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LeaseState {
     /// Everybody without a lease.
@@ -69,7 +69,7 @@ pub enum LeaseState {
 }
 
 /// The lease of a volume.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct LeaseRecord {
     /// The volume.
     pub volume: VolumeId,
