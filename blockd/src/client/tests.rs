@@ -10,6 +10,7 @@ use crate::io::framed::{FrameStream, serve};
 use crate::io::link::{Hello, Welcome};
 use crate::io::wire::{VERSION, flags};
 use bytes::Bytes;
+use futures_util::poll;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Mutex, MutexGuard};
 use tokio::net::{TcpListener, TcpStream};
@@ -391,4 +392,39 @@ async fn losses_during_a_replay_are_made_good_too() {
         second.durable(3),
     ];
     assert_eq!(durable, [Some('a'), Some('e'), Some('c'), Some('d')]);
+}
+
+/// A user gives a write over two owners up, at every moment: no owner keeps the span.
+#[tokio::test]
+async fn a_span_that_is_given_up_at_any_moment_ends_everywhere() {
+    let (first, second, volume) = bench().await;
+    let mut most_open = 0;
+    for polls in 0.. {
+        let data = Bytes::from(vec![b'x'; 1024]);
+        let mut writing = Box::pin(volume.write(PAGE_BYTES - 512, data));
+        let mut written = false;
+        for _ in 0..polls {
+            written = poll!(&mut writing).is_ready();
+            if written {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+        let open = [&first, &second].map(|owner| owner.state().spans.len());
+        most_open = most_open.max(open.iter().sum());
+        drop(writing);
+        // Behind whatever was sent over the same connections.
+        write(&volume, 0, 'a').await;
+        write(&volume, 1, 'b').await;
+        for owner in [&first, &second] {
+            assert!(
+                owner.state().spans.is_empty(),
+                "given up after {polls} polls"
+            );
+        }
+        if written {
+            break;
+        }
+    }
+    assert_eq!(most_open, 2, "never given up while both owners had it");
 }
