@@ -20,6 +20,8 @@ mod hostile_peers;
 mod lost_owners;
 #[path = "system/nbd_clients.rs"]
 mod nbd_clients;
+#[path = "system/nbd_tls.rs"]
+mod nbd_tls;
 #[path = "system/resizes.rs"]
 mod resizes;
 #[path = "system/restart.rs"]
