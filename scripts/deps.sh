@@ -27,7 +27,8 @@ packages_of() {
         test) printf '%s\n' 'fio fio' 'nbdkit nbdkit' 'libnbd-bin nbdinfo' 'nbd-client nbd-client' \
             'python3-libnbd python:nbd' 'qemu-utils qemu-nbd' 'fuse3 fusermount3' \
             'gnutls-bin certtool' 'xfsprogs mkfs.xfs' 'e2fsprogs mkfs.ext4' 'util-linux losetup' 'mount mount' \
-            'jq jq' 'python3 python3' 'shellcheck shellcheck' ;;
+            'jq jq' 'python3 python3' 'shellcheck shellcheck' \
+            'qemu-system-x86 qemu-system-x86_64' 'busybox-static busybox' 'cpio cpio' ;;
         bench) printf '%s\n' 'fio fio' 'nbdkit nbdkit' 'qemu-utils qemu-nbd' 'python3 python3' ;;
         *)
             echo "deps.sh: unknown set '$1'; the sets are build, run, test, bench" >&2
@@ -94,7 +95,39 @@ if [ "$(id -u)" -ne 0 ]; then
     fi
     as_root=(sudo)
 fi
+
+# QEMU's packages must all be of one version: with a qemu-utils of the backports the others come
+# from there too, or apt would remove it.
+release=()
+choose_release() {
+    local codename source=/etc/apt/sources.list.d/blockd-backports.list
+    case $(dpkg-query -W -f '${Version}' qemu-utils 2>/dev/null) in
+        *~bpo*) ;;
+        *) return 0 ;;
+    esac
+    codename=$(sed -n "s/^VERSION_CODENAME=//p" /etc/os-release)-backports
+    release=(-t "$codename")
+    if ! apt-cache policy | grep -q "a=[a-z]*-backports\|n=$codename"; then
+        echo "deb http://deb.debian.org/debian $codename main" |
+            "${as_root[@]}" tee "$source" >/dev/null
+    fi
+}
+
+install() {
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -q --no-install-recommends --no-remove "$@" </dev/null
+}
+
+qemu=()
+others=()
+for package in "${missing[@]}"; do
+    case $package in
+        qemu-*) qemu+=("$package") ;;
+        *) others+=("$package") ;;
+    esac
+done
+[ ${#qemu[@]} -eq 0 ] || choose_release
 "${as_root[@]}" apt-get update -q </dev/null
-"${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-    apt-get install -y -q --no-install-recommends "${missing[@]}" </dev/null
+[ ${#others[@]} -eq 0 ] || install "${others[@]}"
+[ ${#qemu[@]} -eq 0 ] || install "${release[@]}" "${qemu[@]}"
 echo "deps.sh: installed: ${missing[*]}"

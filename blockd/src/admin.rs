@@ -4,7 +4,8 @@
 //! printed by `blockctl --json` as they are. Adding a variant at the end keeps older peers
 //! readable; anything else takes a new protocol version.
 
-use crate::id::{Epoch, NodeNo, Revision, RouteRun, SnapshotId, VolumeId};
+use crate::control::registry::{LeaseHolder, LeaseState};
+use crate::id::{Epoch, LeaseEpoch, NodeNo, Revision, RouteRun, SnapshotId, VolumeId};
 use serde::{Deserialize, Serialize};
 
 /// A request to any server of the group; each is carried out by the server that receives it.
@@ -62,6 +63,29 @@ pub enum AdminRequest {
     Identify,
     /// Sent by the server that defines a node to the server that is to become it.
     Join(JoinOffer),
+    /// Leases that are held, or closed and not yet open to everybody.
+    LeaseList,
+    LeaseShow {
+        volume: String,
+    },
+    /// Makes `holder` the only writer of the volume; may be repeated with the same holder id.
+    LeaseAcquire {
+        volume: VolumeId,
+        holder: LeaseHolder,
+    },
+    /// Says that the holder of this epoch lives.
+    LeaseRenew {
+        volume: VolumeId,
+        epoch: LeaseEpoch,
+    },
+    LeaseRelease {
+        volume: VolumeId,
+        epoch: LeaseEpoch,
+    },
+    /// Takes the lease from whoever holds it.
+    LeaseBreak {
+        volume: String,
+    },
 }
 
 /// `VOL@SNAP`.
@@ -109,6 +133,10 @@ pub enum AdminReply {
     Identity(Identity),
     /// The request was understood and refused, with the reason and what to do about it.
     Refused(AdminError),
+    Leases(Vec<LeaseInfo>),
+    Lease(LeaseInfo),
+    /// The lease was not acquired: this one holds it.
+    LeaseConflict(LeaseInfo),
 }
 
 /// Why a request was refused: a kind for programs and a sentence for people.
@@ -130,6 +158,21 @@ pub enum AdminErrorKind {
     /// A server or the registry's majority cannot be reached.
     Unavailable,
     Internal,
+}
+
+impl AdminErrorKind {
+    /// The name in `--json` errors.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Invalid => "invalid",
+            Self::NotFound => "not_found",
+            Self::Exists => "exists",
+            Self::Conflict => "conflict",
+            Self::Unavailable => "unavailable",
+            Self::Internal => "internal",
+        }
+    }
 }
 
 /// A server, as it introduces itself to the one that defines it.
@@ -226,4 +269,32 @@ pub struct OpenInfo {
     pub route: RouteInfo,
     /// Peer addresses of the owners.
     pub nodes: Vec<(NodeNo, String)>,
+}
+
+/// The exclusive writer lease of a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseInfo {
+    pub volume: String,
+    pub volume_id: VolumeId,
+    pub epoch: LeaseEpoch,
+    pub state: LeaseState,
+}
+
+impl std::fmt::Display for LeaseInfo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let volume = &self.volume;
+        match &self.state {
+            LeaseState::Free => write!(f, "volume {volume} is not leased"),
+            LeaseState::Held(holder) => {
+                write!(f, "volume {volume} is leased exclusively to {holder}")
+            }
+            LeaseState::Closed(holder, why) => {
+                write!(
+                    f,
+                    "volume {volume} is closed to writers: the lease of {holder} was {why}"
+                )?;
+                f.write_str(", and not all its servers have confirmed that yet")
+            }
+        }
+    }
 }

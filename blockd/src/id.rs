@@ -54,6 +54,10 @@ id!(
     Epoch(u32)
 );
 id!(
+    /// The fencing number of a volume's exclusive lease; 0 in a change: its requester holds none.
+    LeaseEpoch(u32)
+);
+id!(
     /// Number of a node in its cluster; 0 is "no node".
     NodeNo(u16)
 );
@@ -81,7 +85,7 @@ pub struct RouteRun {
 /// A run of bytes of a page or volume: where its content comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LayerRun {
-    pub len_bytes: u32,
+    pub len_bytes: u64,
     /// 0: never written. 1: written since the newest snapshot older than the view; 2: between that
     /// one and the next older one; and so on.
     pub depth: u32,
@@ -94,12 +98,20 @@ pub struct LayerRun {
 impl LayerRun {
     /// Bytes that were never written.
     #[must_use]
-    pub fn unallocated(len_bytes: u32) -> Self {
+    pub fn unallocated(len_bytes: u64) -> Self {
         Self {
             len_bytes,
             depth: 0,
             hole: true,
             changed: false,
+        }
+    }
+
+    /// Adds this run behind the others; lengthens the last one if it is like it.
+    pub fn append_to(self, runs: &mut Vec<Self>) {
+        match runs.last_mut() {
+            Some(last) if last.is_like(&self) => last.len_bytes += self.len_bytes,
+            _ => runs.push(self),
         }
     }
 

@@ -12,6 +12,7 @@
 //! | [`io`] | sockets, frames, disk, time, consensus log: the only code that touches them |
 //! | [`node`] | one server: the only place that sees the three above together |
 //! | [`client`] | a volume for programs on other hosts: direct to the owner, retry, replay |
+//! | [`attach`] | a volume as `/dev/nbdX` or as a unix socket of this host |
 //! | [`admin`] | what `blockctl` asks and what a server answers |
 //!
 //! Directions: `data` and `control` do not know each other; both know `id` and `limits`; `node` and
@@ -20,6 +21,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod admin;
+pub mod attach;
 pub mod client;
 pub mod control;
 pub mod data;

@@ -28,6 +28,18 @@ pub const FORWARD_DEADLINE_MS: u64 = 30_000;
 /// Milliseconds between two tries of a forwarded request.
 pub const FORWARD_RETRY_MS: u64 = 20;
 
+/// Milliseconds without a renewal after which a lease may expire: bounds that a holder may choose
+/// from. Shorter ones would expire by a busy disk or an election.
+pub const LEASE_TTL_MIN_MS: u64 = 2_000;
+pub const LEASE_TTL_MAX_MS: u64 = 600_000;
+/// Milliseconds that the owners of a volume have to confirm a lease epoch.
+pub const LEASE_CONFIRM_MS: u64 = 5_000;
+/// Milliseconds that the registry's leader adds to the time to live of a lease: for the messages,
+/// and for the confirmations that go before the first renewal.
+pub const LEASE_MARGIN_MS: u64 = 5_000;
+/// Milliseconds between two looks of the registry's leader at the leases.
+pub const LEASE_TICK_MS: u64 = 500;
+
 /// Milliseconds after which a snapshot that is still pending belongs to a dead coordinator.
 pub const SNAPSHOT_PENDING_MAX_MS: u64 = 60_000;
 
@@ -40,6 +52,12 @@ pub const CLIENT_REPLAY_BYTES: usize = 64 << 20;
 pub const CLIENT_ZERO_BYTES: u64 = 4 << 30;
 /// Bytes of one part of a request: the largest NBD request that is accepted.
 pub const REQUEST_PART_BYTES: u32 = 64 << 20;
+
+/// Bytes of a volume of which one NBD block status tells at the most, so that a question costs little
+/// memory and few peer requests: 64 pages of the default size.
+pub const STATUS_BYTES_MAX: u64 = 256 << 20;
+/// Pages of which one NBD block status tells at the most, where they are small.
+pub const STATUS_PAGES_MAX: u64 = 1024;
 
 /// Characters (all ASCII, so bytes) of the name of a cluster, node, volume or snapshot. Short
 /// enough for an NBD export name `VOL@SNAP` (4096 bytes) and a file name (255 bytes).
@@ -90,6 +108,7 @@ const _: () = assert!(
     "a hold must not fail a forwarded write"
 );
 const _: () = assert!(SNAPSHOT_PENDING_MAX_MS > 4 * SNAPSHOT_HOLD_MAX_MS);
+const _: () = assert!(LEASE_MARGIN_MS >= LEASE_CONFIRM_MS && LEASE_TTL_MIN_MS > 2 * LEASE_TICK_MS);
 const _: () = assert!(REQUEST_PART_BYTES < crate::io::wire::MAX_PAYLOAD_BYTES);
 const _: () = assert!(ROUTE_RUNS_TARGET as usize <= ROUTE_RUNS_MAX);
 const _: () = assert!(NAME_CHARS_MAX <= REGISTRY_TEXT_BYTES_MAX);

@@ -35,6 +35,10 @@ fn at(page: usize, block: usize, count: usize) -> PageAt {
     }
 }
 
+fn bytes_of(run: &LayerRun) -> usize {
+    usize::try_from(run.len_bytes).unwrap()
+}
+
 /// What one view shows: a byte for each block, which fills it.
 type Image = [[u8; BLOCKS]; PAGES];
 
@@ -127,7 +131,7 @@ impl Model {
         let runs = reader(engine, at(page, 0, BLOCKS), view.id, since_id).unwrap();
         let subs: Vec<&LayerRun> = runs
             .iter()
-            .flat_map(|run| std::iter::repeat_n(run, run.len_bytes as usize / 4096))
+            .flat_map(|run| std::iter::repeat_n(run, bytes_of(run) / 4096))
             .collect();
         assert_eq!(subs.len(), SUBS, "the runs do not cover the page");
         assert!(runs.windows(2).all(|pair| !pair[0].is_like(&pair[1])));
@@ -374,13 +378,8 @@ fn planted_faults_are_found() {
 }
 
 fn merged(runs: Vec<LayerRun>) -> Vec<LayerRun> {
-    let mut all: Vec<LayerRun> = Vec::new();
-    for run in runs {
-        match all.last_mut() {
-            Some(last) if last.is_like(&run) => last.len_bytes += run.len_bytes,
-            _ => all.push(run),
-        }
-    }
+    let mut all = Vec::new();
+    runs.into_iter().for_each(|run| run.append_to(&mut all));
     all
 }
 
@@ -420,7 +419,7 @@ fn among_a_thousand_snapshots_every_difference_is_exact() {
         .unwrap();
         let subs: Vec<bool> = runs
             .iter()
-            .flat_map(|run| std::iter::repeat_n(run.changed, run.len_bytes as usize / 4096))
+            .flat_map(|run| std::iter::repeat_n(run.changed, bytes_of(run) / 4096))
             .collect();
         let mut expected = [false; 16];
         (view.min(since) + 1..=view.max(since)).for_each(|n| expected[written(n)] = true);
@@ -430,7 +429,7 @@ fn among_a_thousand_snapshots_every_difference_is_exact() {
     let depth_of = |sub: usize| {
         let mut end = 0;
         let run = runs.iter().find(|run| {
-            end += run.len_bytes as usize;
+            end += bytes_of(run);
             sub * 4096 < end
         });
         run.unwrap().depth

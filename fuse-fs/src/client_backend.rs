@@ -45,6 +45,8 @@ fn failed(error: ClientError) -> BackendError {
     let errno = match &error {
         ClientError::Unreachable { .. } => libc::EIO,
         ClientError::Io { reason, .. } => reason.errno(),
+        ClientError::Leased(_) => libc::EBUSY,
+        ClientError::Fenced { .. } => libc::EPERM,
         ClientError::Refused(refused) => match refused.kind {
             AdminErrorKind::NotFound => libc::ENOENT,
             AdminErrorKind::Invalid => libc::EINVAL,

@@ -9,7 +9,7 @@ use tracing::debug;
 
 use crate::budget::Budget;
 use crate::export::{Export, Exports};
-use crate::handshake::{self, Negotiated, Opened, TlsStage};
+use crate::handshake::{self, Negotiated, Opened, Situation, TlsStage};
 use crate::limits;
 use crate::peer::Peer;
 use crate::request::Agreement;
@@ -26,7 +26,7 @@ pub struct ServeOptions {
     pub stall_deadline: Duration,
     /// Payload bytes that all connections with a clone of these options share.
     pub budget: Budget,
-    /// Asks connections to answer what they have read and close.
+    /// Asks connections to end: see [`Shutdown`].
     pub shutdown: Shutdown,
     /// What is offered at STARTTLS; `None` refuses it.
     pub tls: Option<Tls>,
@@ -86,7 +86,7 @@ pub enum ConnectionError {
     RequestMagic,
     /// A refused WRITE is larger than `limits::DRAIN_BYTES`.
     #[error("a payload of {0} bytes is too large to be skipped")]
-    PayloadTooLarge(u32),
+    PayloadTooLarge(u64),
     /// The client held payload bytes without progress while others waited.
     #[error("the client made no progress for {0:?} while others waited for the payload budget")]
     Stalled(Duration),
@@ -107,12 +107,15 @@ where
     P: Exports,
 {
     let deadline = options.handshake_deadline;
-    let tls = options.tls.as_ref();
+    let drained = async {
+        options.shutdown.clone().given().await;
+        tokio::time::sleep(limits::DRAIN_GRACE).await;
+    };
     let ready = tokio::select! {
-        ready = tokio::time::timeout(deadline, prepare(stream, peer, &exports, tls)) => {
+        ready = tokio::time::timeout(deadline, prepare(stream, peer, &exports, &options)) => {
             ready.map_err(|_| ConnectionError::HandshakeDeadline(deadline))??
         }
-        () = options.shutdown.clone().given() => Ready::Left,
+        () = drained => Ready::Left,
     };
     match ready {
         Ready::Plain(stream, opened) => {
@@ -137,25 +140,30 @@ async fn prepare<S, P>(
     mut stream: S,
     peer: Peer,
     exports: &P,
-    tls: Option<&Tls>,
+    options: &ServeOptions,
 ) -> Result<Ready<S, P::Export>, ConnectionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
     P: Exports,
 {
-    let stage = match tls {
+    let stage = match &options.tls {
         None => TlsStage::Off,
         Some(tls) if tls.is_required() => TlsStage::Required,
         Some(_) => TlsStage::Offered,
     };
     let flags = handshake::greet(&mut stream).await?;
+    let situation = Situation {
+        peer: &peer,
+        tls: stage,
+        shutdown: &options.shutdown,
+    };
     match (
-        handshake::negotiate(&mut stream, flags, exports, &peer, stage).await?,
-        tls,
+        handshake::negotiate(&mut stream, flags, exports, situation).await?,
+        &options.tls,
     ) {
         (Negotiated::Opened(opened), _) => Ok(Ready::Plain(stream, opened)),
         (Negotiated::StartTls, Some(tls)) => {
-            prepare_inside_tls(stream, flags, peer, exports, tls).await
+            prepare_inside_tls(stream, flags, peer, exports, (tls, &options.shutdown)).await
         }
         (Negotiated::StartTls, None) | (Negotiated::Left, _) => Ok(Ready::Left),
     }
@@ -166,7 +174,7 @@ async fn prepare_inside_tls<S, P>(
     flags: u16,
     peer: Peer,
     exports: &P,
-    tls: &Tls,
+    (tls, shutdown): (&Tls, &Shutdown),
 ) -> Result<Ready<S, P::Export>, ConnectionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -176,8 +184,12 @@ where
     let (mut stream, names) = accepted.map_err(ConnectionError::TlsHandshake)?;
     let peer = peer.inside_tls(names);
     debug!(%peer, "inside TLS");
-    let stage = TlsStage::Inside;
-    match handshake::negotiate(&mut stream, flags, exports, &peer, stage).await? {
+    let situation = Situation {
+        peer: &peer,
+        tls: TlsStage::Inside,
+        shutdown,
+    };
+    match handshake::negotiate(&mut stream, flags, exports, situation).await? {
         Negotiated::Opened(opened) => Ok(Ready::Tls(stream, opened)),
         Negotiated::StartTls | Negotiated::Left => {
             // The client may be gone already.

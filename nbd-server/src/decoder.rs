@@ -8,11 +8,14 @@ use bytes::Bytes;
 use crate::connection::ConnectionError;
 use crate::error::ExportError;
 use crate::limits;
-use crate::request::{self, Command, Request, Verdict};
+use crate::request::{self, Command, Headers, Request, Verdict};
 use crate::wire;
 
 /// A receive behind a large payload takes so little that the next large payload is not copied through the receive buffer.
 const RECEIVE_AFTER_LARGE_BYTES: usize = 4 << 10;
+
+/// The largest chunk of a BLOCK_STATUS reply.
+const STATUS_BYTES: u32 = (limits::EXTENTS_MAX as u32 + 1) * 16;
 
 /// A request with its payload.
 #[derive(Debug, PartialEq, Eq)]
@@ -43,11 +46,12 @@ enum State {
     Head,
     Admitted(Request, Command),
     Payload(Request, Command, Vec<u8>),
-    Skip(Request, ExportError, u32),
+    Skip(Request, ExportError, u64),
 }
 
 /// State of the receiving side of one connection.
 pub(crate) struct Decoder {
+    headers: Headers,
     buffer: Vec<u8>,
     start: usize,
     state: State,
@@ -57,15 +61,17 @@ pub(crate) struct Decoder {
 /// Budget bytes that a command needs.
 fn cost_bytes(request: &Request, command: Command) -> u32 {
     match command {
-        Command::Read { .. } | Command::Write { .. } => request.len_bytes,
-        Command::Status { .. } => (limits::EXTENTS_MAX * 8) as u32,
+        Command::Read { .. } | Command::Write { .. } => request.len_bytes as u32,
+        Command::Status { contexts, .. } => contexts.count_ones() * STATUS_BYTES,
+        Command::StatusOf { .. } => request.payload_bytes as u32 / 4 * STATUS_BYTES,
         _ => 0,
     }
 }
 
 impl Decoder {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(headers: Headers) -> Self {
         Self {
+            headers,
             buffer: Vec::with_capacity(limits::RECEIVE_BYTES),
             start: 0,
             state: State::Head,
@@ -85,15 +91,16 @@ impl Decoder {
 
     /// Whether what was received last is a DISC: nothing may follow it.
     pub(crate) fn has_goodbye(&self) -> bool {
-        let last = self.available().last_chunk::<{ wire::REQUEST_BYTES }>();
-        let request = last.and_then(request::parse);
+        let available = self.available();
+        let start = available.len().checked_sub(self.headers.request_bytes());
+        let request = start.and_then(|start| request::parse(&available[start..], self.headers));
         request.is_some_and(|request| request.kind == wire::command::DISC)
     }
 
     /// Where to receive into, and at most how many bytes: 0 only while received requests wait.
     pub(crate) fn receive_target(&mut self) -> (&mut Vec<u8>, usize) {
         if let State::Payload(request, _, data) = &mut self.state {
-            let left_bytes = request.len_bytes as usize - data.len();
+            let left_bytes = request.payload_bytes as usize - data.len();
             return (data, left_bytes);
         }
         if self.start == self.buffer.len() {
@@ -137,23 +144,21 @@ impl Decoder {
     }
 
     fn read_head(&mut self, admit: impl Fn(&Request) -> Verdict) -> Option<Step> {
-        let Some((head, _)) = self
-            .available()
-            .split_first_chunk::<{ wire::REQUEST_BYTES }>()
-        else {
+        let head_bytes = self.headers.request_bytes();
+        let Some(head) = self.available().get(..head_bytes) else {
             return Some(Step::Receive);
         };
-        let Some(request) = request::parse(head) else {
+        let Some(request) = request::parse(head, self.headers) else {
             return Some(Step::End(Err(ConnectionError::RequestMagic)));
         };
-        self.start += wire::REQUEST_BYTES;
+        self.start += head_bytes;
         self.state = match admit(&request) {
             Verdict::Run(command) => State::Admitted(request, command),
-            Verdict::Refuse(error) => State::Skip(request, error, request.payload_bytes()),
+            Verdict::Refuse(error) => State::Skip(request, error, request.payload_bytes),
             Verdict::Goodbye => return Some(Step::End(Ok(()))),
             Verdict::Hopeless => {
                 return Some(Step::End(Err(ConnectionError::PayloadTooLarge(
-                    request.len_bytes,
+                    request.payload_bytes,
                 ))));
             }
         };
@@ -166,9 +171,9 @@ impl Decoder {
         command: Command,
         take: &mut impl FnMut(u32) -> bool,
     ) -> Option<Step> {
-        let payload_bytes = request.payload_bytes();
-        let is_small = payload_bytes <= limits::SMALL_PAYLOAD_BYTES;
-        if is_small && self.available().len() < payload_bytes as usize {
+        let payload_bytes = request.payload_bytes as usize;
+        let is_small = payload_bytes <= limits::SMALL_PAYLOAD_BYTES as usize;
+        if is_small && self.available().len() < payload_bytes {
             return Some(Step::Receive);
         }
         let held_bytes = cost_bytes(&request, command);
@@ -177,12 +182,11 @@ impl Decoder {
         }
         self.after_large = !is_small;
         if !is_small {
-            self.state =
-                State::Payload(request, command, Vec::with_capacity(payload_bytes as usize));
+            self.state = State::Payload(request, command, Vec::with_capacity(payload_bytes));
             return None;
         }
-        let payload = Bytes::copy_from_slice(&self.available()[..payload_bytes as usize]);
-        self.start += payload_bytes as usize;
+        let payload = Bytes::copy_from_slice(&self.available()[..payload_bytes]);
+        self.start += payload_bytes;
         self.state = State::Head;
         Some(Step::Run(Job {
             request,
@@ -198,10 +202,11 @@ impl Decoder {
         };
         let (request, command) = (*request, *command);
         let received = &self.buffer[self.start..];
-        let step = received.len().min(request.len_bytes as usize - data.len());
+        let payload_bytes = request.payload_bytes as usize;
+        let step = received.len().min(payload_bytes - data.len());
         data.extend_from_slice(&received[..step]);
         self.start += step;
-        if data.len() < request.len_bytes as usize {
+        if data.len() < payload_bytes {
             return Some(Step::Receive);
         }
         let payload = Bytes::from(std::mem::take(data));
@@ -210,7 +215,7 @@ impl Decoder {
             request,
             command,
             payload,
-            held_bytes: request.len_bytes,
+            held_bytes: payload_bytes as u32,
         }))
     }
 
@@ -220,7 +225,7 @@ impl Decoder {
             return None;
         };
         let step = available_bytes.min(*left_bytes as usize);
-        *left_bytes -= step as u32;
+        *left_bytes -= step as u64;
         self.start += step;
         if *left_bytes > 0 {
             return Some(Step::Receive);
@@ -237,8 +242,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::export::ExportInfo;
+    use crate::export::{ExportInfo, MetaContext};
     use crate::request::Agreement;
+    use crate::wire;
 
     fn encode(
         kind: u16,
@@ -262,16 +268,17 @@ mod tests {
         request::admit(
             request,
             &ExportInfo::new(1 << 20),
-            Agreement {
-                structured: true,
-                allocation: true,
+            &Agreement {
+                headers: Headers::Structured,
+                contexts: [MetaContext::Allocation].into(),
             },
         )
     }
 
     /// Feeds the stream in pieces of these sizes and lists the steps as text.
     fn decode(stream: &[u8], pieces: &[usize]) -> Vec<String> {
-        let (mut decoder, mut rest, mut steps, mut turn) = (Decoder::new(), stream, Vec::new(), 0);
+        let (mut decoder, mut rest, mut steps, mut turn) =
+            (Decoder::new(Headers::Structured), stream, Vec::new(), 0);
         loop {
             match decoder.next(admit, |_| true) {
                 Step::Receive if rest.is_empty() => return steps,
@@ -315,7 +322,7 @@ mod tests {
 
     #[test]
     fn without_budget_nothing_of_a_large_payload_is_taken_in() {
-        let mut decoder = Decoder::new();
+        let mut decoder = Decoder::new(Headers::Structured);
         let (buffer, _) = decoder.receive_target();
         buffer.extend_from_slice(&encode(1, 0, 1, 0, Ok(&[1; 100_000])));
         assert!(matches!(decoder.next(admit, |_| false), Step::Wait));

@@ -22,7 +22,7 @@ pub enum NbdErrno {
     Overflow = 75,
     /// Not supported (only for WRITE_ZEROES with FAST_ZERO).
     NotSup = 95,
-    /// The server is going down; a Linux kernel client turns this into an IO error, so closing the connection is kinder.
+    /// The server is going down. The library never answers this by itself: nbd.ko and QEMU make an IO error of it (see `Shutdown`).
     Shutdown = 108,
 }
 
@@ -41,6 +41,8 @@ pub struct ExportError {
     pub errno: NbdErrno,
     /// UTF-8 text for the reply; cut to `limits::ERROR_TEXT_BYTES` on the wire.
     pub message: Cow<'static, str>,
+    /// Where in the export it happened, if that is known; within the range of the request.
+    pub offset: Option<u64>,
 }
 
 impl ExportError {
@@ -49,6 +51,15 @@ impl ExportError {
         Self {
             errno,
             message: message.into(),
+            offset: None,
+        }
+    }
+
+    /// The same error, known to be at this offset.
+    pub fn at(self, offset: u64) -> Self {
+        Self {
+            offset: Some(offset),
+            ..self
         }
     }
 

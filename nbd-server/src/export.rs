@@ -226,7 +226,8 @@ pub trait Exports: Clone + 'static {
     /// The names that this client may see. An error refuses the list (ERR_POLICY, ERR_SHUTDOWN).
     fn list(&self, peer: &Peer) -> impl Future<Output = Result<Vec<ExportEntry>, OpenError>>;
 
-    /// Opens an export; the empty name asks for the default one. Called for INFO, GO and EXPORT_NAME only, never before.
+    /// Opens an export; the empty name asks for the default one. Called when a client names it (INFO, GO, EXPORT_NAME and the options
+    /// of metadata contexts), never before.
     fn open(
         &self,
         name: &str,

@@ -4,18 +4,22 @@
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+use std::sync::Arc;
+
 use crate::connection::ConnectionError;
 use crate::error::OpenError;
-use crate::export::{Export, ExportEntry, Exports};
+use crate::export::{Export, ExportEntry, Exports, MetaContext};
 use crate::limits;
 use crate::option::{self, OptionHead, Refusal};
 use crate::peer::Peer;
-use crate::request::Agreement;
+use crate::request::{Agreement, Headers};
+use crate::shutdown::Shutdown;
 use crate::wire::{self, reply};
 
 /// Reply bytes that are gathered before they are sent.
 const GATHER_BYTES: usize = 64 << 10;
 
+const GOING_DOWN: &str = "this server is going down; connect to another one";
 const NOT_SUPPORTED: &str = "this option is not supported";
 
 /// What the handshake ended with.
@@ -43,13 +47,20 @@ pub(crate) enum TlsStage {
     Inside,
 }
 
-/// Negotiates, with nothing agreed yet but the flags of `greet`; so what was agreed before STARTTLS is forgotten inside TLS.
+/// Who negotiates, and under which conditions.
+pub(crate) struct Situation<'a> {
+    pub(crate) peer: &'a Peer,
+    pub(crate) tls: TlsStage,
+    pub(crate) shutdown: &'a Shutdown,
+}
+
+/// Negotiates, with nothing agreed yet but the flags of `greet`; so what was agreed before STARTTLS is forgotten inside TLS. Nothing
+/// is opened any more once the shutdown signal is given.
 pub(crate) async fn negotiate<S, P>(
     stream: &mut S,
     flags: u16,
     exports: &P,
-    peer: &Peer,
-    tls: TlsStage,
+    situation: Situation<'_>,
 ) -> Result<Negotiated<P::Export>, ConnectionError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -58,13 +69,12 @@ where
     let mut handshake = Handshake {
         stream,
         exports,
-        peer,
-        tls,
+        situation,
         out: Vec::new(),
         fixed: flags & wire::FIXED_NEWSTYLE != 0,
         no_zeroes: flags & wire::NO_ZEROES != 0,
-        structured: false,
-        allocation_of: None,
+        headers: Headers::Simple,
+        selected: None,
     };
     for _ in 0..limits::OPTIONS_MAX {
         match handshake.one_option().await? {
@@ -104,6 +114,12 @@ pub(crate) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
+/// What SET_META_CONTEXT selected.
+struct Selected {
+    export_name: String,
+    contexts: Arc<[MetaContext]>,
+}
+
 enum Next<E> {
     Option,
     Open(Opened<E>),
@@ -114,14 +130,12 @@ enum Next<E> {
 struct Handshake<'a, S, P> {
     stream: &'a mut S,
     exports: &'a P,
-    peer: &'a Peer,
-    tls: TlsStage,
+    situation: Situation<'a>,
     out: Vec<u8>,
     fixed: bool,
     no_zeroes: bool,
-    structured: bool,
-    /// The export for which base:allocation is selected.
-    allocation_of: Option<String>,
+    headers: Headers,
+    selected: Option<Selected>,
 }
 
 impl<S, P> Handshake<'_, S, P>
@@ -171,7 +185,7 @@ where
     /// Whether this client must ask for STARTTLS before it may send this option.
     fn needs_tls_first(&self, option: u32) -> bool {
         let always = [wire::option::STARTTLS, wire::option::ABORT];
-        self.tls == TlsStage::Required && !always.contains(&option)
+        self.situation.tls == TlsStage::Required && !always.contains(&option)
     }
 
     fn refuse_without_tls(&mut self, option: u32) -> Result<Next<P::Export>, ConnectionError> {
@@ -184,7 +198,7 @@ where
     }
 
     fn start_tls(&mut self, data: &[u8]) -> Next<P::Export> {
-        let refusal = match self.tls {
+        let refusal = match self.situation.tls {
             _ if !data.is_empty() => (reply::ERR_INVALID, "STARTTLS has no payload"),
             TlsStage::Off => (reply::ERR_UNSUP, "this server offers no TLS"),
             TlsStage::Inside => (reply::ERR_INVALID, "this connection is inside TLS already"),
@@ -233,7 +247,7 @@ where
             wire::option::ABORT | wire::option::LIST | wire::option::STARTTLS => {
                 Refusal::new(reply::ERR_INVALID, "unexpected payload")
             }
-            wire::option::INFO..=wire::option::SET_META_CONTEXT => {
+            wire::option::INFO..=wire::option::EXTENDED_HEADERS => {
                 Refusal::new(reply::ERR_TOO_BIG, "the payload is too large")
             }
             _ => Refusal::new(reply::ERR_UNSUP, NOT_SUPPORTED),
@@ -261,8 +275,9 @@ where
             wire::option::LIST => self.list(data).await,
             wire::option::INFO => Ok(self.info(option, data).await.map(drop)),
             wire::option::STRUCTURED_REPLY => Ok(self.structured_reply(data)),
-            wire::option::LIST_META_CONTEXT => Ok(self.list_meta(data)),
-            wire::option::SET_META_CONTEXT => Ok(self.set_meta(data)),
+            wire::option::EXTENDED_HEADERS => Ok(self.extended_headers(data)),
+            wire::option::LIST_META_CONTEXT => Ok(self.list_meta(data).await),
+            wire::option::SET_META_CONTEXT => Ok(self.set_meta(data).await),
             _ => Ok(Err(Refusal::new(reply::ERR_UNSUP, NOT_SUPPORTED))),
         }
     }
@@ -271,7 +286,7 @@ where
         if !data.is_empty() {
             return Ok(Err(Refusal::new(reply::ERR_INVALID, "LIST has no payload")));
         }
-        let entries = match self.exports.list(self.peer).await {
+        let entries = match self.exports.list(self.situation.peer).await {
             Ok(entries) => entries,
             Err(error) => return Ok(Err(open_refusal(&error))),
         };
@@ -299,80 +314,115 @@ where
                 "STRUCTURED_REPLY has no payload",
             ));
         }
-        self.structured = true;
+        if self.headers == Headers::Extended {
+            return Err(Refusal::new(
+                reply::ERR_EXT_HEADER_REQD,
+                "extended headers were negotiated, which include structured replies",
+            ));
+        }
+        self.headers = Headers::Structured;
         self.reply(wire::option::STRUCTURED_REPLY, reply::ACK, &[]);
         Ok(())
     }
 
-    fn list_meta(&mut self, data: &[u8]) -> Result<(), Refusal> {
-        self.need_structured()?;
-        let asked = option::parse_meta(data)?;
-        if option::lists_allocation(&asked.queries) {
-            self.put_context(wire::option::LIST_META_CONTEXT, 0);
+    fn extended_headers(&mut self, data: &[u8]) -> Result<(), Refusal> {
+        if !data.is_empty() {
+            return Err(Refusal::new(
+                reply::ERR_INVALID,
+                "EXTENDED_HEADERS has no payload",
+            ));
         }
-        self.reply(wire::option::LIST_META_CONTEXT, reply::ACK, &[]);
+        self.headers = Headers::Extended;
+        self.reply(wire::option::EXTENDED_HEADERS, reply::ACK, &[]);
         Ok(())
     }
 
-    fn set_meta(&mut self, data: &[u8]) -> Result<(), Refusal> {
-        self.allocation_of = None;
-        self.need_structured()?;
+    async fn list_meta(&mut self, data: &[u8]) -> Result<(), Refusal> {
+        const LIST: u32 = wire::option::LIST_META_CONTEXT;
+        self.need_chunks()?;
         let asked = option::parse_meta(data)?;
-        if option::selects_allocation(&asked.queries) {
-            self.allocation_of = Some(asked.name.to_owned());
-            self.put_context(wire::option::SET_META_CONTEXT, wire::ALLOCATION_ID);
+        let contexts = self.open(asked.name).await?.contexts();
+        for context in contexts.iter().filter(|context| asked.lists(context)) {
+            self.put_context(LIST, 0, context);
         }
-        self.reply(wire::option::SET_META_CONTEXT, reply::ACK, &[]);
+        self.reply(LIST, reply::ACK, &[]);
         Ok(())
     }
 
-    fn need_structured(&self) -> Result<(), Refusal> {
-        match self.structured {
+    /// Replaces what was selected before, with nothing if it fails.
+    async fn set_meta(&mut self, data: &[u8]) -> Result<(), Refusal> {
+        const SET: u32 = wire::option::SET_META_CONTEXT;
+        self.selected = None;
+        self.need_chunks()?;
+        let asked = option::parse_meta(data)?;
+        let mut contexts = self.open(asked.name).await?.contexts();
+        contexts.retain(|context| asked.selects(context));
+        if contexts.len() > limits::CONTEXTS_MAX {
+            return Err(Refusal::new(
+                reply::ERR_TOO_BIG,
+                format!(
+                    "at most {} metadata contexts may be selected",
+                    limits::CONTEXTS_MAX
+                ),
+            ));
+        }
+        for (index, context) in contexts.iter().enumerate() {
+            self.put_context(SET, index as u32 + 1, context);
+        }
+        self.reply(SET, reply::ACK, &[]);
+        self.selected = Some(Selected {
+            export_name: asked.name.to_owned(),
+            contexts: contexts.into(),
+        });
+        Ok(())
+    }
+
+    fn need_chunks(&self) -> Result<(), Refusal> {
+        match self.headers.has_chunks() {
             true => Ok(()),
             false => Err(Refusal::new(
                 reply::ERR_INVALID,
-                "metadata contexts need STRUCTURED_REPLY first",
+                "metadata contexts need STRUCTURED_REPLY or EXTENDED_HEADERS first",
             )),
         }
     }
 
-    fn put_context(&mut self, option: u32, id: u32) {
-        self.reply(
-            option,
-            reply::META_CONTEXT,
-            &[&id.to_be_bytes(), wire::ALLOCATION_CONTEXT.as_bytes()],
-        );
+    fn put_context(&mut self, option: u32, id: u32, context: &MetaContext) {
+        let name = context.to_string();
+        let payload = [&id.to_be_bytes()[..], name.as_bytes()];
+        self.reply(option, reply::META_CONTEXT, &payload);
+    }
+
+    async fn open(&self, name: &str) -> Result<P::Export, Refusal> {
+        let opened = self.exports.open(name, self.situation.peer).await;
+        if self.situation.shutdown.is_given() {
+            return Err(Refusal::new(reply::ERR_SHUTDOWN, GOING_DOWN));
+        }
+        opened.map_err(|error| open_refusal(&error))
     }
 
     /// Opens the export of an INFO or GO and gathers the replies, without the ACK for GO.
     async fn info(&mut self, option: u32, data: &[u8]) -> Result<Opened<P::Export>, Refusal> {
         let asked = option::parse_info(data)?;
-        let export = self
-            .exports
-            .open(asked.name, self.peer)
-            .await
-            .map_err(|error| open_refusal(&error))?;
-        let description = export.description();
-        option::put_info(
-            &mut self.out,
-            option,
-            &asked,
-            &export.info(),
-            &description,
-            self.structured,
-        );
+        let export = self.open(asked.name).await?;
+        let agreed = self.agreement(asked.name);
+        let (info, description) = (export.info(), export.description());
+        let has_contexts = !agreed.contexts.is_empty();
+        let flags = option::transmission_flags(&info, self.headers, has_contexts);
+        option::put_info(&mut self.out, option, &asked, &info, &description, flags);
         self.reply(option, reply::ACK, &[]);
-        Ok(self.opened(export, asked.name))
+        Ok(Opened { export, agreed })
     }
 
-    fn opened(&self, export: P::Export, name: &str) -> Opened<P::Export> {
-        let allocation = self.allocation_of.as_deref() == Some(name);
-        Opened {
-            export,
-            agreed: Agreement {
-                structured: self.structured,
-                allocation,
-            },
+    /// What holds for the export of this name: contexts that were selected for another one do not.
+    fn agreement(&self, name: &str) -> Agreement {
+        let selected = self.selected.as_ref();
+        let contexts = selected
+            .filter(|selected| selected.export_name == name)
+            .map(|selected| Arc::clone(&selected.contexts));
+        Agreement {
+            headers: self.headers,
+            contexts: contexts.unwrap_or_default(),
         }
     }
 
@@ -387,20 +437,18 @@ where
     }
 
     async fn export_name(&mut self, data: &[u8]) -> Result<Next<P::Export>, ConnectionError> {
-        let name = option::parse_name(data)
-            .map_err(|refusal| ConnectionError::ExportName(refusal.text.into_owned()))?;
-        let export = self
-            .exports
-            .open(name, self.peer)
-            .await
-            .map_err(|error| ConnectionError::ExportName(error.to_string()))?;
-        option::put_export_name(
-            &mut self.out,
-            &export.info(),
-            self.structured,
-            self.no_zeroes,
-        );
-        Ok(Next::Open(self.opened(export, name)))
+        let failed = |refusal: Refusal| ConnectionError::ExportName(refusal.text.into_owned());
+        if self.headers == Headers::Extended {
+            let text = "after EXTENDED_HEADERS only GO may open an export";
+            return Err(ConnectionError::ExportName(text.to_owned()));
+        }
+        let name = option::parse_name(data).map_err(failed)?;
+        let export = self.open(name).await.map_err(failed)?;
+        let agreed = self.agreement(name);
+        let info = export.info();
+        let flags = option::transmission_flags(&info, self.headers, false);
+        option::put_export_name(&mut self.out, &info, flags, self.no_zeroes);
+        Ok(Next::Open(Opened { export, agreed }))
     }
 }
 

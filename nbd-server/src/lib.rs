@@ -7,17 +7,21 @@
 //! TLS          credentials, the encrypted stream           tls/
 //! rules        who may open what                           peer.rs, access.rs
 //! memory       payload budget, queue of replies      budget.rs, output.rs
+//! client       the handshake of a client              client.rs
+//! kernel       nbd.ko as the client: /dev/nbdX             kernel/
 //! ```
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 mod access;
 mod admission;
 mod budget;
+mod client;
 mod connection;
 mod decoder;
 mod error;
 mod export;
 mod handshake;
+pub mod kernel;
 pub mod limits;
 mod option;
 mod output;
@@ -32,6 +36,7 @@ mod wire;
 
 pub use access::{Access, AddressRange, Guarded, Pattern, Rule, RuleError};
 pub use budget::Budget;
+pub use client::{OpenExportError, ServerInfo, open_export};
 pub use connection::{ConnectionError, ServeOptions, serve_connection, serve_transmission};
 pub use error::{ExportError, NbdErrno, OpenError};
 pub use export::{

@@ -21,8 +21,10 @@ pub const OPTION_DRAIN_BYTES: u32 = 1 << 20;
 pub const OPTIONS_MAX: u32 = 1024;
 /// Longest human text in bytes in an error reply (protocol maximum 4096; a line is enough).
 pub const ERROR_TEXT_BYTES: usize = 512;
-/// Extents in one BLOCK_STATUS reply (protocol maximum 2^20): 32 KiB of reply.
+/// Extents of one metadata context in a BLOCK_STATUS reply (protocol maximum 2^20): 32 or 64 KiB of reply.
 pub const EXTENTS_MAX: usize = 4096;
+/// Metadata contexts that one connection may select; listed are all.
+pub const CONTEXTS_MAX: usize = 64;
 
 /// Receive buffer of one connection in bytes: 62 requests of 4 KiB writes per receive.
 pub const RECEIVE_BYTES: usize = 256 << 10;
@@ -52,9 +54,15 @@ pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 pub const STALL_DEADLINE: Duration = Duration::from_secs(30);
 /// Silence on a TCP connection after which the kernel asks whether the peer still lives.
 pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+/// How long a draining server lets a handshake go on (to be told so), and waits for a client to close after it has closed itself.
+pub const DRAIN_GRACE: Duration = Duration::from_secs(1);
 /// How long a stopping server waits for requests in flight before it drops them.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
+const _: () = assert!(
+    DRAIN_GRACE.as_nanos() < DRAIN_DEADLINE.as_nanos(),
+    "a connection must end before it is dropped"
+);
 const _: () = assert!(
     ADVERTISED_PAYLOAD_BYTES <= PAYLOAD_BYTES,
     "what is advertised must be accepted"
@@ -90,4 +98,12 @@ const _: () = assert!(
 const _: () = assert!(
     EXTENTS_MAX <= 1 << 20 && ERROR_TEXT_BYTES <= 4096,
     "protocol maxima"
+);
+const _: () = assert!(
+    CONTEXTS_MAX <= u64::BITS as usize,
+    "a subset of the selected contexts is a u64"
+);
+const _: () = assert!(
+    (CONTEXTS_MAX * (EXTENTS_MAX + 1) * 16) as u64 <= CONNECTION_PAYLOAD_BYTES,
+    "the largest BLOCK_STATUS reply must fit one connection"
 );

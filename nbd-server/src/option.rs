@@ -1,9 +1,11 @@
 //! Parser of handshake options and builder of their replies: pure functions over bytes.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 
-use crate::export::ExportInfo;
+use crate::export::{ExportInfo, MetaContext};
 use crate::limits;
+use crate::request::Headers;
 use crate::wire::{self, info, reply, transmission};
 
 /// Head of an option.
@@ -54,7 +56,26 @@ impl InfoRequest<'_> {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct MetaRequest<'a> {
     pub(crate) name: &'a str,
-    pub(crate) queries: Vec<&'a str>,
+    queries: HashSet<&'a str>,
+}
+
+impl MetaRequest<'_> {
+    /// Whether SET_META_CONTEXT selects this context: by its exact name.
+    pub(crate) fn selects(&self, context: &MetaContext) -> bool {
+        self.queries.contains(context.to_string().as_str())
+    }
+
+    /// Whether LIST_META_CONTEXT shows this context: by its name or that of its group; no query at all asks for all.
+    pub(crate) fn lists(&self, context: &MetaContext) -> bool {
+        let groups: &[&str] = match context {
+            MetaContext::Allocation => &["base:"],
+            MetaContext::AllocationDepth => &["qemu:"],
+            MetaContext::DirtyBitmap(_) => &["qemu:", "qemu:dirty-bitmap:"],
+        };
+        self.queries.is_empty()
+            || self.selects(context)
+            || groups.iter().any(|group| self.queries.contains(group))
+    }
 }
 
 /// The head of an option, or `None` when the magic is wrong (the stream is out of sync).
@@ -104,10 +125,10 @@ pub(crate) fn parse_meta(data: &[u8]) -> Result<MetaRequest<'_>, Refusal> {
     let (name, rest) = take_name(data)?;
     let (count, mut rest) = wire::take_u32(rest)
         .ok_or_else(|| Refusal::invalid("the payload ends before the number of queries"))?;
-    let mut queries = Vec::new();
+    let mut queries = HashSet::new();
     for _ in 0..count {
         let (query, after) = take_name(rest)?;
-        queries.push(query);
+        queries.insert(query);
         rest = after;
     }
     if !rest.is_empty() {
@@ -116,21 +137,9 @@ pub(crate) fn parse_meta(data: &[u8]) -> Result<MetaRequest<'_>, Refusal> {
     Ok(MetaRequest { name, queries })
 }
 
-/// Whether LIST_META_CONTEXT shows base:allocation for these queries (none means all).
-pub(crate) fn lists_allocation(queries: &[&str]) -> bool {
-    queries.is_empty()
-        || queries
-            .iter()
-            .any(|query| *query == "base:" || *query == wire::ALLOCATION_CONTEXT)
-}
-
-/// Whether SET_META_CONTEXT selects base:allocation.
-pub(crate) fn selects_allocation(queries: &[&str]) -> bool {
-    queries.contains(&wire::ALLOCATION_CONTEXT)
-}
-
-/// Transmission flags of an export.
-pub(crate) fn transmission_flags(export: &ExportInfo, structured: bool) -> u16 {
+/// Transmission flags of an export, for a client with these headers that selected contexts for it or not.
+pub(crate) fn transmission_flags(export: &ExportInfo, headers: Headers, has_contexts: bool) -> u16 {
+    use transmission::BLOCK_STATUS_PAYLOAD;
     use transmission::{CAN_MULTI_CONN, HAS_FLAGS, READ_ONLY, ROTATIONAL, SEND_CACHE, SEND_DF};
     use transmission::{SEND_FAST_ZERO, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES};
     let optional = [
@@ -139,7 +148,11 @@ pub(crate) fn transmission_flags(export: &ExportInfo, structured: bool) -> u16 {
         (!export.read_only && export.fast_zero, SEND_FAST_ZERO),
         (export.rotational, ROTATIONAL),
         (export.can_multi_conn, CAN_MULTI_CONN),
-        (structured, SEND_DF),
+        (headers.has_chunks(), SEND_DF),
+        (
+            headers == Headers::Extended && has_contexts,
+            BLOCK_STATUS_PAYLOAD,
+        ),
     ];
     let always = HAS_FLAGS | SEND_FLUSH | SEND_FUA | SEND_CACHE;
     optional
@@ -165,9 +178,8 @@ pub(crate) fn put_info(
     asked: &InfoRequest<'_>,
     export: &ExportInfo,
     description: &str,
-    structured: bool,
+    flags: u16,
 ) {
-    let flags = transmission_flags(export, structured);
     let size = export.size_bytes.to_be_bytes();
     put_reply(
         out,
@@ -221,14 +233,9 @@ fn preferred_block_bytes(export: &ExportInfo) -> u32 {
 }
 
 /// Appends the answer to EXPORT_NAME.
-pub(crate) fn put_export_name(
-    out: &mut Vec<u8>,
-    export: &ExportInfo,
-    structured: bool,
-    no_zeroes: bool,
-) {
+pub(crate) fn put_export_name(out: &mut Vec<u8>, export: &ExportInfo, flags: u16, no_zeroes: bool) {
     out.extend_from_slice(&export.size_bytes.to_be_bytes());
-    out.extend_from_slice(&transmission_flags(export, structured).to_be_bytes());
+    out.extend_from_slice(&flags.to_be_bytes());
     if !no_zeroes {
         out.extend_from_slice(&[0; wire::EXPORT_NAME_PADDING_BYTES]);
     }
@@ -270,14 +277,9 @@ mod tests {
                 && !asked.wants(info::DESCRIPTION)
         );
         let mut out = Vec::new();
-        put_info(
-            &mut out,
-            7,
-            &asked,
-            &ExportInfo::new(0x1_0000_0000),
-            "",
-            true,
-        );
+        let export = ExportInfo::new(0x1_0000_0000);
+        let flags = transmission_flags(&export, Headers::Structured, true);
+        put_info(&mut out, 7, &asked, &export, "", flags);
         let head = b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x07\0\0\0\x03";
         let mut golden = Vec::new();
         golden
@@ -292,8 +294,10 @@ mod tests {
     #[test]
     fn export_name_has_its_padding_unless_declined() {
         let (mut padded, mut bare) = (Vec::new(), Vec::new());
-        put_export_name(&mut padded, &ExportInfo::new(512), false, false);
-        put_export_name(&mut bare, &ExportInfo::new(512), false, true);
+        let export = ExportInfo::new(512);
+        let flags = transmission_flags(&export, Headers::Simple, false);
+        put_export_name(&mut padded, &export, flags, false);
+        put_export_name(&mut bare, &export, flags, true);
         assert_eq!(bare, b"\0\0\0\0\0\0\x02\0\x05\x6d");
         assert_eq!(padded, [&bare[..], &[0; 124]].concat());
     }
@@ -321,18 +325,61 @@ mod tests {
     }
 
     #[test]
-    fn queries_select_only_what_they_name() {
-        assert!(
-            lists_allocation(&[])
-                && lists_allocation(&["base:"])
-                && lists_allocation(&["x", "base:allocation"])
-        );
-        assert!(!lists_allocation(&["qemu:"]) && !lists_allocation(&["allocation"]));
-        assert!(
-            selects_allocation(&["base:allocation"])
-                && !selects_allocation(&["base:"])
-                && !selects_allocation(&[])
-        );
+    fn queries_list_groups_and_select_only_what_they_name() {
+        use MetaContext::{Allocation, AllocationDepth, DirtyBitmap};
+        let all = [Allocation, AllocationDepth, DirtyBitmap("a:b".into())];
+        let rows: [(&[&str], [bool; 3], [bool; 3]); 8] = [
+            (&[], [true; 3], [false; 3]),
+            (&["base:"], [true, false, false], [false; 3]),
+            (&["qemu:"], [false, true, true], [false; 3]),
+            (&["qemu:dirty-bitmap:"], [false, false, true], [false; 3]),
+            (&["allocation", "base", "", "qemu"], [false; 3], [false; 3]),
+            (
+                &["x", "base:allocation"],
+                [true, false, false],
+                [true, false, false],
+            ),
+            (
+                &["qemu:allocation-depth", "qemu:dirty-bitmap:a"],
+                [false, true, false],
+                [false, true, false],
+            ),
+            (
+                &["qemu:dirty-bitmap:a:b", "qemu:dirty-bitmap:a:b"],
+                [false, false, true],
+                [false, false, true],
+            ),
+        ];
+        for (queries, listed, selected) in rows {
+            let asked = MetaRequest {
+                name: "",
+                queries: queries.iter().copied().collect(),
+            };
+            assert_eq!(
+                all.each_ref().map(|c| asked.lists(c)),
+                listed,
+                "{queries:?}"
+            );
+            let selects = all.each_ref().map(|c| asked.selects(c));
+            assert_eq!(selects, selected, "{queries:?}");
+        }
+    }
+
+    #[test]
+    fn flags_follow_the_export_and_the_headers() {
+        use transmission::{BLOCK_STATUS_PAYLOAD, SEND_DF, SEND_FAST_ZERO};
+        let mut export = ExportInfo::new(0);
+        let flags = |export: &ExportInfo, headers| transmission_flags(export, headers, true);
+        assert_eq!(flags(&export, Headers::Simple), 0x56d);
+        assert_eq!(flags(&export, Headers::Structured), 0x56d | SEND_DF);
+        let extended = 0x56d | SEND_DF | BLOCK_STATUS_PAYLOAD;
+        assert_eq!(flags(&export, Headers::Extended), extended);
+        let bare = transmission_flags(&export, Headers::Extended, false);
+        assert_eq!(bare, 0x56d | SEND_DF);
+        export.fast_zero = true;
+        assert_eq!(flags(&export, Headers::Simple), 0x56d | SEND_FAST_ZERO);
+        export.read_only = true;
+        assert_eq!(flags(&export, Headers::Simple), 0x50f);
     }
 
     #[test]
@@ -368,7 +415,7 @@ mod tests {
             }
             let parsed = parse_meta(&data).unwrap();
             prop_assert_eq!(parsed.name, name.as_str());
-            prop_assert_eq!(&parsed.queries, &queries);
+            prop_assert_eq!(parsed.queries, queries.iter().map(String::as_str).collect());
             for cut in 0..data.len() {
                 prop_assert!(parse_meta(&data[..cut]).is_err());
             }

@@ -1,4 +1,10 @@
 //! The signal that asks connections and accept loops to finish what they have begun and stop.
+//!
+//! A connection that drains executes and answers every request that it has read, then closes, and takes nothing in after that. It
+//! never answers ESHUTDOWN: nbd.ko and QEMU (10.0, measured, also with reconnect-delay) hand that to their users as an IO error, but
+//! send what is unanswered again over a new connection when the old one is closed; to libnbd both are an error of the call. The
+//! protocol asks for no more ("Terminating the transmission phase"). In the handshake, where a refusal is harmless, clients are told
+//! ERR_SHUTDOWN.
 
 use tokio::sync::watch;
 

@@ -6,12 +6,13 @@
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::BufMut;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
 use crate::budget::Holding;
@@ -32,20 +33,22 @@ struct Completion {
     outcome: Result<Outcome, ExportError>,
 }
 
-async fn execute<E: Export>(export: E, job: Job) -> Completion {
+/// Executes a request; `contexts` are those of the agreement, if it asks for any of them.
+async fn execute<E: Export>(
+    export: E,
+    job: Job,
+    contexts: Option<Arc<[MetaContext]>>,
+) -> Completion {
     let Job {
         request,
         command,
         payload,
         held_bytes,
     } = job;
-    let (offset, len) = (request.offset, u64::from(request.len_bytes));
+    let (offset, len) = (request.offset, request.len_bytes);
     let outcome = match command {
         Command::Read { .. } if len == 0 => Ok(Outcome::Read(payload.into())),
-        Command::Read { .. } => export
-            .read(offset, request.len_bytes)
-            .await
-            .map(Outcome::Read),
+        Command::Read { .. } => export.read(offset, len as u32).await.map(Outcome::Read),
         Command::Write { fua } => export
             .write(offset, payload, fua)
             .await
@@ -57,11 +60,11 @@ async fn execute<E: Export>(export: E, job: Job) -> Completion {
             .await
             .map(|()| Outcome::Done),
         Command::Cache => export.cache(offset, len).await.map(|()| Outcome::Done),
-        Command::Status { .. } => export
-            .block_status(&MetaContext::Allocation, offset, len)
-            .await
-            .map(Outcome::Status),
-        Command::Nothing => Ok(Outcome::Done),
+        Command::Status { contexts: set, .. } => {
+            let contexts = contexts.unwrap_or_default();
+            status(&export, &contexts, set, offset, len).await
+        }
+        Command::StatusOf { .. } | Command::Nothing => Ok(Outcome::Done),
     };
     Completion {
         request,
@@ -69,6 +72,24 @@ async fn execute<E: Export>(export: E, job: Job) -> Completion {
         held_bytes,
         outcome,
     }
+}
+
+/// Status in every context of the set, each with its id.
+async fn status<E: Export>(
+    export: &E,
+    contexts: &[MetaContext],
+    set: u64,
+    offset: u64,
+    len_bytes: u64,
+) -> Result<Outcome, ExportError> {
+    let mut answers = Vec::new();
+    for (index, context) in contexts.iter().enumerate() {
+        if set & (1 << index) != 0 {
+            let extents = export.block_status(context, offset, len_bytes).await?;
+            answers.push((index as u32 + 1, extents));
+        }
+    }
+    Ok(Outcome::Status(answers))
 }
 
 /// Serves requests until the client leaves, breaks the protocol, or the shutdown signal is given.
@@ -86,15 +107,16 @@ where
     let mut transmission = Transmission {
         stream,
         export,
-        agreed,
         start: execute::<E>,
-        decoder: Decoder::new(),
+        decoder: Decoder::new(agreed.headers),
+        agreed,
         output: Output::default(),
         holding: Holding::new(options.budget),
         running: FuturesUnordered::new(),
         spare: None,
         unanswered: 0,
         ending: None,
+        drain: Drain::default(),
         stall: Stall {
             deadline: options.stall_deadline,
             timer: None,
@@ -102,8 +124,8 @@ where
         },
     };
     poll_fn(|cx| {
-        if transmission.ending.is_none() && shutdown.as_mut().poll(cx).is_ready() {
-            transmission.ending = Some(Ok(()));
+        if !transmission.drain.begun && transmission.ending.is_none() {
+            transmission.drain.begun = shutdown.as_mut().poll(cx).is_ready();
         }
         transmission.poll(cx)
     })
@@ -134,6 +156,7 @@ struct Transmission<S, E, M, F> {
     spare: Option<Pin<Box<F>>>,
     unanswered: u32,
     ending: Option<Result<(), ConnectionError>>,
+    drain: Drain,
     stall: Stall,
 }
 
@@ -141,7 +164,7 @@ impl<S, E, M, F> Transmission<S, E, M, F>
 where
     S: AsyncRead + AsyncWrite + Unpin,
     E: Export,
-    M: Fn(E, Job) -> F,
+    M: Fn(E, Job, Option<Arc<[MetaContext]>>) -> F,
     F: Future<Output = Completion>,
 {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
@@ -151,11 +174,11 @@ where
             let sent = self.send(cx);
             let again = match pause {
                 Pause::Receive => self.receive(cx),
-                Pause::Full => sent || self.receive_ahead(cx),
+                Pause::Full => sent || !self.drain.begun && self.receive_ahead(cx),
                 Pause::Ended if self.running.is_empty() && self.output.is_empty() => {
                     return self.close(cx);
                 }
-                Pause::Ended => false,
+                Pause::Ended => self.drain.done && self.receive_ahead(cx),
             };
             if !again {
                 return self.rest(cx);
@@ -169,12 +192,16 @@ where
             if self.unanswered >= limits::IN_FLIGHT_MAX {
                 return Pause::Full;
             }
-            let (export, agreed, holding) = (&self.export, self.agreed, &mut self.holding);
+            let (export, agreed, holding) = (&self.export, &self.agreed, &mut self.holding);
             let admit = |request: &Request| request::admit(request, &export.info(), agreed);
             match self.decoder.next(admit, |bytes| holding.take(cx, bytes)) {
+                Step::Receive if self.drain.begun => {
+                    self.drain.done = true;
+                    self.ending = Some(Ok(()));
+                }
                 Step::Receive => return Pause::Receive,
                 Step::Wait => return Pause::Full,
-                Step::Run(job) => self.run(cx, job),
+                Step::Run(job) => self.run_narrowed(cx, job),
                 Step::Refuse(request, error) => self.refuse(request, error),
                 Step::End(ending) => self.ending = Some(ending),
             }
@@ -185,10 +212,34 @@ where
         Pause::Ended
     }
 
+    /// Runs a request; one whose payload says what it is about is refused if that makes no sense.
+    fn run_narrowed(&mut self, cx: &mut Context<'_>, job: Job) {
+        let Command::StatusOf { one } = job.command else {
+            return self.run(cx, job);
+        };
+        let (info, agreed) = (self.export.info(), &self.agreed);
+        match request::narrow(&job.request, one, &job.payload, &info, agreed) {
+            Ok((request, command)) => self.run(
+                cx,
+                Job {
+                    request,
+                    command,
+                    ..job
+                },
+            ),
+            Err(error) => {
+                self.holding.put_back(u64::from(job.held_bytes));
+                self.refuse(job.request, error);
+            }
+        }
+    }
+
     /// Polls a new request once; only if it is not ready is it put aside.
     fn run(&mut self, cx: &mut Context<'_>, job: Job) {
         self.unanswered += 1;
-        let future = (self.start)(self.export.clone(), job);
+        let asks_status = matches!(job.command, Command::Status { .. });
+        let contexts = asks_status.then(|| Arc::clone(&self.agreed.contexts));
+        let future = (self.start)(self.export.clone(), job, contexts);
         let mut boxed = match self.spare.take() {
             Some(mut spare) => {
                 spare.set(future);
@@ -211,7 +262,7 @@ where
             &mut self.output,
             &request,
             Command::Nothing,
-            self.agreed,
+            self.agreed.headers,
             Err(error),
             0,
         );
@@ -228,7 +279,7 @@ where
             &mut self.output,
             &request,
             command,
-            self.agreed,
+            self.agreed.headers,
             outcome,
             u64::from(held_bytes),
         );
@@ -338,7 +389,50 @@ where
         if Pin::new(&mut self.stream).poll_shutdown(cx).is_pending() {
             return Poll::Pending;
         }
+        if self.drain.done && self.drain.poll_closed(&mut self.stream, cx).is_pending() {
+            return Poll::Pending;
+        }
         Poll::Ready(self.ending.take().unwrap_or(Ok(())))
+    }
+}
+
+/// The end that the server wants.
+#[derive(Default)]
+struct Drain {
+    /// Nothing more is received for execution.
+    begun: bool,
+    /// Everything that was received before is started.
+    done: bool,
+    linger: Option<Pin<Box<Sleep>>>,
+}
+
+impl Drain {
+    /// Ready when the client has closed its side, too, or took too long. Until then what it sends is dropped: to close a TCP socket
+    /// with unread bytes would reset the connection, and replies that are still on their way would be lost.
+    fn poll_closed<S: AsyncRead + Unpin>(
+        &mut self,
+        stream: &mut S,
+        cx: &mut Context<'_>,
+    ) -> Poll<()> {
+        let grace = || Box::pin(tokio::time::sleep(limits::DRAIN_GRACE));
+        if self
+            .linger
+            .get_or_insert_with(grace)
+            .as_mut()
+            .poll(cx)
+            .is_ready()
+        {
+            return Poll::Ready(());
+        }
+        let mut dropped = [0; 4096];
+        loop {
+            let mut buffer = ReadBuf::new(&mut dropped);
+            match Pin::new(&mut *stream).poll_read(cx, &mut buffer) {
+                Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {}
+                Poll::Ready(_) => return Poll::Ready(()),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
     }
 }
 

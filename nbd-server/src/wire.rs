@@ -17,7 +17,15 @@
 //! chunk            u32 0x668e33ef, u16 flags, u16 type, u64 cookie, u32 len, data                  20 bytes
 //!   OFFSET_DATA    u64 offset, data          OFFSET_HOLE  u64 offset, u32 len
 //!   BLOCK_STATUS   u32 context, n x (u32 len, u32 flags)
-//!   ERROR          u32 error, u16 text_len, text
+//!   ERROR          u32 error, u16 text_len, text           ERROR_OFFSET  u32 error, u16 text_len, text, u64 offset
+//!
+//! after EXTENDED_HEADERS (experimental extension of the protocol; QEMU 8.2, libnbd 1.18):
+//! request          u32 0x21e41c71, u16 flags, u16 type, u64 cookie, u64 offset, u64 len (, data)   32 bytes
+//!                  with flag PAYLOAD_LEN (and with WRITE) len bytes of data follow, else none do and len counts bytes of the export
+//! chunk            u32 0x6e8a278c, u16 flags, u16 type, u64 cookie, u64 offset, u64 len, data      32 bytes
+//!                  offset is the request's
+//!   BLOCK_STATUS_EXT  u32 context, u32 n, n x (u64 len, u64 flags)
+//! BLOCK_STATUS payload  u64 len, n x u32 context
 //! ```
 
 pub(crate) const GREETING_MAGIC: u64 = u64::from_be_bytes(*b"NBDMAGIC");
@@ -26,10 +34,15 @@ pub(crate) const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 pub(crate) const REQUEST_MAGIC: u32 = 0x2560_9513;
 pub(crate) const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 pub(crate) const CHUNK_MAGIC: u32 = 0x668e_33ef;
+pub(crate) const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+pub(crate) const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
 
 pub(crate) const OPTION_HEADER_BYTES: usize = 16;
 pub(crate) const REQUEST_BYTES: usize = 28;
+pub(crate) const EXTENDED_REQUEST_BYTES: usize = 32;
 pub(crate) const SIMPLE_REPLY_BYTES: usize = 16;
+pub(crate) const CHUNK_BYTES: usize = 20;
+pub(crate) const EXTENDED_CHUNK_BYTES: usize = 32;
 pub(crate) const EXPORT_NAME_PADDING_BYTES: usize = 124;
 
 /// Handshake flags; the client's have the same numbers.
@@ -47,6 +60,7 @@ pub(crate) mod option {
     pub(crate) const STRUCTURED_REPLY: u32 = 8;
     pub(crate) const LIST_META_CONTEXT: u32 = 9;
     pub(crate) const SET_META_CONTEXT: u32 = 10;
+    pub(crate) const EXTENDED_HEADERS: u32 = 11;
 }
 
 pub(crate) mod reply {
@@ -62,6 +76,7 @@ pub(crate) mod reply {
     pub(crate) const ERR_UNKNOWN: u32 = 0x8000_0006;
     pub(crate) const ERR_SHUTDOWN: u32 = 0x8000_0007;
     pub(crate) const ERR_TOO_BIG: u32 = 0x8000_0009;
+    pub(crate) const ERR_EXT_HEADER_REQD: u32 = 0x8000_000a;
 }
 
 pub(crate) mod info {
@@ -85,6 +100,7 @@ pub(crate) mod transmission {
     pub(crate) const CAN_MULTI_CONN: u16 = 1 << 8;
     pub(crate) const SEND_CACHE: u16 = 1 << 10;
     pub(crate) const SEND_FAST_ZERO: u16 = 1 << 11;
+    pub(crate) const BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 }
 
 pub(crate) mod command {
@@ -106,21 +122,20 @@ pub(crate) mod flag {
     pub(crate) const DF: u16 = 1 << 2;
     pub(crate) const REQ_ONE: u16 = 1 << 3;
     pub(crate) const FAST_ZERO: u16 = 1 << 4;
+    pub(crate) const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
 pub(crate) mod chunk {
-    //! Types and flags of structured reply chunks.
+    //! Types and flags of reply chunks.
     pub(crate) const DONE: u16 = 1;
     pub(crate) const NONE: u16 = 0;
     pub(crate) const OFFSET_DATA: u16 = 1;
     pub(crate) const OFFSET_HOLE: u16 = 2;
     pub(crate) const BLOCK_STATUS: u16 = 5;
+    pub(crate) const BLOCK_STATUS_EXT: u16 = 6;
     pub(crate) const ERROR: u16 = 0x8001;
+    pub(crate) const ERROR_OFFSET: u16 = 0x8002;
 }
-
-/// The one metadata context that is served, and its id on the wire.
-pub(crate) const ALLOCATION_CONTEXT: &str = "base:allocation";
-pub(crate) const ALLOCATION_ID: u32 = 1;
 
 /// The big-endian integer of `N` bytes at the front, and what follows; `None` if the bytes do not suffice.
 pub(crate) fn take<const N: usize>(bytes: &[u8]) -> Option<([u8; N], &[u8])> {

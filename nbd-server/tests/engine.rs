@@ -8,8 +8,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use nbd_server::{
     Budget, ConnectionError, Export, ExportEntry, ExportError, ExportInfo, Exports, Extent,
-    MetaContext, OpenError, Peer, ReadReply, ServeOptions, Shutdown, ZeroFlags, limits,
-    serve_connection,
+    MetaContext, OpenError, Peer, ReadReply, ServeOptions, Shutdown, ShutdownSender, ZeroFlags,
+    limits, serve_connection,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::watch;
@@ -370,31 +370,125 @@ fn writes_before_a_goodbye_run_to_their_end() {
     });
 }
 
+fn with_shutdown() -> (ShutdownSender, ServeOptions) {
+    let (sender, shutdown) = Shutdown::new();
+    let options = ServeOptions {
+        shutdown,
+        ..ServeOptions::default()
+    };
+    (sender, options)
+}
+
 #[test]
-fn the_shutdown_signal_answers_what_runs_and_closes() {
+fn a_drain_answers_everything_that_was_read_and_nothing_after() {
     run(async {
         let bench = Bench::new();
-        let (sender, shutdown) = Shutdown::new();
-        let options = ServeOptions {
-            shutdown,
-            ..ServeOptions::default()
-        };
-        let (mut client, ended) = bench.open(&options).await;
-        let (mut idle, idle_ended) = bench.connect(&options);
-        client.write_all(&write(1, 4096)).await.unwrap();
+        let (sender, options) = with_shutdown();
+        let (client, ended) = bench.open(&options).await;
+        let (mut receive, mut send) = tokio::io::split(client);
+        send.write_all(&many_writes()).await.unwrap();
         tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(bench.seen.borrow().started, limits::IN_FLIGHT_MAX);
         sender.give();
-        idle_ended.await.unwrap().unwrap();
-        assert_eq!(
-            idle.read_to_end(&mut Vec::new()).await.unwrap(),
-            18,
-            "an unfinished handshake is just closed"
-        );
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        let late = write(999, 512);
+        send.write_all(&[late, vec![7; 10_000]].concat())
+            .await
+            .unwrap();
         assert!(!ended.is_finished());
         bench.gate.send_replace(true);
-        assert_eq!(reply(&mut client).await, 1);
-        assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+        let mut replies = Vec::new();
+        receive.read_to_end(&mut replies).await.unwrap();
+        let answered = replies.chunks_exact(16);
+        assert!(answered.clone().all(|reply| reply[4..8] == [0; 4]));
+        assert_eq!(
+            answered.count(),
+            140,
+            "all that was read, not what came after"
+        );
+        assert_eq!(bench.seen.borrow().written_bytes, 140 * 512);
+        assert!(!ended.is_finished(), "the client has not closed yet");
+        drop((receive, send));
         ended.await.unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_drained_connection_does_not_wait_for_its_client_for_ever() {
+    run(async {
+        let bench = Bench::new();
+        let (sender, options) = with_shutdown();
+        let (mut client, ended) = bench.open(&options).await;
+        sender.give();
+        assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+        tokio::time::sleep(limits::DRAIN_GRACE * 2).await;
+        assert!(ended.is_finished());
+        drop(client);
+    });
+}
+
+#[test]
+fn a_client_that_is_gone_during_the_drain_has_its_waiting_writes_dropped() {
+    run(async {
+        for (sent, written) in [
+            (write(1, 512), 0),
+            ([write(1, 512), request(2, 2, 0)].concat(), 512),
+        ] {
+            let bench = Bench::new();
+            let (sender, options) = with_shutdown();
+            let (mut client, ended) = bench.open(&options).await;
+            client.write_all(&sent).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            sender.give();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            drop(client);
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert_eq!(ended.is_finished(), written == 0);
+            bench.gate.send_replace(true);
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert!(ended.is_finished());
+            assert_eq!(
+                bench.seen.borrow().written_bytes,
+                written,
+                "after DISC writes are kept"
+            );
+        }
+    });
+}
+
+#[test]
+fn a_handshake_during_the_drain_is_told_so() {
+    run(async {
+        let bench = Bench::new();
+        let (sender, options) = with_shutdown();
+        let (mut client, ended) = bench.connect(&options);
+        let (mut by_name, by_name_ended) = bench.connect(&options);
+        let (mut silent, silent_ended) = bench.connect(&options);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        sender.give();
+        client
+            .write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0")
+            .await
+            .unwrap();
+        let mut reply = [0; 38];
+        client.read_exact(&mut reply).await.unwrap();
+        assert_eq!(reply[30..34], 0x8000_0007u32.to_be_bytes());
+        client
+            .write_all(b"IHAVEOPT\0\0\0\x02\0\0\0\0")
+            .await
+            .unwrap();
+        ended.await.unwrap().unwrap();
+        by_name
+            .write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0")
+            .await
+            .unwrap();
+        let refused = by_name_ended.await.unwrap();
+        assert!(
+            matches!(refused, Err(ConnectionError::ExportName(text)) if text.contains("going down"))
+        );
+        let sent = silent.read_to_end(&mut Vec::new()).await.unwrap();
+        assert_eq!(sent, 18, "one that says nothing is closed");
+        silent_ended.await.unwrap().unwrap();
     });
 }
 

@@ -262,8 +262,13 @@ impl Cluster {
 
     /// Waits until every server answers for the cluster with a leader.
     pub fn wait_writable(&self) {
+        self.wait_writable_but(usize::MAX);
+    }
+
+    /// As [`Self::wait_writable`], without a server (by index) that is down.
+    pub fn wait_writable_but(&self, down: usize) {
         let deadline = Instant::now() + Duration::from_secs(60);
-        for index in 0..self.servers.len() {
+        for index in (0..self.servers.len()).filter(|index| *index != down) {
             loop {
                 let status = self.admin_at(index, AdminRequest::ClusterStatus);
                 match &status {

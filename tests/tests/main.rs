@@ -14,12 +14,20 @@ mod crash;
 mod files_view;
 #[path = "system/full_disk.rs"]
 mod full_disk;
+#[path = "system/hostile_clients.rs"]
+mod hostile_clients;
 #[path = "system/hostile_peers.rs"]
 mod hostile_peers;
+#[path = "system/kernel.rs"]
+mod kernel;
+#[path = "system/leases.rs"]
+mod leases;
 #[path = "system/lost_owners.rs"]
 mod lost_owners;
 #[path = "system/nbd_clients.rs"]
 mod nbd_clients;
+#[path = "system/nbd_oracle.rs"]
+mod nbd_oracle;
 #[path = "system/nbd_tls.rs"]
 mod nbd_tls;
 #[path = "system/resizes.rs"]

@@ -37,6 +37,7 @@ impl Volume {
         what: &'static str,
         offset: u64,
         change: Change,
+        fua: bool,
     ) -> Result<(), ClientError> {
         let len = change.len_bytes();
         if self.is_read_only() {
@@ -46,7 +47,7 @@ impl Volume {
         if self.replay_buffer().buffered_bytes() > CLIENT_REPLAY_BYTES {
             self.flush().await?;
         }
-        let io = io_of(&change);
+        let io = io_of(&change, fua);
         let issued = Issued {
             volume: self,
             number: self.replay_buffer().issued(offset, change),
@@ -100,7 +101,8 @@ impl Volume {
         }
         for part in opened.table.parts(offset, len) {
             let table = &opened.table;
-            let request = forward::request(table.volume, table.epoch, &part, io, None);
+            let mut request = forward::request(table.volume, table.epoch, &part, io, None);
+            request.set_lease(self.shared.lease.epoch());
             self.call(&opened, part.owner, request, replaying).await?;
         }
         Ok(())
@@ -121,7 +123,8 @@ impl Volume {
         let parts = span.progress.send();
         let id = Some(span.id);
         let tries = parts.iter().map(async |(_, part)| {
-            let request = forward::request(table.volume, table.epoch, part, io, id);
+            let mut request = forward::request(table.volume, table.epoch, part, io, id);
+            request.set_lease(self.shared.lease.epoch());
             self.call(opened, part.owner, request, replaying).await
         });
         let mut ended = Ok(());
@@ -145,7 +148,8 @@ impl Volume {
         span: &mut Span,
         replaying: Option<u64>,
     ) -> Result<(), TryError> {
-        let request = span.begin_request(&opened.table);
+        let mut request = span.begin_request(&opened.table);
+        request.set_lease(self.shared.lease.epoch());
         let begins = span.progress.to_begin().into_iter().map(|node| {
             let request = request.clone();
             async move {
@@ -176,7 +180,7 @@ impl Volume {
         };
         tracing::warn!(changes = changes.len(), volume = %self.shared.name, "replaying");
         for (offset, change) in changes {
-            let (len, io) = (change.len_bytes(), io_of(&change));
+            let (len, io) = (change.len_bytes(), io_of(&change, false));
             let replaying = Some(losses);
             self.send_change(offset, len, &io, &mut None, replaying)
                 .await?;
@@ -186,15 +190,16 @@ impl Volume {
     }
 }
 
-fn io_of(change: &Change) -> PartIo {
+/// A replay needs no `fua`: whoever wants its changes durable flushes.
+fn io_of(change: &Change, fua: bool) -> PartIo {
     match change {
         Change::Write(data) => PartIo::Write {
             data: data.clone(),
-            fua: false,
+            fua,
         },
         Change::Zero { keep_allocated, .. } => PartIo::Zero {
             keep_allocated: *keep_allocated,
-            fua: false,
+            fua,
         },
     }
 }

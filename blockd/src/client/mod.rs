@@ -6,22 +6,27 @@
 //! are kept until a FLUSH with an unchanged write verifier (promise 3 of the design).
 
 mod change;
+mod lease;
 mod patience;
 mod replay;
 mod volume;
 
+pub use crate::data::forward::Since;
+pub use crate::id::LayerRun;
+pub use lease::{HolderText, Lease};
 pub use volume::Volume;
 
-use crate::admin::{AdminError, AdminErrorKind, AdminReply, AdminRequest, OpenInfo};
+use crate::admin::{AdminError, AdminErrorKind, AdminReply, AdminRequest, LeaseInfo, OpenInfo};
 use crate::id::{NodeNo, VolumeId};
 use crate::io::host::random_u64;
 use crate::io::link::{LinkError, Peers, decode_control, encode_control};
 use crate::io::wire::{Frame, Kind, Status};
 use crate::node::config::with_peer_port;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use serde::{Deserialize, Serialize};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 /// What can go wrong for a user of the library.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +41,17 @@ pub enum ClientError {
         offset_bytes: u64,
         len_bytes: u64,
         reason: IoErrorKind,
+    },
+    /// The lease was not acquired: this one holds it.
+    #[error("{0}")]
+    Leased(Box<LeaseInfo>),
+    /// A change was refused: somebody else is, or was meanwhile, the only writer.
+    #[error("{what} at byte {offset_bytes} ({len_bytes} bytes) refused: {reason}")]
+    Fenced {
+        what: &'static str,
+        offset_bytes: u64,
+        len_bytes: u64,
+        reason: String,
     },
 }
 
@@ -54,6 +70,8 @@ pub enum IoErrorKind {
     Gone,
     #[error("no answer before the deadline")]
     Deadline,
+    #[error("a server runs an older version, which cannot do this")]
+    OlderServer,
 }
 
 impl IoErrorKind {
@@ -66,6 +84,7 @@ impl IoErrorKind {
             Self::NoSpace => libc::ENOSPC,
             Self::Damaged | Self::Deadline => libc::EIO,
             Self::Gone => libc::ENXIO,
+            Self::OlderServer => libc::EOPNOTSUPP,
         }
     }
 }
@@ -86,6 +105,16 @@ pub struct Extent {
     pub hole: bool,
 }
 
+/// A server that owns pages of a volume, and the connection to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnerState {
+    pub node: NodeNo,
+    pub address: String,
+    pub connected: bool,
+    /// Connections made so far: 1 unless one was lost.
+    pub connections: u64,
+}
+
 impl Default for ClientOptions {
     fn default() -> Self {
         Self {
@@ -102,9 +131,8 @@ pub struct Client {
 }
 
 struct Shared {
-    servers: Vec<String>,
-    /// Index of the server that answered last.
-    preferred: AtomicUsize,
+    /// In the order in which they are asked; the one that answered last is in front.
+    servers: Mutex<Vec<String>>,
     peers: Peers,
     options: ClientOptions,
     /// Spans of all volumes share the connections, so their ids come from one counter.
@@ -127,8 +155,7 @@ impl Client {
         })?;
         let client = Self {
             shared: Arc::new(Shared {
-                servers,
-                preferred: AtomicUsize::new(0),
+                servers: Mutex::new(servers),
                 next_span: AtomicU64::new(1),
                 peers: Peers::new(requester, None, NodeNo(0)),
                 options,
@@ -147,9 +174,9 @@ impl Client {
         let deadline = Instant::now() + self.shared.options.admin_deadline;
         let mut reason = "no server is named".to_owned();
         loop {
-            for _ in &self.shared.servers {
+            for _ in self.servers() {
                 let server = self.server();
-                match timeout_at(deadline, self.ask(server, &request)).await {
+                match timeout_at(deadline, self.ask(&server, &request)).await {
                     Ok(Ok(reply)) => return reply,
                     Ok(Err(LinkError::Lost { reason, .. })) if changes(&request) => {
                         return Err(self.unreachable(format!(
@@ -159,7 +186,7 @@ impl Client {
                     Ok(Err(error)) => reason = error.to_string(),
                     Err(_) => return Err(self.unreachable(format!("{server}: no answer in time"))),
                 }
-                self.shared.preferred.fetch_add(1, Ordering::Relaxed);
+                self.pass_over(&server);
             }
             // Servers that start may be a moment late; those that refuse at once stay refused.
             if Instant::now() + ADMIN_PAUSE > deadline || !is_waiting_worthwhile(&request) {
@@ -169,10 +196,64 @@ impl Client {
         }
     }
 
-    fn server(&self) -> &str {
-        let servers = &self.shared.servers;
-        let index = self.shared.preferred.load(Ordering::Relaxed) % servers.len().max(1);
-        servers.get(index).map_or("", String::as_str)
+    /// The servers in the order in which they are asked.
+    #[must_use]
+    pub fn servers(&self) -> Vec<String> {
+        self.lock_servers().clone()
+    }
+
+    /// The cluster of the servers, once one of them has answered.
+    #[must_use]
+    pub fn cluster_id(&self) -> Option<String> {
+        self.shared.peers.cluster_id()
+    }
+
+    fn lock_servers(&self) -> MutexGuard<'_, Vec<String>> {
+        let servers = self.shared.servers.lock();
+        servers.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn server(&self) -> String {
+        self.lock_servers().first().cloned().unwrap_or_default()
+    }
+
+    /// Asks the others first, unless somebody else has said so already.
+    fn pass_over(&self, server: &str) {
+        let mut servers = self.lock_servers();
+        if servers.first().is_some_and(|first| first == server) {
+            servers.rotate_left(1);
+        }
+    }
+
+    /// Asks `server` first from now on, a new one or one of those known, once it has shown that it
+    /// serves the cluster and `volume`. Connections that nothing needs any more are closed; the
+    /// data of the volume goes between this client and the owners as before.
+    ///
+    /// # Errors
+    /// It does not answer, belongs to another cluster, or does not know the volume.
+    pub async fn prefer(&self, server: &str, volume: &Volume) -> Result<(), ClientError> {
+        let server = with_peer_port(server);
+        let limit = self.shared.options.admin_deadline;
+        let asked = timeout(limit, self.ask(&server, &open_request(volume.name()))).await;
+        let unreachable = |reason: String| ClientError::Unreachable {
+            servers: server.clone(),
+            reason,
+        };
+        let asked = asked.map_err(|_| unreachable("no answer in time".to_owned()))?;
+        let AdminReply::Open(info) = asked.map_err(|error| unreachable(error.to_string()))?? else {
+            return Err(unreachable(
+                "answered something else than was asked".to_owned(),
+            ));
+        };
+        volume.check_same(&info)?;
+        let mut needed: Vec<String> = info.nodes.into_iter().map(|(_, address)| address).collect();
+        needed.push(server.clone());
+        let mut servers = self.lock_servers();
+        servers.retain(|known| *known != server);
+        servers.insert(0, server);
+        drop(servers);
+        self.shared.peers.close_others(&needed);
+        Ok(())
     }
 
     async fn ask(
@@ -204,7 +285,7 @@ impl Client {
 
     fn unreachable(&self, reason: String) -> ClientError {
         ClientError::Unreachable {
-            servers: self.shared.servers.join(", "),
+            servers: self.servers().join(", "),
             reason,
         }
     }
@@ -219,15 +300,28 @@ impl Client {
     }
 
     async fn open_info(&self, name: &str) -> Result<OpenInfo, ClientError> {
-        let (volume, snapshot) = match name.split_once('@') {
-            None => (name.to_owned(), None),
-            Some((volume, snapshot)) => (volume.to_owned(), Some(snapshot.to_owned())),
-        };
-        match self.admin(AdminRequest::Open { volume, snapshot }).await? {
+        match self.admin(open_request(name)).await? {
             AdminReply::Open(info) => Ok(info),
-            _ => Err(self.unreachable("answered something else than was asked".to_owned())),
+            _ => Err(self.unexpected()),
         }
     }
+
+    fn unexpected(&self) -> ClientError {
+        self.unreachable("answered something else than was asked".to_owned())
+    }
+}
+
+fn failed_lease(kind: AdminErrorKind, message: impl Into<String>) -> ClientError {
+    let message = message.into();
+    AdminError { kind, message }.into()
+}
+
+fn open_request(name: &str) -> AdminRequest {
+    let (volume, snapshot) = match name.split_once('@') {
+        None => (name.to_owned(), None),
+        Some((volume, snapshot)) => (volume.to_owned(), Some(snapshot.to_owned())),
+    };
+    AdminRequest::Open { volume, snapshot }
 }
 
 const ADMIN_PAUSE: Duration = Duration::from_millis(200);
@@ -245,6 +339,9 @@ fn changes(request: &AdminRequest) -> bool {
             | AdminRequest::Version
             | AdminRequest::Identify
             | AdminRequest::Open { .. }
+            | AdminRequest::LeaseList
+            | AdminRequest::LeaseShow { .. }
+            | AdminRequest::LeaseRenew { .. }
     )
 }
 

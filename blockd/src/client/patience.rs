@@ -72,6 +72,10 @@ impl Patience {
             }
             DataError::NoSpace => Err(IoErrorKind::NoSpace),
             DataError::ReadOnly => Err(IoErrorKind::ReadOnly),
+            DataError::Leased(reason) => {
+                volume.shared.lease.lose(reason);
+                return Err(self.fenced(reason));
+            }
             DataError::OutOfRange => Err(IoErrorKind::OutOfRange),
             DataError::Gone => Err(IoErrorKind::Gone),
             DataError::Damaged(_) | DataError::Malformed(_) => {
@@ -79,6 +83,16 @@ impl Patience {
                 Err(IoErrorKind::Damaged)
             }
         })
+    }
+
+    fn fenced(&self, reason: &str) -> ClientError {
+        let (what, offset_bytes, len_bytes) = self.request;
+        ClientError::Fenced {
+            what,
+            offset_bytes,
+            len_bytes,
+            reason: reason.to_owned(),
+        }
     }
 
     async fn refresh(&self, volume: &Volume) -> Result<(), ClientError> {

@@ -2,14 +2,15 @@
 //!
 //! Reads, flushes and what they share with changes (see `change.rs`).
 
+use super::lease::LeaseMark;
 use super::patience::Patience;
 use super::replay::{Change, Replay};
-use super::{Client, ClientError, Extent, IoErrorKind};
+use super::{Client, ClientError, Extent, IoErrorKind, OwnerState};
 use crate::admin::OpenInfo;
 use crate::data::error::DataError;
-use crate::data::forward::{self, ForwardError, PartIo};
+use crate::data::forward::{self, ForwardError, PartIo, Since};
 use crate::data::router::{Part, RoutingTable};
-use crate::id::NodeNo;
+use crate::id::{LayerRun, NodeNo};
 use crate::io::link::Link;
 use crate::io::wire::{Frame, Kind, Run, decode_extents, decode_runs};
 use crate::limits::{CLIENT_ZERO_BYTES, REQUEST_PART_BYTES};
@@ -30,6 +31,7 @@ pub(super) struct Shared {
     opened: RwLock<Arc<Opened>>,
     refreshing: tokio::sync::Mutex<()>,
     replay: Mutex<Replay>,
+    pub(super) lease: LeaseMark,
     /// Held shared by every operation, and alone by a replay: no change is in flight while older
     /// ones are sent again, so that a newer one cannot be overwritten by an older.
     pub(super) order: tokio::sync::RwLock<()>,
@@ -78,6 +80,7 @@ impl Volume {
                 opened: RwLock::new(Arc::new(Opened::new(info))),
                 refreshing: tokio::sync::Mutex::default(),
                 replay: Mutex::default(),
+                lease: LeaseMark::default(),
                 order: tokio::sync::RwLock::default(),
             }),
         }
@@ -109,11 +112,60 @@ impl Volume {
         self.opened().info.snapshot.is_some()
     }
 
+    /// `VOL` or `VOL@SNAP`, as it was opened.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// The servers that own pages, and how the connections to them are.
+    #[must_use]
+    pub fn owners(&self) -> Vec<OwnerState> {
+        let opened = self.opened();
+        let peers = &self.shared.client.shared.peers;
+        let owner = |node: &NodeNo| {
+            let address = opened.addresses.get(node).cloned().unwrap_or_default();
+            let (connected, connections) = peers.connections(&address);
+            OwnerState {
+                node: *node,
+                address,
+                connected,
+                connections,
+            }
+        };
+        opened.table.owners().iter().map(owner).collect()
+    }
+
     /// Exactly `len_bytes` bytes; holes read as zeros.
     ///
     /// # Errors
     /// [`ClientError`].
     pub async fn read(&self, offset_bytes: u64, len_bytes: u32) -> Result<Bytes, ClientError> {
+        let mut runs = self.read_runs(offset_bytes, len_bytes).await?;
+        if let [Run::Data(_)] = runs.as_slice()
+            && let Some(Run::Data(data)) = runs.pop()
+        {
+            return Ok(data);
+        }
+        let mut all = BytesMut::with_capacity(len_bytes as usize);
+        for run in runs {
+            match run {
+                Run::Data(data) => all.extend_from_slice(&data),
+                Run::Hole(len) => all.resize(all.len() + len as usize, 0),
+            }
+        }
+        Ok(all.freeze())
+    }
+
+    /// As [`Volume::read`], in runs of data and holes that together cover the range.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn read_runs(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u32,
+    ) -> Result<Vec<Run>, ClientError> {
         let snapshot = self.opened().info.snapshot;
         let io = PartIo::Read(snapshot);
         let ended = self
@@ -131,19 +183,7 @@ impl Volume {
                 )
             })?);
         }
-        if let [Run::Data(_)] = runs.as_slice()
-            && let Some(Run::Data(data)) = runs.pop()
-        {
-            return Ok(data);
-        }
-        let mut all = BytesMut::with_capacity(len_bytes as usize);
-        for run in runs {
-            match run {
-                Run::Data(data) => all.extend_from_slice(&data),
-                Run::Hole(len) => all.resize(all.len() + len as usize, 0),
-            }
-        }
-        Ok(all.freeze())
+        Ok(runs)
     }
 
     /// Writes; acknowledged when the owners have it in their logs.
@@ -151,11 +191,28 @@ impl Volume {
     /// # Errors
     /// [`ClientError`].
     pub async fn write(&self, offset_bytes: u64, data: Bytes) -> Result<(), ClientError> {
+        self.write_parts(offset_bytes, data, false).await
+    }
+
+    /// Writes; acknowledged when it is durable on the owners (FUA).
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn write_through(&self, offset_bytes: u64, data: Bytes) -> Result<(), ClientError> {
+        self.write_parts(offset_bytes, data, true).await
+    }
+
+    async fn write_parts(
+        &self,
+        offset_bytes: u64,
+        data: Bytes,
+        fua: bool,
+    ) -> Result<(), ClientError> {
         let mut at = 0;
         while at < data.len() {
             let end = data.len().min(at + REQUEST_PART_BYTES as usize);
             let change = Change::Write(data.slice(at..end));
-            self.change("write", offset_bytes + at as u64, change)
+            self.change("write", offset_bytes + at as u64, change, fua)
                 .await?;
             at = end;
         }
@@ -179,7 +236,8 @@ impl Volume {
                 len_bytes,
                 keep_allocated,
             };
-            self.change("zero", offset_bytes + at, change).await?;
+            self.change("zero", offset_bytes + at, change, false)
+                .await?;
             at += len_bytes;
         }
         Ok(())
@@ -245,6 +303,52 @@ impl Volume {
         Ok(extents)
     }
 
+    /// The snapshot `name` of this volume, for [`Self::layers`].
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when there is no such snapshot.
+    pub async fn since(&self, name: &str) -> Result<Since, ClientError> {
+        let opened = self.opened();
+        let volume = self.shared.name.split('@').next().unwrap_or_default();
+        let target = format!("{volume}@{name}");
+        let info = self.shared.client.open_info(&target).await?;
+        match info.snapshot {
+            Some(id) if info.volume.id == opened.info.volume.id => {
+                Ok(Since::new(id, info.size_bytes, opened.table.page_bytes()))
+            }
+            _ => Err(failed("since", 0, 0, IoErrorKind::Gone)),
+        }
+    }
+
+    /// In which layers the range was written and what may differ from the snapshot `since`, older
+    /// or newer, in order, covering the range exactly. Exact to 4 KiB that were written or zeroed
+    /// meanwhile, whatever they hold now. Without `since`, all data counts as changed.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn layers(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u64,
+        since: Option<Since>,
+    ) -> Result<Vec<LayerRun>, ClientError> {
+        let snapshot = self.opened().info.snapshot;
+        let io = PartIo::Layers { snapshot, since };
+        let ended = self.run("layers", offset_bytes, len_bytes, &io).await?;
+        let mut layers = Vec::new();
+        for (part, reply) in ended {
+            let runs = forward::layers_of(reply, part.len_bytes).map_err(|error| {
+                let reason = match error {
+                    DataError::Unavailable(_) => IoErrorKind::OlderServer,
+                    _ => IoErrorKind::Damaged,
+                };
+                failed("layers", offset_bytes, len_bytes, reason)
+            })?;
+            runs.into_iter().for_each(|run| run.append_to(&mut layers));
+        }
+        Ok(layers)
+    }
+
     /// Reads size and routing table anew (after a resize).
     ///
     /// # Errors
@@ -256,9 +360,7 @@ impl Volume {
             return Ok(());
         }
         let info = self.shared.client.open_info(&self.shared.name).await?;
-        if (info.volume.id, info.snapshot) != (before.info.volume.id, before.info.snapshot) {
-            return Err(failed("refresh", 0, 0, IoErrorKind::Gone));
-        }
+        self.check_same(&info)?;
         let mut opened = self
             .shared
             .opened
@@ -266,6 +368,15 @@ impl Volume {
             .unwrap_or_else(PoisonError::into_inner);
         *opened = Arc::new(Opened::new(info));
         Ok(())
+    }
+
+    /// `Gone` unless `info` is of the volume that was opened.
+    pub(super) fn check_same(&self, info: &OpenInfo) -> Result<(), ClientError> {
+        let opened = &self.opened().info;
+        match (info.volume.id, info.snapshot) == (opened.volume.id, opened.snapshot) {
+            true => Ok(()),
+            false => Err(failed("open", 0, 0, IoErrorKind::Gone)),
+        }
     }
 
     pub(super) fn check_range(

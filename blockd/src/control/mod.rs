@@ -1,4 +1,5 @@
 //! The control plane: pure state machines. Nothing here does IO or reads a clock.
 
+pub mod lease;
 pub mod registry;
 pub mod snapshot;

@@ -5,6 +5,7 @@
 //! handle that a program uses.
 
 pub mod change;
+pub mod lease;
 mod machine;
 mod name;
 mod object;
@@ -13,6 +14,7 @@ mod state;
 mod transaction;
 
 pub use change::{ChangeError, VolumeSpec};
+pub use lease::{LeaseEnd, LeaseHolder, LeaseRecord, LeaseState};
 pub use machine::{Command, Machine};
 pub use name::{NameError, check_name, split_volume_name};
 pub use object::{

@@ -24,11 +24,17 @@ pub enum DataError {
     Held,
     #[error("{0}")]
     Unavailable(String),
+    /// The exclusive lease of the volume is another one's, or nobody's any more.
+    #[error("{0}")]
+    Leased(String),
     #[error("malformed request: {0}")]
     Malformed(&'static str),
 }
 
 impl DataError {
+    /// An owner answered something that does not cover what was asked.
+    pub const BAD_COVER: Self = Self::Malformed("the owner's reply does not cover the range");
+
     #[must_use]
     pub fn status(&self) -> Status {
         match self {
@@ -40,6 +46,7 @@ impl DataError {
             Self::Gone => Status::Gone,
             Self::Held => Status::Held,
             Self::Unavailable(_) => Status::Unavailable,
+            Self::Leased(_) => Status::Leased,
             Self::Malformed(_) => Status::Malformed,
         }
     }
@@ -66,6 +73,7 @@ impl DataError {
             Status::OutOfRange => Self::OutOfRange,
             Status::Gone => Self::Gone,
             Status::Held => Self::Held,
+            Status::Leased => Self::Leased(reply.text()),
             Status::Malformed => Self::Malformed("refused by the owner"),
             Status::WrongCluster | Status::BadVersion | Status::Unavailable => {
                 Self::Unavailable(reply.text())

@@ -5,9 +5,9 @@
 
 use super::error::DataError;
 use super::router::Part;
-use crate::id::{Epoch, SnapshotId, VolumeId};
+use crate::id::{Epoch, LayerRun, PageNo, SnapshotId, VolumeId};
 use crate::io::link::{Link, LinkError};
-use crate::io::wire::{Frame, Kind, flags};
+use crate::io::wire::{Frame, Kind, decode_layers, flags};
 use bytes::Bytes;
 
 /// What to do with the range of a part.
@@ -15,8 +15,45 @@ use bytes::Bytes;
 pub enum PartIo {
     Read(Option<SnapshotId>),
     Extents(Option<SnapshotId>),
-    Write { data: Bytes, fua: bool },
-    Zero { keep_allocated: bool, fua: bool },
+    Layers {
+        snapshot: Option<SnapshotId>,
+        since: Option<Since>,
+    },
+    Write {
+        data: Bytes,
+        fua: bool,
+    },
+    Zero {
+        keep_allocated: bool,
+        fua: bool,
+    },
+}
+
+/// The snapshot with which a view is compared.
+///
+/// Pages behind its end did not exist in it, and their owners may not know it: what has data there
+/// has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Since {
+    snapshot: SnapshotId,
+    page_count: u64,
+}
+
+impl Since {
+    /// A snapshot and its size in bytes, of a volume with pages of `page_bytes`.
+    #[must_use]
+    pub fn new(snapshot: SnapshotId, size_bytes: u64, page_bytes: u32) -> Self {
+        Self {
+            snapshot,
+            page_count: size_bytes.div_ceil(u64::from(page_bytes)),
+        }
+    }
+
+    /// The snapshot, if it has the page.
+    #[must_use]
+    pub fn on(&self, page: PageNo) -> Option<SnapshotId> {
+        (u64::from(page.0) < self.page_count).then_some(self.snapshot)
+    }
 }
 
 /// The frame that asks the owner of `part` to do `io`; `span` is the id of a span begun there.
@@ -40,6 +77,12 @@ pub fn request(
     match io {
         PartIo::Read(snapshot) | PartIo::Extents(snapshot) => {
             frame.snapshot = snapshot.unwrap_or_default();
+        }
+        PartIo::Layers { snapshot, since } => {
+            let since = since.and_then(|since| since.on(part.page));
+            frame.snapshot = snapshot.unwrap_or_default();
+            frame.aux = u64::from(since.unwrap_or_default().0);
+            frame.flags |= flags::LAYERS;
         }
         PartIo::Write { data, fua } => {
             let at = usize::try_from(part.at_bytes).unwrap_or(usize::MAX);
@@ -65,7 +108,7 @@ impl PartIo {
     fn kind(&self) -> Kind {
         match self {
             Self::Read(_) => Kind::Read,
-            Self::Extents(_) => Kind::Extents,
+            Self::Extents(_) | Self::Layers { .. } => Kind::Extents,
             Self::Write { .. } => Kind::Write,
             Self::Zero { .. } => Kind::Zero,
         }
@@ -76,6 +119,18 @@ impl PartIo {
     pub fn changes(&self) -> bool {
         matches!(self, Self::Write { .. } | Self::Zero { .. })
     }
+}
+
+/// The layers that an owner answered for a part of `len_bytes`.
+///
+/// # Errors
+/// [`DataError::Unavailable`] if the owner does not know layers yet.
+pub fn layers_of(reply: Frame, len_bytes: u32) -> Result<Vec<LayerRun>, DataError> {
+    if reply.flags & flags::LAYERS == 0 {
+        let text = "the owner runs an older version, which cannot tell changes: upgrade it";
+        return Err(DataError::Unavailable(text.to_owned()));
+    }
+    decode_layers(reply, len_bytes).map_err(|_| DataError::BAD_COVER)
 }
 
 /// Why one try of a forwarded request did not succeed.

@@ -1,6 +1,7 @@
 //! The path of a byte, top to bottom: volume, router, forward or owner, page store.
 
 pub mod error;
+pub mod fence;
 pub mod forward;
 pub mod owner;
 pub mod page_store;

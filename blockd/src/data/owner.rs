@@ -1,17 +1,19 @@
 //! The owner: what a server does with requests for pages that it owns.
 //!
-//! Every request passes the same three gates, whether it came from a local NBD connection or from
-//! a peer: the routing epoch must match (S003-18), the page must be ours, and a write must not
-//! run while a snapshot holds the volume (S003-36). The owner executes, and knows nothing of who
+//! Every request passes the same gates, whether it came from a local NBD connection or from
+//! a peer: the routing epoch must match (S003-18), the page must be ours, a write must not
+//! run while a snapshot holds the volume (S003-36), nor under a lease that is not its requester's
+//! (`fence`). The owner executes, and knows nothing of who
 //! coordinates a snapshot or decides a routing table.
 //!
 //! Invariant: while a volume is held and its executing count is zero, no write of it reaches the
 //! page store.
 
 use super::error::DataError;
+use super::fence::{Fence, FenceGate};
 use super::page_store::{PageAt, PageStore, ReadPart, StoreError};
 use super::router::{EpochVerdict, RoutingTable, judge_epoch};
-use crate::id::{Epoch, NodeNo, PageNo, SnapshotId, VolumeId};
+use crate::id::{Epoch, LayerRun, LeaseEpoch, NodeNo, PageNo, SnapshotId, VolumeId};
 use crate::limits::FORWARD_DEADLINE_MS;
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
@@ -28,6 +30,8 @@ pub struct Target {
     pub offset_bytes: u32,
     pub len_bytes: u32,
     pub epoch: Epoch,
+    /// The lease under which its requester changes it.
+    pub lease: LeaseEpoch,
 }
 
 /// What this server knows of one volume; lives as long as the volume does.
@@ -37,6 +41,7 @@ pub struct VolumeState {
     /// Writes and spans that passed the hold gate and have not finished.
     executing: Cell<u32>,
     held: Cell<bool>,
+    fence: RefCell<FenceGate>,
     /// Writes that wait at the gate.
     waiting: Cell<u32>,
     changed: Notify,
@@ -49,6 +54,8 @@ pub struct Owner {
     /// The write verifier: changes when acknowledged, unflushed writes may have been lost.
     pub verifier: u64,
     volumes: RefCell<HashMap<VolumeId, Rc<VolumeState>>>,
+    /// Lease epochs that were confirmed before the start.
+    confirmed: HashMap<VolumeId, LeaseEpoch>,
     tables_changed: Notify,
 }
 
@@ -60,6 +67,20 @@ impl Drop for Executing {
         self.0.executing.set(self.0.executing.get() - 1);
         if self.0.executing.get() == 0 && self.0.held.get() {
             self.0.changed.notify_waiters();
+        }
+    }
+}
+
+/// One change that the fence has let through; it is executed when this is dropped.
+struct Changing {
+    state: Rc<VolumeState>,
+    began: LeaseEpoch,
+}
+
+impl Drop for Changing {
+    fn drop(&mut self) {
+        if self.state.fence.borrow_mut().end(self.began) {
+            self.state.changed.notify_waiters();
         }
     }
 }
@@ -113,6 +134,38 @@ impl VolumeState {
         self.executing.get()
     }
 
+    /// Whether a change under this lease is admitted now.
+    ///
+    /// # Errors
+    /// As [`FenceGate::check`].
+    pub fn check_lease(&self, lease: LeaseEpoch) -> Result<(), DataError> {
+        self.fence.borrow().check(lease)
+    }
+
+    fn begin_change(self: &Rc<Self>, lease: LeaseEpoch) -> Result<Changing, DataError> {
+        Ok(Changing {
+            began: self.fence.borrow_mut().begin(lease)?,
+            state: Rc::clone(self),
+        })
+    }
+
+    /// Waits until no change that was admitted under an earlier lease epoch is being executed; gives
+    /// the epoch now.
+    pub async fn fenced(&self) -> LeaseEpoch {
+        loop {
+            let changed = self.changed.notified();
+            if let Some(epoch) = self.fence.borrow().drained() {
+                return epoch;
+            }
+            changed.await;
+        }
+    }
+
+    /// This epoch is confirmed, durably: nothing is changed any more under an earlier one.
+    pub fn confirm_lease(&self, epoch: LeaseEpoch) {
+        self.fence.borrow_mut().confirm(epoch);
+    }
+
     /// Writes that a hold keeps waiting now.
     #[must_use]
     pub fn waiting(&self) -> u32 {
@@ -146,26 +199,35 @@ impl VolumeState {
 }
 
 impl Owner {
+    /// `confirmed` are the lease epochs that this server has ever confirmed.
     #[must_use]
-    pub fn new(me: NodeNo, store: PageStore, verifier: u64) -> Self {
+    pub fn new(
+        me: NodeNo,
+        store: PageStore,
+        verifier: u64,
+        confirmed: HashMap<VolumeId, LeaseEpoch>,
+    ) -> Self {
         Self {
             me,
             store,
             verifier,
+            confirmed,
             volumes: RefCell::default(),
             tables_changed: Notify::new(),
         }
     }
 
-    /// Takes over the routing tables of the registry; volumes that are not among them are gone.
-    pub fn publish(&self, tables: Vec<RoutingTable>) {
+    /// Takes over the routing tables and leases of the registry; volumes that are not among them
+    /// are gone.
+    pub fn publish(&self, tables: Vec<(RoutingTable, Fence)>) {
         let mut volumes = self.volumes.borrow_mut();
         let mut next = HashMap::with_capacity(tables.len());
-        for table in tables {
+        for (table, fence) in tables {
             let state = match volumes.remove(&table.volume) {
                 Some(state) => state,
-                None => Rc::new(VolumeState::new(&table)),
+                None => Rc::new(VolumeState::new(&table, self.confirmed.get(&table.volume))),
             };
+            state.fence.borrow_mut().publish(fence);
             if *state.table.borrow().as_ref() != table {
                 *state.table.borrow_mut() = Rc::new(table);
             }
@@ -261,6 +323,21 @@ impl Owner {
         Ok(self.store.extents(at.in_store(volume), snapshot)?)
     }
 
+    /// In which layers a range was written, and what changed since a snapshot (`None`: what has data).
+    ///
+    /// # Errors
+    /// [`DataError`].
+    pub async fn layers(
+        &self,
+        volume: VolumeId,
+        snapshot: Option<SnapshotId>,
+        since: Option<SnapshotId>,
+        at: Target,
+    ) -> Result<Vec<LayerRun>, DataError> {
+        self.admit(volume, at).await?;
+        Ok(self.store.layers(at.in_store(volume), snapshot, since)?)
+    }
+
     /// Writes a range of one page; `span` is the gate already passed by a spanning request.
     ///
     /// # Errors
@@ -273,26 +350,26 @@ impl Owner {
         fua: bool,
         span: Option<&Executing>,
     ) -> Result<(), DataError> {
-        let gate = self.pass_gate(volume, at, span).await?;
+        let passed = self.pass_gates(volume, at, span).await?;
         let store_at = at.in_store(volume);
         self.store.write(store_at, data, at.epoch).await?;
-        drop(gate);
+        drop(passed);
         if fua {
             self.store.flush().await?;
         }
         Ok(())
     }
 
-    /// Admits a change and passes the gate; the routing table may have changed meanwhile.
-    async fn pass_gate(
+    /// Admits a change and passes the gates; table and lease may have changed at the first.
+    async fn pass_gates(
         &self,
         volume: VolumeId,
         at: Target,
         span: Option<&Executing>,
-    ) -> Result<Option<Executing>, DataError> {
+    ) -> Result<(Option<Executing>, Changing), DataError> {
         let state = self.admit(volume, at).await?;
         if span.is_some() {
-            return Ok(None);
+            return Ok((None, state.begin_change(at.lease)?));
         }
         let gate = match state.try_execute() {
             Ok(gate) => gate,
@@ -302,7 +379,7 @@ impl Owner {
                 gate
             }
         };
-        Ok(Some(gate))
+        Ok((Some(gate), state.begin_change(at.lease)?))
     }
 
     /// Makes a range of one page read as zeros.
@@ -317,10 +394,10 @@ impl Owner {
         fua: bool,
         span: Option<&Executing>,
     ) -> Result<(), DataError> {
-        let gate = self.pass_gate(volume, at, span).await?;
+        let passed = self.pass_gates(volume, at, span).await?;
         let store_at = at.in_store(volume);
         self.store.zero(store_at, keep_allocated, at.epoch).await?;
-        drop(gate);
+        drop(passed);
         if fua {
             self.store.flush().await?;
         }
@@ -337,12 +414,13 @@ impl Owner {
 }
 
 impl VolumeState {
-    fn new(table: &RoutingTable) -> Self {
+    fn new(table: &RoutingTable, confirmed: Option<&LeaseEpoch>) -> Self {
         Self {
             id: table.volume,
             table: RefCell::new(Rc::new(table.clone())),
             executing: Cell::new(0),
             held: Cell::new(false),
+            fence: RefCell::new(FenceGate::new(confirmed.copied().unwrap_or_default())),
             waiting: Cell::new(0),
             changed: Notify::new(),
         }

@@ -9,12 +9,12 @@
 //! holds already refuses, so that the whole request waits until the snapshot is taken.
 
 use super::error::DataError;
-use super::forward::{self, ForwardError, PartIo};
+use super::forward::{self, ForwardError, PartIo, Since};
 use super::owner::{Executing, Owner, Target, VolumeState};
 use super::page_store::ReadPart;
 use super::router::{Part, RoutingTable};
 use super::span::Span;
-use crate::id::{NodeNo, SnapshotId};
+use crate::id::{LayerRun, LeaseEpoch, NodeNo, SnapshotId};
 use crate::io::link::{Link, Peers};
 use crate::io::wire::{Frame, Kind, Run, decode_extents, decode_runs};
 use crate::limits::{FORWARD_DEADLINE_MS, FORWARD_RETRY_MS, OPEN_PROBE_MS};
@@ -49,6 +49,7 @@ pub struct Volume {
 enum PartReply {
     Data(Vec<ReadPart>),
     Extents(Vec<(u32, bool)>),
+    Layers(Vec<LayerRun>),
     Done,
 }
 
@@ -111,6 +112,12 @@ impl Volume {
         }
     }
 
+    /// Bytes of a page.
+    #[must_use]
+    pub fn page_bytes(&self) -> u32 {
+        self.state.table().page_bytes()
+    }
+
     #[must_use]
     pub fn is_read_only(&self) -> bool {
         self.snapshot.is_some()
@@ -138,7 +145,7 @@ impl Volume {
             match reply {
                 PartReply::Data(parts) if data.is_empty() => data = parts,
                 PartReply::Data(parts) => data.extend(parts),
-                PartReply::Extents(_) | PartReply::Done => {}
+                PartReply::Extents(_) | PartReply::Layers(_) | PartReply::Done => {}
             }
         }
         Ok(data)
@@ -159,9 +166,30 @@ impl Volume {
             .into_iter()
             .flat_map(|reply| match reply {
                 PartReply::Extents(extents) => extents,
-                PartReply::Data(_) | PartReply::Done => vec![],
+                PartReply::Data(_) | PartReply::Layers(_) | PartReply::Done => vec![],
             })
             .collect())
+    }
+
+    /// Layers of a range, and what changed since a snapshot (`None`: what has data), in order.
+    ///
+    /// # Errors
+    /// [`DataError`].
+    pub async fn layers(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u64,
+        since: Option<Since>,
+    ) -> Result<Vec<LayerRun>, DataError> {
+        let snapshot = self.snapshot_id();
+        let io = PartIo::Layers { snapshot, since };
+        let mut layers = Vec::new();
+        for reply in self.all_parts(offset_bytes, len_bytes, &io).await? {
+            if let PartReply::Layers(runs) = reply {
+                runs.into_iter().for_each(|run| run.append_to(&mut layers));
+            }
+        }
+        Ok(layers)
     }
 
     /// Writes a range.
@@ -264,7 +292,7 @@ impl Volume {
         let request = forward::request(table.volume, table.epoch, &part, io, span_id);
         let reply = self.group.call(owner, request).await?;
         self.learn_verifier(owner, reply.aux);
-        let malformed = |_| DataError::Malformed("the owner's reply does not cover the range");
+        let malformed = |_| DataError::BAD_COVER;
         Ok(match io {
             PartIo::Read(_) => {
                 let runs = decode_runs(reply, part.len_bytes).map_err(malformed)?;
@@ -273,6 +301,7 @@ impl Volume {
             PartIo::Extents(_) => {
                 PartReply::Extents(decode_extents(reply, part.len_bytes).map_err(malformed)?)
             }
+            PartIo::Layers { .. } => PartReply::Layers(forward::layers_of(reply, part.len_bytes)?),
             PartIo::Write { .. } | PartIo::Zero { .. } => PartReply::Done,
         })
     }
@@ -290,6 +319,7 @@ impl Volume {
             offset_bytes: part.offset_bytes,
             len_bytes: part.len_bytes,
             epoch: table.epoch,
+            lease: LeaseEpoch(0),
         };
         match io {
             PartIo::Read(snapshot) => {
@@ -299,6 +329,11 @@ impl Volume {
             PartIo::Extents(snapshot) => {
                 let extents = owner.extents(table.volume, *snapshot, at).await?;
                 return Ok(PartReply::Extents(extents));
+            }
+            PartIo::Layers { snapshot, since } => {
+                let since = since.and_then(|since| since.on(part.page));
+                let layers = owner.layers(table.volume, *snapshot, since, at).await?;
+                return Ok(PartReply::Layers(layers));
             }
             PartIo::Write { data, fua } => {
                 let start = usize::try_from(part.at_bytes).unwrap_or(usize::MAX);
@@ -378,6 +413,7 @@ impl Volume {
         let group = &self.group;
         let mut wanted = span.progress.to_begin();
         if wanted.remove(&group.owner.me) {
+            self.state.check_lease(LeaseEpoch(0))?;
             *local = Some(self.state.try_execute()?);
             span.progress.began(group.owner.me);
         }

@@ -31,6 +31,13 @@ pub fn unix_ms() -> u64 {
     })
 }
 
+/// The name of this host; empty if the kernel does not say.
+#[must_use]
+pub fn hostname() -> String {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    name.trim_end().to_owned()
+}
+
 /// The id of this boot of the machine; a new one after every start of the kernel.
 #[must_use]
 pub fn boot_id() -> String {

@@ -15,6 +15,7 @@ use futures_util::task::AtomicWaker;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::future::poll_fn;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -310,8 +311,10 @@ struct Slot {
     /// Another one for each address: one server may be known under two.
     requester: u64,
     link: Mutex<Option<Link>>,
-    /// Held while connecting, with the number of connections made so far.
+    /// Held while connecting, with the number of connections tried so far.
     connecting: tokio::sync::Mutex<u64>,
+    /// Connections that were welcomed.
+    made: AtomicU64,
 }
 
 impl Peers {
@@ -337,6 +340,30 @@ impl Peers {
         lock(&self.cluster_id).get_or_insert_with(|| cluster_id.to_owned());
     }
 
+    /// The cluster that is wanted.
+    #[must_use]
+    pub fn cluster_id(&self) -> Option<String> {
+        lock(&self.cluster_id).clone()
+    }
+
+    /// Whether there is a link to `address` now, and how many were made so far.
+    #[must_use]
+    pub fn connections(&self, address: &str) -> (bool, u64) {
+        let slot = lock(&self.slots).get(address).map(Arc::clone);
+        slot.map_or((false, 0), |slot| {
+            (slot.live().is_some(), slot.made.load(Ordering::Relaxed))
+        })
+    }
+
+    /// Closes the links to all addresses but these. A call over one of them goes on to its end.
+    pub fn close_others(&self, needed: &[String]) {
+        for (address, slot) in lock(&self.slots).iter() {
+            if !needed.contains(address) {
+                lock(&slot.link).take();
+            }
+        }
+    }
+
     /// The link to `address`, connecting if there is none.
     ///
     /// # Errors
@@ -352,6 +379,7 @@ impl Peers {
         }
         *connections += 1;
         let link = Link::connect(address, &self.hello(slot.requester, *connections)).await?;
+        slot.made.fetch_add(1, Ordering::Relaxed);
         *lock(&slot.link) = Some(link.clone());
         Ok(link)
     }
@@ -373,6 +401,7 @@ impl Peers {
             requester: self.requester.wrapping_add(slots.len() as u64),
             link: Mutex::default(),
             connecting: tokio::sync::Mutex::default(),
+            made: AtomicU64::default(),
         });
         slots.insert(address.to_owned(), Arc::clone(&slot));
         slot

@@ -13,8 +13,10 @@
 //!      8    8 request_id     chosen by the requester, unique on its connection while unanswered
 //!     16    8 volume         volume id
 //!     24    8 aux            hello: none; write/zero/span: span id; ticket of a snapshot step;
+//!                            extents with `LAYERS`: id of the snapshot to compare with, or 0;
 //!                            replies of an owner: its write verifier
-//!     32    4 snapshot       snapshot id, 0 is the volume itself
+//!     32    4 snapshot       snapshot id, 0 is the volume itself; write, zero and span begin: lease
+//!                            epoch of the requester, 0 holds none
 //!     36    4 epoch          routing epoch of the requester; in a stale reply, of the answerer
 //!     40    4 page           page number
 //!     44    4 offset_bytes   offset in the page
@@ -27,12 +29,15 @@
 //! The header comes first and has its own checksum, so that a lying length is found before a
 //! buffer is taken for it. A read reply with flag `RUNS` has in front of its data a run list: u32
 //! count, then `count` x u32 where bit 31 says "hole" and the rest is the length in bytes; only
-//! runs that are not holes have data. Control messages carry postcard in the payload. Replies of
+//! runs that are not holes have data. An extents reply has such a list and no data; with flag
+//! `LAYERS`, asked for by the same flag, it has u32 count, then `count` x (u32 length in bytes, u32
+//! layer): bit 31 of the layer says "hole", bit 30 "changed", the rest is the depth. Control messages carry postcard in the payload. Replies of
 //! an error status carry a UTF-8 text.
 //!
-//! Version history: 1, the first.
+//! Version history: 1, the first; kind `Lease` and status `Leased` were added to it, and `LAYERS`: who
+//! does not know that flag answers without it.
 
-use crate::id::{Epoch, PageNo, SnapshotId, VolumeId};
+use crate::id::{Epoch, LayerRun, LeaseEpoch, PageNo, SnapshotId, VolumeId};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 /// Bytes of the fixed header.
@@ -44,6 +49,9 @@ pub const MAX_PAYLOAD_BYTES: u32 = (64 << 20) + (1 << 20);
 const MAGIC: u16 = 0x4b42;
 const REPLY_BIT: u8 = 0x80;
 const HOLE_BIT: u32 = 1 << 31;
+const CHANGED_BIT: u32 = 1 << 30;
+/// Largest depth of a layer on the wire; deeper ones are said to have this one.
+const DEPTH_MAX: u32 = CHANGED_BIT - 1;
 
 /// Bits of the `flags` field.
 pub mod flags {
@@ -57,6 +65,8 @@ pub mod flags {
     pub const RUNS: u16 = 8;
     /// Read reply: the whole range is a hole and there is no payload.
     pub const ALL_HOLE: u16 = 16;
+    /// EXTENTS: tell layers and what changed. In the reply: the list is one of layers.
+    pub const LAYERS: u16 = 32;
 }
 
 macro_rules! wire_enum {
@@ -84,7 +94,7 @@ wire_enum! {
         Zero = 4,
         /// All writes of the volume acknowledged by this owner become durable.
         Flush = 5,
-        /// Allocation of a range; the reply has a run list and no data.
+        /// Allocation, or with `LAYERS` the layers, of a range.
         Extents = 6,
         /// Announces a write whose parts lie on several owners (S003-33).
         SpanBegin = 7,
@@ -102,6 +112,8 @@ wire_enum! {
         Registry = 13,
         /// Payload `AdminRequest`, reply payload `AdminReply`.
         Admin = 14,
+        /// Exclusive writer lease of a volume. Payload `LeaseOrder`.
+        Lease = 20,
     }
 }
 
@@ -125,6 +137,8 @@ wire_enum! {
         Malformed = 10,
         /// The server cannot serve this now (not yet a member, shutting down).
         Unavailable = 11,
+        /// Another one holds the exclusive lease of the volume; the text names it.
+        Leased = 12,
     }
 }
 
@@ -245,6 +259,17 @@ impl Frame {
     #[must_use]
     pub fn refuse(&self, status: Status, text: impl Into<String>) -> Self {
         self.answer(status, Bytes::from(text.into()).into())
+    }
+
+    /// The lease epoch under which a change is asked for.
+    #[must_use]
+    pub fn lease(&self) -> LeaseEpoch {
+        LeaseEpoch(self.snapshot.0)
+    }
+
+    /// Asks for a change under this lease epoch.
+    pub fn set_lease(&mut self, lease: LeaseEpoch) {
+        self.snapshot = SnapshotId(lease.0);
     }
 
     /// Appends the header to `out`; the payload is to follow piece by piece.
@@ -479,6 +504,47 @@ pub fn decode_extents(reply: Frame, len_bytes: u32) -> Result<Vec<(u32, bool)>, 
     match covered == u64::from(len_bytes) {
         true => Ok(extents),
         false => Err(WireError::Runs),
+    }
+}
+
+/// The payload of an extents reply with `LAYERS`; the runs are those of one page.
+#[must_use]
+pub fn encode_layers(layers: &[LayerRun]) -> Payload {
+    let mut list = BytesMut::with_capacity(4 + 8 * layers.len());
+    list.put_u32_le(u32::try_from(layers.len()).unwrap_or(u32::MAX));
+    for run in layers {
+        let hole = if run.hole { HOLE_BIT } else { 0 };
+        let changed = if run.changed { CHANGED_BIT } else { 0 };
+        list.put_u32_le(u32::try_from(run.len_bytes).unwrap_or(u32::MAX));
+        list.put_u32_le(run.depth.min(DEPTH_MAX) | hole | changed);
+    }
+    list.freeze().into()
+}
+
+/// The inverse of [`encode_layers`] for a range of `len_bytes`.
+///
+/// # Errors
+/// [`WireError::Runs`] if the list does not cover exactly that range.
+pub fn decode_layers(reply: Frame, len_bytes: u32) -> Result<Vec<LayerRun>, WireError> {
+    let mut payload = reply.payload.into_bytes();
+    if payload.len() < 4 || payload.get_u32_le() as usize != payload.len() / 8 {
+        return Err(WireError::Runs);
+    }
+    let layers: Vec<LayerRun> = payload.chunks_exact(8).map(layer_run).collect();
+    let covered: u64 = layers.iter().map(|run| run.len_bytes).sum();
+    match payload.len() % 8 == 0 && covered == u64::from(len_bytes) {
+        true => Ok(layers),
+        false => Err(WireError::Runs),
+    }
+}
+
+fn layer_run(mut bytes: &[u8]) -> LayerRun {
+    let (len_bytes, layer) = (u64::from(bytes.get_u32_le()), bytes.get_u32_le());
+    LayerRun {
+        len_bytes,
+        depth: layer & DEPTH_MAX,
+        hole: layer & HOLE_BIT != 0,
+        changed: layer & CHANGED_BIT != 0,
     }
 }
 

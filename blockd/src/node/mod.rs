@@ -8,6 +8,8 @@
 mod admin;
 pub mod config;
 mod identity;
+mod lease;
+mod lease_file;
 mod nbd;
 mod participant;
 mod peer_server;
@@ -58,6 +60,7 @@ pub(crate) struct Member {
     pub(crate) peers: Arc<Peers>,
     pub(crate) group: Rc<Group>,
     pub(crate) participant: participant::Participants,
+    pub(crate) leases: lease::Leases,
 }
 
 impl Node {
@@ -90,6 +93,7 @@ impl Member {
             RoutingTable::new(volume.id, volume.epoch, size, page_blocks, routes)
                 .inspect_err(|error| tracing::error!(%error, "volume not served"))
                 .ok()
+                .map(|table| (table, lease::fence(&state, volume)))
         });
         let tables = tables.collect();
         let nodes = state.nodes();

@@ -1,17 +1,22 @@
 //! Volumes and snapshots as NBD exports `VOL` and `VOL@SNAP` (S003-08 to S003-11).
 
 use super::{Member, Node};
-use crate::control::registry::{SnapshotState, VolumeRecord, split_volume_name};
+use crate::control::registry::{
+    RegistryState, SnapshotRecord, SnapshotState, VolumeRecord, split_volume_name,
+};
 use crate::data::error::DataError;
+use crate::data::forward::Since;
 use crate::data::page_store;
 use crate::data::volume::Volume;
-use crate::id::SnapshotId;
+use crate::id::{CHUNK_BYTES, LayerRun, SnapshotId};
+use crate::limits::{STATUS_BYTES_MAX, STATUS_PAGES_MAX};
 use bytes::Bytes;
 use nbd_server::{
     Export, ExportEntry, ExportError, ExportInfo, Exports, Extent, MetaContext, NbdErrno,
     OpenError, Peer, ReadPart, ReadReply, ZeroFlags,
 };
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::timeout;
 
@@ -27,6 +32,9 @@ pub(crate) struct NbdExports(pub(crate) Rc<Node>);
 pub(crate) struct NbdExport {
     volume: Volume,
     description: Rc<str>,
+    /// Older snapshots by name, as they were when the export was opened: a later one of the same
+    /// name is another one.
+    bitmaps: Rc<[(Arc<str>, Since)]>,
 }
 
 impl NbdExports {
@@ -50,8 +58,7 @@ impl Exports for NbdExports {
                 name: volume.name.clone(),
                 description: describe(volume, None),
             });
-            let committed = |state| state == SnapshotState::Committed;
-            for snapshot in state.snapshots(volume.id).filter(|s| committed(s.state)) {
+            for snapshot in committed(&state, volume) {
                 entries.push(ExportEntry {
                     name: format!("{}@{}", volume.name, snapshot.name),
                     description: describe(volume, Some(&snapshot.name)),
@@ -96,10 +103,27 @@ fn open_in(member: &Member, name: &str) -> Result<Option<NbdExport>, OpenError> 
         return Ok(None);
     };
     let group = Rc::clone(&member.group);
+    let page_bytes = volume_state.table().page_bytes();
+    let is_older = |older: &&SnapshotRecord| snapshot.is_none_or(|(id, _)| older.id < id);
+    let bitmap = |older: &SnapshotRecord| {
+        let since = Since::new(older.id, older.size_bytes, page_bytes);
+        (older.name.as_str().into(), since)
+    };
+    let bitmaps = committed(&state, record).filter(is_older).map(bitmap);
     Ok(Some(NbdExport {
+        bitmaps: bitmaps.collect(),
         volume: Volume::new(group, volume_state, snapshot as Option<(SnapshotId, u64)>),
         description: describe(record, snapshot_name).into(),
     }))
+}
+
+/// The snapshots of a volume that users see, oldest first.
+fn committed<'a>(
+    state: &'a RegistryState,
+    volume: &VolumeRecord,
+) -> impl Iterator<Item = &'a SnapshotRecord> {
+    let all = state.snapshots(volume.id);
+    all.filter(|snapshot| snapshot.state == SnapshotState::Committed)
 }
 
 fn describe(volume: &VolumeRecord, snapshot: Option<&str>) -> String {
@@ -114,6 +138,8 @@ impl Export for NbdExport {
     fn info(&self) -> ExportInfo {
         let mut info = ExportInfo::new(self.volume.size_bytes());
         info.read_only = self.volume.is_read_only();
+        // Whole chunks are zeroed by a record of 64 bytes; smaller pages have none.
+        info.fast_zero = self.volume.page_bytes() >= CHUNK_BYTES;
         info
     }
 
@@ -148,6 +174,10 @@ impl Export for NbdExport {
         len: u64,
         flags: ZeroFlags,
     ) -> Result<(), ExportError> {
+        if flags.fast && flags.no_hole {
+            let text = "zeroes that stay allocated are written: not faster than a write";
+            return Err(ExportError::new(NbdErrno::NotSup, text));
+        }
         let zeroed = self
             .volume
             .zero(offset, len, flags.no_hole, flags.fua)
@@ -159,17 +189,54 @@ impl Export for NbdExport {
         Ok(())
     }
 
+    fn contexts(&self) -> Vec<MetaContext> {
+        let bitmaps = self.bitmaps.iter().map(|(name, _)| Arc::clone(name));
+        [MetaContext::Allocation, MetaContext::AllocationDepth]
+            .into_iter()
+            .chain(bitmaps.map(MetaContext::DirtyBitmap))
+            .collect()
+    }
+
     async fn block_status(
         &self,
-        _context: &MetaContext,
+        context: &MetaContext,
         offset: u64,
         len: u64,
     ) -> Result<Vec<Extent>, ExportError> {
+        let pages_max = STATUS_PAGES_MAX * u64::from(self.volume.page_bytes());
+        let len = len.min(STATUS_BYTES_MAX).min(pages_max);
+        let flags_of: fn(&LayerRun) -> u32 = match context {
+            MetaContext::Allocation => return self.allocation(offset, len).await,
+            MetaContext::AllocationDepth => |run| run.depth,
+            MetaContext::DirtyBitmap(_) => |run| if run.changed { Extent::DIRTY } else { 0 },
+        };
+        let since = self.since(context)?;
+        let layers = self.volume.layers(offset, len, since).await;
+        let extent = |run: LayerRun| Extent {
+            len: run.len_bytes,
+            flags: flags_of(&run),
+        };
+        Ok(layers.map_err(refuse)?.into_iter().map(extent).collect())
+    }
+}
+
+impl NbdExport {
+    async fn allocation(&self, offset: u64, len: u64) -> Result<Vec<Extent>, ExportError> {
         let extents = self.volume.extents(offset, len).await.map_err(refuse)?;
         let extent = |(len_bytes, allocated): (u32, bool)| {
             Extent::allocation(u64::from(len_bytes), !allocated, !allocated)
         };
         Ok(extents.into_iter().map(extent).collect())
+    }
+
+    /// The snapshot that a dirty bitmap is about.
+    fn since(&self, context: &MetaContext) -> Result<Option<Since>, ExportError> {
+        let MetaContext::DirtyBitmap(wanted) = context else {
+            return Ok(None);
+        };
+        let found = self.bitmaps.iter().find(|(name, _)| name == wanted);
+        let unknown = || ExportError::new(NbdErrno::Inval, format!("no older snapshot {wanted}"));
+        found.map(|(_, since)| Some(*since)).ok_or_else(unknown)
     }
 }
 
@@ -184,7 +251,7 @@ fn nbd_part(part: page_store::ReadPart) -> ReadPart {
 fn refuse(error: DataError) -> ExportError {
     let errno = match error {
         DataError::NoSpace => NbdErrno::NoSpc,
-        DataError::ReadOnly => NbdErrno::Perm,
+        DataError::ReadOnly | DataError::Leased(_) => NbdErrno::Perm,
         DataError::OutOfRange | DataError::Malformed(_) => NbdErrno::Inval,
         DataError::Stale(_)
         | DataError::Damaged(_)

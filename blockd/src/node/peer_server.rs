@@ -11,7 +11,7 @@ use crate::id::{SnapshotId, VolumeId};
 use crate::io::framed::{FrameStream, serve};
 use crate::io::link::{Hello, Welcome, decode_control, encode_control};
 use crate::io::wire::{
-    self, Frame, Kind, Payload, Run, Status, encode_extents, encode_runs, flags,
+    self, Frame, Kind, Payload, Run, Status, encode_extents, encode_layers, encode_runs, flags,
 };
 use crate::limits::{PEER_CONNECTIONS, PEER_HELLO_MS, REQUEST_PART_BYTES, SPAN_MAX_MS};
 use serde::{Deserialize, Serialize};
@@ -201,6 +201,7 @@ async fn handle(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
             request.answer(Status::Ok, bytes::Bytes::from(answer).into())
         }
         Kind::Snapshot => member.participant.answer(&member, &request).await,
+        Kind::Lease => member.leases.answer(&member, &request).await,
         _ => match execute_known(&node, &member, &spans, &request).await {
             Ok((frame_flags, payload)) => {
                 let mut reply = request.answer(Status::Ok, payload);
@@ -243,8 +244,14 @@ async fn execute(node: &Node, member: &Member, spans: &Spans, request: &Frame) -
             let parts = owner.read(volume, snapshot, target(request)?).await?;
             Ok(encode_runs(parts.into_iter().map(Run::from).collect()))
         }
+        Kind::Extents if request.flags & flags::LAYERS != 0 => {
+            let at = untested_target(request);
+            let layers = owner.layers(volume, snapshot, since(request)?, at).await?;
+            Ok((flags::LAYERS, encode_layers(&layers)))
+        }
         Kind::Extents => {
-            let extents = owner.extents(volume, snapshot, target(request)?).await?;
+            let at = untested_target(request);
+            let extents = owner.extents(volume, snapshot, at).await?;
             Ok((0, encode_extents(&extents)))
         }
         Kind::Write | Kind::Zero => {
@@ -265,7 +272,7 @@ async fn execute(node: &Node, member: &Member, spans: &Spans, request: &Frame) -
         }
         Kind::VolumeDrop => drop_pages(member, request).await,
         Kind::Usage => Ok((0, encode_control(&usage(node, member, volume, snapshot)?))),
-        Kind::Hello | Kind::Admin | Kind::Registry | Kind::Snapshot => {
+        Kind::Hello | Kind::Admin | Kind::Registry | Kind::Snapshot | Kind::Lease => {
             Err(DataError::Malformed("not a request for an owner"))
         }
     }
@@ -280,12 +287,21 @@ fn target(request: &Frame) -> Result<Target, DataError> {
     Ok(untested_target(request))
 }
 
+/// The snapshot to compare with, in a request for layers.
+fn since(request: &Frame) -> Result<Option<SnapshotId>, DataError> {
+    let id = u32::try_from(request.aux);
+    let id = id.map_err(|_| DataError::Malformed("a snapshot id of more than 32 bits"))?;
+    Ok(Some(SnapshotId(id)).filter(|id| *id != SnapshotId(0)))
+}
+
+/// A range whose length only the page bounds, as no data of that length goes over the wire.
 fn untested_target(request: &Frame) -> Target {
     Target {
         page: request.page,
         offset_bytes: request.offset_bytes,
         len_bytes: request.len_bytes,
         epoch: request.epoch,
+        lease: request.lease(),
     }
 }
 
@@ -322,6 +338,7 @@ async fn begin_span(member: &Member, spans: &Spans, request: &Frame) -> Executed
     if spans.borrow().contains_key(&key) {
         return Err(DataError::Malformed("the id of a span that goes on"));
     }
+    state.check_lease(request.lease())?;
     let executing = Rc::new(state.try_execute()?);
     let begun = Rc::downgrade(&executing);
     spans.borrow_mut().insert(key, executing);

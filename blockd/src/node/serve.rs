@@ -2,8 +2,10 @@
 
 use super::config::Config;
 use super::identity::{Identity, IdentityError, Membership, claim};
+use super::lease::Leases;
+use super::lease_file::{LeaseFile, LeaseFileError};
 use super::registry::{RaftTransport, Registry, RegistryError, RegistryOptions};
-use super::{Member, Node, nbd, participant, peer_server, sweep};
+use super::{Member, Node, lease, nbd, participant, peer_server, sweep};
 use crate::data::owner::Owner;
 use crate::data::page_store::{PageStore, StoreError, StoreOptions};
 use crate::data::volume::Group;
@@ -45,6 +47,8 @@ pub enum ServeError {
     Tls(#[from] TlsError),
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    #[error(transparent)]
+    LeaseFile(#[from] LeaseFileError),
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
@@ -90,6 +94,7 @@ async fn run(config: Config, control: Handle) -> Result<(), ServeError> {
     let node = start(config, control).await?;
     tokio::task::spawn_local(peer_server::accept(Rc::clone(&node), peer_listener));
     tokio::task::spawn_local(sweep::run(Rc::clone(&node)));
+    tokio::task::spawn_local(lease::run(Rc::clone(&node)));
     let (stop, stopped) = Shutdown::new();
     tokio::task::spawn_local(async move {
         stop_signal().await;
@@ -222,10 +227,12 @@ impl Node {
         membership: Membership,
     ) -> Result<Rc<Member>, ServeError> {
         let registry = self.open_registry(&membership).await?;
+        let confirmed = LeaseFile::open(&self.config.state)?;
         let owner = Rc::new(Owner::new(
             membership.number,
             self.store.clone(),
             self.verifier,
+            confirmed.epochs().clone(),
         ));
         let requester = host::random_u64().map_err(ServeError::Random)?;
         let cluster_id = Some(membership.id.clone());
@@ -239,6 +246,7 @@ impl Node {
             peers: Arc::clone(&self.peers),
             group,
             participant,
+            leases: Leases::new(confirmed),
         });
         member.publish();
         tokio::task::spawn_local(follow(Rc::clone(&member)));

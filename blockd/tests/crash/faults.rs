@@ -1,6 +1,6 @@
 //! Failing devices, rotten bits, full file systems, and what the tables cost in memory.
 
-use crate::harness::{BLOCKS, STORE_ID, at, fill, options, value_of, verified};
+use crate::harness::{BLOCKS, STORE_ID, at, fill, options, value_of, verified, write};
 use blockd::data::page_store::{Engine, StoreError, StoreOptions};
 use blockd::id::{Epoch, PageNo, SnapshotId, VolumeId};
 use blockd::io::disk::{Disk, DiskFile};
@@ -35,7 +35,7 @@ fn life(engine: &mut Sim, disk: &SimDisk, model: &mut [u32]) -> Result<(), Store
         let outcome = if value == 0 {
             engine.zero(at(0, block, count), Epoch(1), &[])
         } else {
-            engine.write(at(0, block, count), &data, Epoch(1), &[])
+            write(engine, at(0, block, count), &data, Epoch(1))
         };
         model[block..block + count].fill(if outcome.is_ok() { value } else { u32::MAX });
         outcome.map(drop)
@@ -99,7 +99,7 @@ fn after_any_failed_operation_the_store_stops_and_recovers() {
             matches!(error, StoreError::Failed { .. }),
             "operation {nth}: {error}"
         );
-        let again = engine.write(at(0, 0, 8), &fill(0, 0, 8, 9), Epoch(1), &[]);
+        let again = write(&mut engine, at(0, 0, 8), &fill(0, 0, 8, 9), Epoch(1));
         assert!(
             matches!(again, Err(StoreError::Failed { .. })),
             "operation {nth}: still writing"
@@ -159,7 +159,7 @@ fn a_full_file_system_refuses_writes_and_takes_them_again_after_a_trim() {
             page: PageNo(100),
             ..at(0, block, 128)
         };
-        match engine.write(page, &fill(0, block, 128, 7), Epoch(1), &[]) {
+        match write(&mut engine, page, &fill(0, block, 128, 7), Epoch(1)) {
             Ok(_) => written += 1,
             Err(error) => break error,
         }
@@ -175,9 +175,7 @@ fn a_full_file_system_refuses_writes_and_takes_them_again_after_a_trim() {
     engine.zero(page, Epoch(1), &[]).unwrap();
     engine.request_apply();
     upkeep(&mut engine, &disk).unwrap();
-    engine
-        .write(at(0, 0, 128), &fill(0, 0, 128, 8), Epoch(1), &[])
-        .unwrap();
+    write(&mut engine, at(0, 0, 128), &fill(0, 0, 128, 8), Epoch(1)).unwrap();
     assert_eq!(
         verified(&engine, at(0, 0, 128), None).unwrap(),
         fill(0, 0, 128, 8)
@@ -188,9 +186,7 @@ fn a_full_file_system_refuses_writes_and_takes_them_again_after_a_trim() {
 fn a_rotten_bit_in_the_slab_spoils_one_sub_block_only() {
     let disk = Arc::new(SimDisk::new());
     let mut engine = open(&disk).unwrap();
-    engine
-        .write(at(0, 0, 256), &fill(0, 0, 256, 1), Epoch(1), &[])
-        .unwrap();
+    write(&mut engine, at(0, 0, 256), &fill(0, 0, 256, 1), Epoch(1)).unwrap();
     disk.flip_bit(DiskFile::Slab, 5 * 4096 + 77, 3);
     for sub in 0..32 {
         let outcome = verified(&engine, at(0, sub * 8, 8), None);
@@ -203,9 +199,7 @@ fn a_rotten_bit_in_the_slab_spoils_one_sub_block_only() {
         }
     }
     // Repair is an ordinary write of the whole sub-block.
-    engine
-        .write(at(0, 40, 8), &fill(0, 40, 8, 2), Epoch(1), &[])
-        .unwrap();
+    write(&mut engine, at(0, 40, 8), &fill(0, 40, 8, 2), Epoch(1)).unwrap();
     assert_eq!(
         verified(&engine, at(0, 40, 8), None).unwrap(),
         fill(0, 40, 8, 2)
@@ -218,9 +212,7 @@ fn damage_that_recovery_meets_is_an_error_never_an_old_state() {
     let mut engine = open(&disk).unwrap();
     life(&mut engine, &disk, &mut [0; BLOCKS]).unwrap();
     for value in 1..20 {
-        engine
-            .write(at(0, 0, 8), &fill(0, 0, 8, value), Epoch(1), &[])
-            .unwrap();
+        write(&mut engine, at(0, 0, 8), &fill(0, 0, 8, value), Epoch(1)).unwrap();
         upkeep(&mut engine, &disk).unwrap();
     }
     drop(engine);
@@ -319,7 +311,7 @@ fn the_tables_of_a_tib_fit_in_one_and_a_half_gib() {
             offset_bytes: 0,
             len_bytes: 4 << 20,
         };
-        engine.write(at, &data, Epoch(1), &[]).unwrap();
+        write(&mut engine, at, &data, Epoch(1)).unwrap();
         while let Some(job) = engine.next_sync(false).unwrap() {
             engine.finish(job.run(&*disk)).unwrap();
         }

@@ -3,7 +3,7 @@
 //! The model knows only the promises: a register per 512-byte block, flushes, snapshots.
 
 use blockd::data::page_store::{
-    Engine, Fetched, Job, JobDone, PageAt, ReadPart, Step, StoreError, StoreOptions,
+    Engine, Fetched, Job, JobDone, PageAt, Placement, ReadPart, Step, StoreError, StoreOptions,
 };
 use blockd::id::{Epoch, PageNo, SnapshotId, VolumeId};
 use blockd::io::disk::{Disk, DiskFile};
@@ -28,6 +28,7 @@ pub(crate) fn options() -> StoreOptions {
         unapplied_bytes_max: 256 << 10,
         reuse_bytes_max: 256 << 10,
         free_bytes_min: 0,
+        turn_bytes: 64 << 10,
         ..StoreOptions::default()
     }
 }
@@ -243,6 +244,7 @@ impl Runner {
                     }
                     self.pump();
                 }
+                Step::More => (0..self.random.below(3)).for_each(|_| self.pump()),
             }
         }
         panic!("no progress: {:?}", self.engine.usage());
@@ -266,8 +268,9 @@ impl Runner {
             0..=39 => {
                 let (block, count) = self.range();
                 let data = fill(page, block, count, number);
+                let (at, mut placement) = (at(page, block, count), Placement::default());
                 self.put(page, block, count, number, from, |engine, fetched| {
-                    engine.write(at(page, block, count), &data, Epoch(1), fetched)
+                    engine.write(at, &data, Epoch(1), &mut placement, fetched)
                 });
             }
             40..=51 => {
@@ -293,6 +296,7 @@ impl Runner {
             }
             81..=84 => self.engine.request_apply(),
             85..=86 => self.engine.request_checkpoint(),
+            87..=89 => self.begin_and_give_up(page),
             _ => self.check_head(page),
         }
         (0..self.random.below(6)).for_each(|_| self.pump());
@@ -357,6 +361,16 @@ impl Runner {
         }
     }
 
+    /// A large write whose client goes away before it is logged.
+    fn begin_and_give_up(&mut self, page: usize) {
+        let (at, mut placement) = (at(page, 0, BLOCKS), Placement::default());
+        let data = fill(page, 0, BLOCKS, u32::MAX);
+        let write = self.engine.write(at, &data, Epoch(1), &mut placement, &[]);
+        assert_eq!(write.unwrap(), Step::More);
+        (0..self.random.below(6)).for_each(|_| self.pump());
+        self.engine.give_up(&mut placement);
+    }
+
     fn check_head(&mut self, page: usize) {
         let parts = self
             .attempt(|engine, fetched| engine.read(at(page, 0, BLOCKS), None, fetched))
@@ -392,6 +406,22 @@ impl Runner {
         self.drain();
         self.engine.begin_close().unwrap();
         self.drain();
+    }
+}
+
+/// Writes without a pause between the turns.
+pub(crate) fn write<D: Disk>(
+    engine: &mut Engine<D>,
+    at: PageAt,
+    data: &[u8],
+    epoch: Epoch,
+) -> Result<Step<()>, StoreError> {
+    let mut placement = Placement::default();
+    loop {
+        match engine.write(at, data, epoch, &mut placement, &[])? {
+            Step::More => {}
+            step => return Ok(step),
+        }
     }
 }
 

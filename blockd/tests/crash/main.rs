@@ -60,8 +60,9 @@ fn go_on(disk: Arc<SimDisk>, seed: u64) {
         before.push(verified(&runner.engine, harness::at(page, 0, harness::BLOCKS), None).unwrap());
     }
     let data = harness::fill(0, 3, 200, 0x7fff_0000);
+    let (at, mut placement) = (harness::at(0, 3, 200), Default::default());
     runner
-        .attempt(|e, f| e.write(harness::at(0, 3, 200), &data, blockd::id::Epoch(2), f))
+        .attempt(|e, f| e.write(at, &data, blockd::id::Epoch(2), &mut placement, f))
         .unwrap();
     before[0][3 * 512..][..200 * 512].copy_from_slice(&data);
     runner.close();

@@ -1,8 +1,7 @@
-//! The built program under real clients and under a client that says anything.
+//! The built program under real clients; the table of the protocol's rules is in the crate `blockd-tests`.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod clients;
-mod oracle;
 mod pki;
 mod support;
 mod tls;

@@ -1,5 +1,6 @@
 //! The command line of `blockctl`.
 
+use crate::attach::{Attach, AttachmentVerb, Detach};
 use crate::size::{parse_duration, parse_volume_size};
 use blockd::admin::SnapshotName;
 use blockd::id::{DEFAULT_PAGE_BLOCKS, NodeNo};
@@ -57,9 +58,19 @@ pub(crate) enum Noun {
     /// Snapshots of volumes, VOL@SNAP
     #[command(subcommand)]
     Snapshot(SnapshotVerb),
+    /// Who alone may write a volume
+    #[command(subcommand)]
+    Lease(LeaseVerb),
     /// Which server owns which pages
     #[command(subcommand)]
     Route(RouteVerb),
+    /// A volume as a block device of this host, or as a unix socket for QEMU
+    Attach(Attach),
+    /// Give the device or socket of a volume back
+    Detach(Detach),
+    /// What is attached on this host
+    #[command(subcommand)]
+    Attachment(AttachmentVerb),
     /// Mount the filesystem in a volume or snapshot (runs fuse-fs)
     Mount(Mount),
     /// Unmount what `blockctl mount` mounted (runs fuse-fs)
@@ -187,6 +198,25 @@ pub(crate) enum SnapshotVerb {
     Delete {
         #[arg(value_name = "VOL@SNAP", value_parser = parse_snapshot)]
         target: SnapshotName,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum LeaseVerb {
+    /// All volumes that are leased
+    List,
+    /// The lease of one volume
+    Show {
+        #[arg(value_name = "VOL")]
+        volume: String,
+    },
+    /// Take the lease from a holder that is gone; its later writes fail
+    Break {
+        #[arg(value_name = "VOL")]
+        volume: String,
+        /// Do it; without this it says what it would do
+        #[arg(long)]
+        force: bool,
     },
 }
 

@@ -8,7 +8,7 @@ use crate::format::{Mkfs, copy_data};
 use crate::interrupt::Interrupt;
 use crate::output::{print, reply_json, reply_text};
 use crate::session::Session;
-use crate::{documents, mount, progress};
+use crate::{attach, documents, lease, mount, progress};
 use blockd::admin::{AdminReply, AdminRequest, SnapshotInfo, SnapshotName, VolumeCreate};
 use serde_json::json;
 use std::fs::File;
@@ -25,7 +25,11 @@ pub(crate) async fn run(cli: &Cli) -> Result<(), Failure> {
             let volume = volume.clone();
             ask_and_print(cli, AdminRequest::RouteShow { volume }).await
         }
+        Noun::Lease(verb) => lease::run(cli, verb).await,
         Noun::Version => ask_and_print(cli, AdminRequest::Version).await,
+        Noun::Attach(args) => attach::attach(cli, args).await,
+        Noun::Detach(args) => attach::detach(cli, args).await,
+        Noun::Attachment(verb) => attach::attachment(cli, verb).await,
         Noun::Mount(args) => Err(mount::mount(&cli.servers, args)),
         Noun::Umount { dir, options } => Err(mount::umount(dir, options)),
         Noun::Completion { shell } => documents::completion(*shell),
@@ -215,12 +219,12 @@ async fn create_snapshots(cli: &Cli, targets: &[SnapshotName]) -> Result<(), Fai
     print(&format!("{}\ntaken in {took_ms:.1} ms", reply_text(&reply)))
 }
 
-async fn ask_and_print(cli: &Cli, request: AdminRequest) -> Result<(), Failure> {
+pub(crate) async fn ask_and_print(cli: &Cli, request: AdminRequest) -> Result<(), Failure> {
     let reply = connect(cli).await?.ask(request).await?;
     print_reply(cli, &reply)
 }
 
-async fn connect(cli: &Cli) -> Result<Session, Failure> {
+pub(crate) async fn connect(cli: &Cli) -> Result<Session, Failure> {
     Session::connect(&cli.servers, cli.timeout).await
 }
 

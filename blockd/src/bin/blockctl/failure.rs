@@ -1,6 +1,7 @@
 //! Why a command failed: what a person reads, what a program reads, and the exit code.
 
 use blockd::admin::AdminErrorKind;
+use blockd::attach::AttachError;
 use std::path::PathBuf;
 
 /// Everything that ends a command other than success.
@@ -37,6 +38,8 @@ pub(crate) enum Failure {
     },
     #[error("{tool} failed: {reason}")]
     Tool { tool: String, reason: String },
+    #[error("{0}")]
+    Attach(#[from] AttachError),
     #[error("interrupted")]
     Interrupted,
     /// `volume create --format` went wrong after the volume existed.
@@ -58,6 +61,7 @@ impl Failure {
                 kind: AdminErrorKind::Unavailable,
                 ..
             } => 3,
+            Self::Attach(error) if error.kind.may_pass() => 3,
             _ => 1,
         }
     }
@@ -66,14 +70,8 @@ impl Failure {
     pub(crate) fn kind(&self) -> &'static str {
         match self {
             Self::Unreachable(_) => "unreachable",
-            Self::Refused { kind, .. } => match kind {
-                AdminErrorKind::Invalid => "invalid",
-                AdminErrorKind::NotFound => "not_found",
-                AdminErrorKind::Exists => "exists",
-                AdminErrorKind::Conflict => "conflict",
-                AdminErrorKind::Unavailable => "unavailable",
-                AdminErrorKind::Internal => "internal",
-            },
+            Self::Refused { kind, .. } => kind.name(),
+            Self::Attach(error) => error.kind.name(),
             Self::VolumeIo(_) => "io",
             Self::UnexpectedReply { .. } => "unexpected_reply",
             Self::File { .. } => "file",

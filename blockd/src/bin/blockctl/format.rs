@@ -208,7 +208,7 @@ mod tests {
     #[test]
     fn zeros_are_left_out_in_sub_blocks() {
         let mut data = vec![0; 5 * 4096 + 512];
-        assert_eq!(nonzero_runs(&data), []);
+        assert!(nonzero_runs(&data).is_empty());
         data[4096] = 1;
         data[3 * 4096 - 1] = 1;
         data[5 * 4096 + 511] = 1;

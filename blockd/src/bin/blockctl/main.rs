@@ -3,11 +3,13 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 mod args;
+mod attach;
 mod command;
 mod documents;
 mod failure;
 mod format;
 mod interrupt;
+mod lease;
 mod mount;
 mod output;
 mod progress;

@@ -1,6 +1,7 @@
 //! What goes to stdout: tables for people, the reply's value as JSON for programs.
 
 use crate::failure::Failure;
+use crate::lease::{lease_json, leases_text};
 use crate::size::{human_age, human_bytes};
 use blockd::admin::{
     AdminReply, ClusterStatus, NodeInfo, RouteInfo, SnapshotInfo, VersionInfo, VolumeInfo,
@@ -43,6 +44,8 @@ pub(crate) fn reply_json(reply: &AdminReply) -> Value {
         AdminReply::Open(open) => json!(open),
         AdminReply::Identity(identity) => json!(identity),
         AdminReply::Refused(refusal) => json!(refusal),
+        AdminReply::Leases(leases) => leases.iter().map(lease_json).collect(),
+        AdminReply::Lease(lease) | AdminReply::LeaseConflict(lease) => lease_json(lease),
     }
 }
 
@@ -67,6 +70,8 @@ pub(crate) fn reply_text(reply: &AdminReply) -> String {
         AdminReply::Snapshots(snapshots) => snapshots_text(snapshots, now_unix_ms()),
         AdminReply::Route(route) => route_text(route),
         AdminReply::Version(version) => version_text(version),
+        AdminReply::Leases(leases) => leases_text(leases, now_unix_ms()),
+        AdminReply::Lease(lease) | AdminReply::LeaseConflict(lease) => lease.to_string(),
         AdminReply::Open(_) | AdminReply::Identity(_) | AdminReply::Refused(_) => {
             reply_json(reply).to_string()
         }
@@ -236,7 +241,7 @@ fn route_text(route: &RouteInfo) -> String {
 }
 
 /// Names to the left, values to the right, one a line.
-fn facts(facts: &[(&str, String)]) -> String {
+pub(crate) fn facts(facts: &[(&str, String)]) -> String {
     let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     let lines = facts
         .iter()
@@ -245,7 +250,11 @@ fn facts(facts: &[(&str, String)]) -> String {
 }
 
 /// A table without lines; the columns in `right` hold numbers.
-fn table(header: &[&str], right: &[usize], rows: impl Iterator<Item = Vec<String>>) -> String {
+pub(crate) fn table(
+    header: &[&str],
+    right: &[usize],
+    rows: impl Iterator<Item = Vec<String>>,
+) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table.set_header(header.to_vec());
@@ -279,7 +288,7 @@ fn yes(flag: bool) -> String {
 }
 
 /// A clock of the server that is ahead of ours reads as `0 s ago`.
-fn ago(then_unix_ms: u64, now_unix_ms: u64) -> String {
+pub(crate) fn ago(then_unix_ms: u64, now_unix_ms: u64) -> String {
     format!(
         "{} ago",
         human_age(now_unix_ms.saturating_sub(then_unix_ms) / 1000)

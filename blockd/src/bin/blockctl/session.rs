@@ -1,7 +1,7 @@
 //! The only file of `blockctl` that knows the client library.
 
 use crate::failure::Failure;
-use blockd::admin::{AdminReply, AdminRequest};
+use blockd::admin::{AdminErrorKind, AdminReply, AdminRequest};
 use blockd::client::{Client, ClientError, ClientOptions, Volume};
 use bytes::Bytes;
 use std::time::Duration;
@@ -59,7 +59,13 @@ impl From<ClientError> for Failure {
                 kind: refusal.kind,
                 message: refusal.message,
             },
-            ClientError::Io { .. } => Self::VolumeIo(error.to_string()),
+            ClientError::Io { .. } | ClientError::Fenced { .. } => {
+                Self::VolumeIo(error.to_string())
+            }
+            ClientError::Leased(_) => Self::Refused {
+                kind: AdminErrorKind::Conflict,
+                message: error.to_string(),
+            },
         }
     }
 }

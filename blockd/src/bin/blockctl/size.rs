@@ -26,7 +26,7 @@ pub(crate) enum SizeError {
         below: u64,
         above: String,
     },
-    #[error("a duration is a whole number with a unit: 500ms, 30s or 2m, above zero")]
+    #[error("a duration is a whole number with a unit: 500ms, 30s, 2m or 1h, above zero")]
     NotADuration,
 }
 
@@ -111,7 +111,7 @@ fn unit_bytes(unit: &str) -> Result<u128, SizeError> {
     Ok(base.pow(power))
 }
 
-/// `500ms`, `30s`, `2m`; a plain number is seconds.
+/// `500ms`, `30s`, `2m`, `1h`; a plain number is seconds.
 pub(crate) fn parse_duration(text: &str) -> Result<Duration, SizeError> {
     let text = text.trim();
     let unit_at = text
@@ -122,6 +122,7 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, SizeError> {
         "ms" => 1,
         "" | "s" => 1_000,
         "m" | "min" => 60_000,
+        "h" => 3_600_000,
         _ => return Err(SizeError::NotADuration),
     };
     let count: u64 = number.parse().map_err(|_| SizeError::NotADuration)?;
@@ -246,7 +247,8 @@ mod tests {
         assert_eq!(parse_duration("30s"), Ok(Duration::from_secs(30)));
         assert_eq!(parse_duration("30"), Ok(Duration::from_secs(30)));
         assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
-        for text in ["", "s", "0s", "-1s", "1.5s", "1h", "99999999999999999999m"] {
+        assert_eq!(parse_duration("1h"), Ok(Duration::from_secs(3600)));
+        for text in ["", "s", "0s", "-1s", "1.5s", "1d", "99999999999999999999m"] {
             assert_eq!(parse_duration(text), Err(SizeError::NotADuration), "{text}");
         }
     }

@@ -1,6 +1,7 @@
 //! The changes that the product makes, as transactions built from the state they were read from.
 //! Each expects what it read, so that a change in between is a conflict.
 
+use super::lease::check_not_held;
 use super::name::{NameError, check_name};
 use super::object::{
     ClusterRecord, Key, NodeRecord, Object, SnapshotRecord, SnapshotState, UniqueId, VolumeRecord,
@@ -9,7 +10,7 @@ use super::object::{
 use super::routes::{self, RouteError};
 use super::state::RegistryState;
 use super::transaction::Transaction;
-use crate::id::{Epoch, NodeNo, SnapshotId, TicketId, VolumeId};
+use crate::id::{Epoch, LeaseEpoch, NodeNo, SnapshotId, TicketId, VolumeId};
 
 /// Why a change is not possible in this state.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -47,6 +48,12 @@ pub enum ChangeError {
     /// The routing table changed since the prepare (S003-34).
     #[error("volume {0} changed to epoch {1} during the snapshot: try again")]
     EpochChanged(VolumeId, Epoch),
+    /// Another one holds the exclusive lease of the volume; carries names of both.
+    #[error("volume {0} is leased exclusively to {1}")]
+    Leased(String, String),
+    /// The lease is not held, or is in another state, at this epoch.
+    #[error("the lease of volume {0} has moved on from epoch {1}")]
+    LeaseNotHeld(VolumeId, LeaseEpoch),
     /// All ids of a kind are used.
     #[error("no number is left for a new {0}")]
     NumbersUsedUp(&'static str),
@@ -186,7 +193,8 @@ pub fn rename_volume(
 /// Changes the size; new pages are spread over `servers`, cut pages are gone. A new epoch.
 ///
 /// # Errors
-/// There is no such volume, or the size or the servers are not possible.
+/// There is no such volume, the size or the servers are not possible, or pages would be cut from
+/// under the holder of its lease.
 pub fn resize_volume(
     state: &RegistryState,
     id: VolumeId,
@@ -194,6 +202,9 @@ pub fn resize_volume(
     servers: &[NodeNo],
 ) -> Result<(Transaction, VolumeRecord), ChangeError> {
     let mut volume = state.volume(id).ok_or(ChangeError::NoVolume(id))?.clone();
+    if size_bytes < volume.size_bytes {
+        check_not_held(state, id)?;
+    }
     let (before, after) = (volume.page_count(), pages(size_bytes, volume.page_blocks)?);
     if after > before {
         known(state, servers)?;
@@ -203,23 +214,28 @@ pub fn resize_volume(
     }
     volume.size_bytes = size_bytes;
     volume.epoch = next_epoch(volume.epoch)?;
-    let transaction = reading(state, &[Key::Volume(id)]);
+    let transaction = reading(state, &[Key::Volume(id), Key::Lease(id)]);
     let object = Object::Volume(volume.clone());
     Ok((transaction.put(Key::Volume(id), object), volume))
 }
 
-/// Deletes a volume without snapshots.
+/// Deletes a volume without snapshots, and its lease.
 ///
 /// # Errors
-/// There is no such volume or it has snapshots.
+/// There is no such volume, it has snapshots, or its lease is held.
 pub fn delete_volume(state: &RegistryState, id: VolumeId) -> Result<Transaction, ChangeError> {
     let volume = state.volume(id).ok_or(ChangeError::NoVolume(id))?;
     if state.snapshots(id).next().is_some() {
         return Err(ChangeError::HasSnapshots(volume.name.clone()));
     }
-    let name = Key::VolumeName(volume.name.clone());
-    let transaction = reading(state, &[Key::Volume(id), name.clone()]);
-    Ok(transaction.remove(Key::Volume(id)).remove(name))
+    check_not_held(state, id)?;
+    let keys = [
+        Key::Volume(id),
+        Key::VolumeName(volume.name.clone()),
+        Key::Lease(id),
+    ];
+    let transaction = reading(state, &keys);
+    Ok(keys.into_iter().fold(transaction, Transaction::remove))
 }
 
 /// Begins a snapshot of each volume under one ticket: the records are pending, so invisible.
@@ -409,7 +425,7 @@ fn next_epoch(epoch: Epoch) -> Result<Epoch, ChangeError> {
         .ok_or(ChangeError::NumbersUsedUp("epoch"))
 }
 
-fn reading(state: &RegistryState, keys: &[Key]) -> Transaction {
+pub(super) fn reading(state: &RegistryState, keys: &[Key]) -> Transaction {
     expecting(state, Transaction::new(), keys)
 }
 

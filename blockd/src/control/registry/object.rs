@@ -1,5 +1,6 @@
 //! The objects of the registry and the keys under which they lie.
 
+use super::lease::{LeaseRecord, LeaseState};
 use super::name::{NameError, check_name};
 use super::routes::{self, RouteError, RouteRun};
 use super::transaction::Refusal;
@@ -58,6 +59,8 @@ pub enum Key {
     Snapshot(VolumeId, SnapshotId),
     /// The snapshot of the volume that has this name.
     SnapshotName(VolumeId, String),
+    /// The exclusive writer lease of a volume.
+    Lease(VolumeId),
 }
 
 impl fmt::Display for Key {
@@ -71,6 +74,7 @@ impl fmt::Display for Key {
             Key::SnapshotName(volume, name) => {
                 write!(f, "snapshot name {name} of volume {volume}")
             }
+            Key::Lease(volume) => write!(f, "lease of volume {volume}"),
         }
     }
 }
@@ -90,6 +94,8 @@ pub enum Object {
     Snapshot(SnapshotRecord),
     /// Under [`Key::SnapshotName`].
     SnapshotName(SnapshotId),
+    /// Under [`Key::Lease`].
+    Lease(LeaseRecord),
 }
 
 /// The cluster itself.
@@ -222,6 +228,9 @@ impl Object {
             {
                 check_snapshot(record)
             }
+            (Key::Lease(volume), Object::Lease(record)) if *volume == record.volume => {
+                check_lease(record)
+            }
             _ => Err(Refusal::WrongObject(key.clone())),
         }
     }
@@ -256,6 +265,14 @@ fn check_volume(record: &VolumeRecord) -> Result<(), Refusal> {
         pages(record.size_bytes, record.page_blocks)?,
     )?;
     Ok(())
+}
+
+fn check_lease(record: &LeaseRecord) -> Result<(), Refusal> {
+    let (LeaseState::Held(holder) | LeaseState::Closed(holder, _)) = &record.state else {
+        return Ok(());
+    };
+    text("host", &holder.host)?;
+    text("purpose", &holder.purpose)
 }
 
 fn check_snapshot(record: &SnapshotRecord) -> Result<(), Refusal> {

@@ -1,5 +1,6 @@
 //! The state of the registry: what the transactions so far have made.
 
+use super::lease::LeaseRecord;
 use super::object::{ClusterRecord, Key, NodeRecord, Object, SnapshotRecord, VolumeRecord};
 use super::transaction::{Outcome, Refusal, Transaction};
 use crate::id::{NodeNo, Revision, SnapshotId, VolumeId};
@@ -131,6 +132,17 @@ impl RegistryState {
             Object::VolumeName(id) => self.volume(*id),
             _ => None,
         }
+    }
+
+    /// Leases by volume, in every state; of volumes that were ever leased.
+    pub fn leases(&self) -> impl Iterator<Item = &LeaseRecord> {
+        let all = Key::Lease(VolumeId(0))..=Key::Lease(VolumeId(u64::MAX));
+        self.objects
+            .range(all)
+            .filter_map(|(_, (_, object))| match &**object {
+                Object::Lease(record) => Some(record),
+                _ => None,
+            })
     }
 
     /// Snapshots of a volume by id, in every state; users see only the committed ones.

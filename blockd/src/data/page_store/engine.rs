@@ -31,6 +31,8 @@ pub enum Step<T> {
     Cold(Vec<ColdRead>),
     /// The log is full: make the request again when a maintenance job has ended.
     Full,
+    /// It is a long one: make the request again after others had a turn.
+    More,
 }
 
 /// A read that would block.

@@ -8,7 +8,7 @@
 //!
 //! Invariant: what differs between two views is changed; the converse need not hold.
 
-use super::engine::Engine;
+use super::engine::{Engine, chunk_of};
 use super::error::StoreError;
 use super::tables::Volume;
 use super::types::PageAt;
@@ -90,7 +90,7 @@ impl<D: Disk> Engine<D> {
             let range = (next, chunk_end);
             match view {
                 Some((volume, era)) => chunk_runs(volume, &at, range, era, since, &mut runs),
-                None => push(&mut runs, LayerRun::unallocated(chunk_end - next)),
+                None => LayerRun::unallocated(u64::from(chunk_end - next)).append_to(&mut runs),
             }
             next = chunk_end;
         }
@@ -108,9 +108,9 @@ fn chunk_runs(
     runs: &mut Vec<LayerRun>,
 ) {
     let (mut next, end) = range;
-    let versions = volume.chunk(at.page, super::engine::chunk_of(next));
+    let versions = volume.chunk(at.page, chunk_of(next));
     if versions.is_empty() {
-        return push(runs, LayerRun::unallocated(end - next));
+        return LayerRun::unallocated(u64::from(end - next)).append_to(runs);
     }
     let layers = ChunkLayers::of(versions, era);
     let changed = since.map_or(layers.data, |since| changed(versions, era, since));
@@ -118,19 +118,12 @@ fn chunk_runs(
         let sub_end = ((next / SUB_BLOCK_BYTES + 1) * SUB_BLOCK_BYTES).min(end);
         let sub = (next % CHUNK_BYTES / SUB_BLOCK_BYTES) as usize;
         let run = LayerRun {
-            len_bytes: sub_end - next,
+            len_bytes: u64::from(sub_end - next),
             depth: layers.written[sub].map_or(0, |written| volume.depth(era, written)),
             hole: layers.data >> sub & 1 == 0,
             changed: changed >> sub & 1 == 1,
         };
-        push(runs, run);
+        run.append_to(runs);
         next = sub_end;
-    }
-}
-
-fn push(runs: &mut Vec<LayerRun>, run: LayerRun) {
-    match runs.last_mut() {
-        Some(last) if last.is_like(&run) => last.len_bytes += run.len_bytes,
-        _ => runs.push(run),
     }
 }

@@ -1,7 +1,7 @@
 //! The page store: pages of many volumes, with snapshots, in one directory of one server.
 //!
 //! Read in this order: `types` and `shell` (what callers see), `version` and `tables` (what is
-//! stored), `record` and `log` (how a change is made), `engine`, `read`, `layers`, `write`, `sweep`
+//! stored), `record` and `log` (how a change is made), `engine`, `read`, `layers`, `place`, `write`, `sweep`
 //! (requests), `maintain` (syncs, applying, checkpoints), `recover` (opening).
 //!
 //! Files of a store: `super` (superblock), `log` (write-ahead ring), `slab` (64 KiB slots), `meta` (what
@@ -19,6 +19,7 @@ mod layers;
 mod log;
 mod maintain;
 mod meta;
+mod place;
 mod read;
 mod record;
 mod recover;
@@ -35,5 +36,6 @@ mod write;
 pub use engine::{ColdRead, Engine, Fetched, PAGE_BYTES_MAX, Step};
 pub use error::StoreError;
 pub use maintain::{ApplyJob, CommitJob, Job, JobDone, MetaJob, SyncJob};
+pub use place::Placement;
 pub use shell::PageStore;
 pub use types::{PageAt, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage};

@@ -7,6 +7,7 @@
 use super::engine::{ColdRead, Engine, Fetched, Step};
 use super::error::StoreError;
 use super::lanes::{Lanes, Outcome};
+use super::place::Placement;
 use super::types::{PageAt, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage};
 use crate::id::{Epoch, LayerRun, PageNo, SnapshotId, VolumeId};
 use crate::io::disk::FileDisk;
@@ -117,6 +118,7 @@ impl PageStore {
                 Step::Done(parts) => return Ok(parts),
                 Step::Cold(reads) => fetched.extend(self.inner.fetch(reads).await?),
                 Step::Full => self.inner.wait_for_space().await?,
+                Step::More => tokio::task::yield_now().await,
             }
         }
     }
@@ -128,8 +130,13 @@ impl PageStore {
             let bytes = data
                 .get(from..from + part.len_bytes as usize)
                 .unwrap_or(&[]);
+            let mut placing = Placing {
+                inner: &self.inner,
+                placement: Placement::default(),
+            };
+            let placement = &mut placing.placement;
             self.inner
-                .attempt(|engine, fetched| engine.write(part, bytes, epoch, fetched))
+                .attempt(|engine, fetched| engine.write(part, bytes, epoch, placement, fetched))
                 .await?;
         }
         self.inner.after_change();
@@ -347,6 +354,19 @@ fn parts(at: PageAt) -> impl Iterator<Item = PageAt> {
     })
 }
 
+/// A write in the making: if it is dropped before it is logged, its slots are free again.
+struct Placing<'a> {
+    inner: &'a Inner,
+    placement: Placement,
+}
+
+impl Drop for Placing<'_> {
+    fn drop(&mut self) {
+        let mut engine = self.inner.engine.borrow_mut();
+        engine.give_up(&mut self.placement);
+    }
+}
+
 /// Takes what the worker threads have done until the store is gone.
 async fn take_outcomes(inner: Weak<Inner>, mut outcomes: mpsc::UnboundedReceiver<Outcome>) {
     while let Some(outcome) = outcomes.recv().await {
@@ -473,6 +493,7 @@ impl Inner {
                 Ok(Step::Done(answer)) => return Ok(answer),
                 Ok(Step::Cold(reads)) => fetched.extend(self.fetch(reads).await?),
                 Ok(Step::Full) => self.wait_for_space().await?,
+                Ok(Step::More) => tokio::task::yield_now().await,
                 Err(StoreError::NoSpace) if rounds < SPACE_ROUNDS && self.frees_are_pending() => {
                     rounds += 1;
                     self.engine.borrow_mut().request_apply();

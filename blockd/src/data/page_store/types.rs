@@ -52,6 +52,8 @@ pub struct StoreOptions {
     pub reuse_bytes_max: u64,
     /// Bytes of the file system that writes leave free.
     pub free_bytes_min: u64,
+    /// Bytes of one write that go to the slab before other requests get a turn.
+    pub turn_bytes: u64,
 }
 
 impl Default for StoreOptions {
@@ -63,6 +65,7 @@ impl Default for StoreOptions {
             unapplied_bytes_max: 32 << 20,
             reuse_bytes_max: 128 << 20,
             free_bytes_min: 64 << 20,
+            turn_bytes: 256 << 10,
         }
     }
 }

@@ -1,19 +1,19 @@
 //! Writing: read what is needed first, then log everything of the request without a pause.
 //!
-//! A write is planned per chunk. Whole chunks go to fresh slots and are logged as pointers; the rest is
-//! logged with its data. Partly covered sub-blocks are completed from what the head reads. A chunk
+//! A write is planned per chunk. Whole chunks go to fresh slots (`place`) and are logged as pointers;
+//! the rest is logged with its data. Partly covered sub-blocks are completed from what the head reads. A chunk
 //! whose newest version belongs to a snapshot gets a new version with only the touched sub-blocks; if
 //! that would be the third partial layer, the middle one is closed first (copy-up).
 
 use super::engine::{ColdRead, Engine, Fetched, Step, chunk_of};
 use super::error::StoreError;
+use super::place::Placement;
 use super::read::{Origin, SUB, Source, sub_mask};
-use super::record::{Change, ChunkAt, DataKind, POINTER_CHUNKS, RECORD_BYTES_MAX};
+use super::record::{Change, ChunkAt, DataKind, RECORD_BYTES_MAX};
 use super::types::PageAt;
 use super::version::{ALL, SUBS, Version, bits};
 use crate::id::{CHUNK_BYTES, Epoch, SUB_BLOCK_BYTES};
-use crate::io::disk::{Disk, DiskFile};
-use std::io::IoSlice;
+use crate::io::disk::Disk;
 
 /// A sub-block made of old and new bytes.
 struct Edge {
@@ -55,7 +55,7 @@ impl Piece {
         sub_mask(from, from + (self.end - self.first) as usize)
     }
 
-    /// True if new data covers the whole chunk, so that it can go to a fresh slot as it is.
+    /// True if new data covers the whole chunk, so that it is in a fresh slot as it is.
     fn is_whole(&self, edges: &[Edge]) -> bool {
         let has_edge = edges
             .iter()
@@ -86,12 +86,29 @@ fn pieces(at: &PageAt, first: u32, end: u32) -> impl Iterator<Item = Piece> + us
 }
 
 impl<D: Disk> Engine<D> {
-    /// Writes a range of a page; `data` has its length.
+    /// Writes a range of a page; `data` has its length. The placement is of this write alone, empty at
+    /// first; after an error it is empty again.
     pub fn write(
         &mut self,
         at: PageAt,
         data: &[u8],
         epoch: Epoch,
+        placement: &mut Placement,
+        fetched: &[Fetched],
+    ) -> Result<Step<()>, StoreError> {
+        let step = self.try_write(at, data, epoch, placement, fetched);
+        if step.is_err() {
+            self.give_up(placement);
+        }
+        step
+    }
+
+    fn try_write(
+        &mut self,
+        at: PageAt,
+        data: &[u8],
+        epoch: Epoch,
+        placement: &mut Placement,
         fetched: &[Fetched],
     ) -> Result<Step<()>, StoreError> {
         self.check_writable()?;
@@ -105,6 +122,9 @@ impl<D: Disk> Engine<D> {
                 problem,
             });
         }
+        if !self.place(&at, data, placement)? {
+            return Ok(Step::More);
+        }
         let plan = self.plan_write(&at, data, fetched)?;
         if !plan.cold.is_empty() {
             return Ok(Step::Cold(plan.cold));
@@ -114,7 +134,7 @@ impl<D: Disk> Engine<D> {
         }
         self.claim_space(plan.slab_bytes)?;
         self.log_copy_ups(&plan)?;
-        self.log_pieces(&at, data, epoch, &plan)?;
+        self.log_pieces(&at, data, epoch, &plan, placement)?;
         Ok(Step::Done(()))
     }
 
@@ -143,7 +163,6 @@ impl<D: Disk> Engine<D> {
         for piece in pieces(at, first, end) {
             if piece.is_whole(&plan.edges) {
                 plan.log_bytes += 128;
-                plan.slab_bytes += u64::from(CHUNK_BYTES);
                 continue;
             }
             let versions = self.versions(piece.at);
@@ -296,25 +315,14 @@ impl<D: Disk> Engine<D> {
         data: &[u8],
         epoch: Epoch,
         plan: &Plan,
+        placement: &mut Placement,
     ) -> Result<(), StoreError> {
         let (start, stop) = (at.offset_bytes, at.offset_bytes + at.len_bytes);
         let (first, end) = (start / SUB_BLOCK_BYTES, stop.div_ceil(SUB_BLOCK_BYTES));
-        let mut run: Option<(ChunkAt, usize)> = None;
-        let offset = |chunk: u16| (u32::from(chunk) * CHUNK_BYTES - start) as usize;
         for piece in pieces(at, first, end) {
             if piece.is_whole(&plan.edges) {
-                run = match run {
-                    Some((from, count)) if count < POINTER_CHUNKS => Some((from, count + 1)),
-                    Some((from, count)) => {
-                        self.log_pointer(from, count, &data[offset(from.chunk)..], epoch)?;
-                        Some((piece.at, 1))
-                    }
-                    None => Some((piece.at, 1)),
-                };
+                self.log_placed(piece.at, epoch, placement)?;
                 continue;
-            }
-            if let Some((from, count)) = run.take() {
-                self.log_pointer(from, count, &data[offset(from.chunk)..], epoch)?;
             }
             let sub_bytes = |sub: u32| -> &[u8] {
                 let from = (sub * SUB_BLOCK_BYTES).wrapping_sub(start) as usize;
@@ -325,12 +333,7 @@ impl<D: Disk> Engine<D> {
             };
             self.log_put(&piece, epoch, sub_bytes)?;
         }
-        match run {
-            Some((from, count)) => {
-                self.log_pointer(from, count, &data[offset(from.chunk)..], epoch)
-            }
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     /// Slot that a put goes to: that of the newest version, or a new one.
@@ -390,48 +393,6 @@ impl<D: Disk> Engine<D> {
         committed
     }
 
-    /// Writes whole chunks to fresh slots, then logs where they are.
-    fn log_pointer(
-        &mut self,
-        at: ChunkAt,
-        count: usize,
-        data: &[u8],
-        epoch: Epoch,
-    ) -> Result<(), StoreError> {
-        let slots = u32::try_from(count).unwrap_or(0);
-        let data = &data[..count * CHUNK_BYTES as usize];
-        let slot = self
-            .tables
-            .slots
-            .allocate(slots)
-            .ok_or(StoreError::NoSpace)?;
-        let pos = u64::from(slot) * u64::from(CHUNK_BYTES);
-        let written = self
-            .disk
-            .write_at(DiskFile::Slab, pos, &[IoSlice::new(data)]);
-        let logged = written
-            .map_err(|e| self.write_failed("slab write", e))
-            .and_then(|()| {
-                let crc = |chunk: &[u8]| {
-                    std::array::from_fn(|i| crc32fast::hash(&chunk[i * SUB..(i + 1) * SUB]))
-                };
-                let crcs = data.chunks_exact(CHUNK_BYTES as usize).map(crc).collect();
-                self.commit(
-                    &Change::Pointer {
-                        at,
-                        slot,
-                        epoch: epoch.0,
-                        crcs,
-                    },
-                    &[],
-                )
-            });
-        if logged.is_err() {
-            (slot..slot + slots).for_each(|slot| self.tables.slots.release(slot, true));
-        }
-        logged
-    }
-
     /// Makes a range read as zeros and frees its space.
     pub fn zero(
         &mut self,
@@ -483,7 +444,8 @@ impl<D: Disk> Engine<D> {
             len_bytes: to - from,
             ..at
         };
-        self.write(edge, &zeros[..(to - from) as usize], epoch, fetched)
+        let zeros = &zeros[..(to - from) as usize];
+        self.write(edge, zeros, epoch, &mut Placement::default(), fetched)
     }
 
     fn zero_piece(

@@ -56,6 +56,74 @@ fn a_write_request_is_these_bytes() {
     assert_eq!(hex, golden);
 }
 
+fn layers() -> Vec<LayerRun> {
+    let run = |len_bytes, depth, hole, changed| LayerRun {
+        len_bytes,
+        depth,
+        hole,
+        changed,
+    };
+    vec![
+        run(4096, 0, true, false),
+        run(65_536, 1, false, true),
+        run(512, 3, true, true),
+    ]
+}
+
+/// The golden messages of `LAYERS`: what is asked and what is answered.
+#[test]
+fn a_question_for_layers_and_its_answer_are_these_bytes() {
+    let hex = |frame: &Frame| -> String {
+        let bytes = encode(frame);
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    };
+    let mut request = Frame::request(Kind::Extents, VolumeId(7));
+    (request.flags, request.aux) = (flags::LAYERS, 0x11);
+    (request.snapshot, request.epoch, request.page) = (SnapshotId(0x12), Epoch(5), PageNo(9));
+    (request.offset_bytes, request.len_bytes) = (4096, 70_144);
+    let golden = concat!(
+        "424b01062000000000000000000000000700000000000000",
+        "1100000000000000",
+        "12000000050000000900000000100000001201000000000000000000",
+        "a5c1c902",
+    );
+    assert_eq!(hex(&request), golden);
+    let mut reply = request.answer(Status::Ok, encode_layers(&layers()));
+    reply.flags = flags::LAYERS;
+    let golden = concat!(
+        "424b01862000000000000000000000000700000000000000",
+        "00000000000000000000000000000000000000000000000000000000",
+        "1c00000003ef26ff04b9d8b5",
+        "03000000",
+        "0010000000000080",
+        "0000010001000040",
+        "00020000030000c0",
+    );
+    assert_eq!(hex(&reply), golden);
+    assert_eq!(decode_layers(reply, 70_144), Ok(layers()));
+}
+
+#[test]
+fn malformed_lists_of_layers_are_refused() {
+    let reply = |words: &[u32], tail: &[u8]| {
+        let mut payload = BytesMut::new();
+        words.iter().for_each(|word| payload.put_u32_le(*word));
+        payload.extend_from_slice(tail);
+        sample().answer(Status::Ok, payload.freeze().into())
+    };
+    assert!(decode_layers(reply(&[2, 4, 1, 3, 0], b""), 7).is_ok());
+    for (words, tail, len) in [
+        (&[2, 4, 1, 3, 0][..], &b""[..], 8),
+        (&[2, 4, 1, 3], b"", 7),
+        (&[2, 4, 1, 3, 0], b"abc", 7),
+        (&[3, 4, 1, 3, 0], b"", 7),
+        (&[u32::MAX], b"", 0),
+        (&[], b"abc", 0),
+    ] {
+        assert_eq!(decode_layers(reply(words, tail), len), Err(WireError::Runs));
+    }
+}
+
 #[test]
 fn what_was_encoded_is_decoded() {
     let mut reply = sample().refuse(Status::Stale, "text");
@@ -170,6 +238,23 @@ proptest! {
             }).collect()
         };
         prop_assert_eq!(flat(decode_runs(*reply, len).unwrap()), flat(runs));
+    }
+
+    #[test]
+    fn arbitrary_lists_of_layers_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..60), len in 0u32..9999) {
+        let reply = sample().answer(Status::Ok, Bytes::from(bytes).into());
+        if let Ok(layers) = decode_layers(reply, len) {
+            prop_assert_eq!(layers.iter().map(|run| run.len_bytes).sum::<u64>(), u64::from(len));
+        }
+    }
+
+    #[test]
+    fn layers_survive_the_wire(runs in prop::collection::vec((1u64..9999, 0..DEPTH_MAX, any::<bool>(), any::<bool>()), 1..9)) {
+        let run = |(len_bytes, depth, hole, changed)| LayerRun { len_bytes, depth, hole, changed };
+        let layers: Vec<LayerRun> = runs.into_iter().map(run).collect();
+        let len: u64 = layers.iter().map(|run| run.len_bytes).sum();
+        let reply = sample().answer(Status::Ok, encode_layers(&layers));
+        prop_assert_eq!(decode_layers(reply, u32::try_from(len).unwrap()).unwrap(), layers);
     }
 
     #[test]

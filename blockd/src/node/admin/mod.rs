@@ -2,6 +2,7 @@
 //! happen around it. Any server carries out any request (S003-10, S003-22).
 
 mod cluster;
+mod lease;
 mod volume;
 
 pub(super) use volume::find_snapshot;
@@ -68,6 +69,14 @@ async fn dispatch(node: &Rc<Node>, request: AdminRequest) -> Answer {
         AdminRequest::Open { volume, snapshot } => {
             volume::open(member, &volume, snapshot.as_deref()).await
         }
+        AdminRequest::LeaseList => lease::list(member).await,
+        AdminRequest::LeaseShow { volume } => lease::show(member, &volume).await,
+        AdminRequest::LeaseAcquire { volume, holder } => {
+            lease::acquire(member, volume, holder).await
+        }
+        AdminRequest::LeaseRenew { volume, epoch } => lease::renew(member, volume, epoch).await,
+        AdminRequest::LeaseRelease { volume, epoch } => lease::release(member, volume, epoch).await,
+        AdminRequest::LeaseBreak { volume } => lease::break_lease(member, &volume).await,
         AdminRequest::Version
         | AdminRequest::Identify
         | AdminRequest::Join(_)
@@ -133,9 +142,10 @@ impl From<ChangeError> for AdminError {
             ChangeError::NoNode(_) | ChangeError::NoVolume(_) | ChangeError::NoSnapshot(..) => {
                 AdminErrorKind::NotFound
             }
-            ChangeError::SnapshotState(..) | ChangeError::EpochChanged(..) => {
-                AdminErrorKind::Conflict
-            }
+            ChangeError::SnapshotState(..)
+            | ChangeError::EpochChanged(..)
+            | ChangeError::Leased(..)
+            | ChangeError::LeaseNotHeld(..) => AdminErrorKind::Conflict,
             ChangeError::NumbersUsedUp(_) => AdminErrorKind::Internal,
             ChangeError::Name(_) | ChangeError::Route(_) => AdminErrorKind::Invalid,
         };

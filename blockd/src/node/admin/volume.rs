@@ -304,15 +304,27 @@ impl Member {
         node: NodeNo,
         request: Frame,
     ) -> Result<Frame, AdminError> {
+        let reply = self.send(node, request).await?;
+        match reply.status {
+            Status::Ok => Ok(reply),
+            _ => {
+                let text = format!("node {node}: {}", reply.text());
+                Err(refused(AdminErrorKind::Unavailable, text))
+            }
+        }
+    }
+
+    /// As [`Self::call`], but an answer of an error status is `Ok`.
+    pub(in crate::node) async fn send(
+        &self,
+        node: NodeNo,
+        request: Frame,
+    ) -> Result<Frame, AdminError> {
         let unavailable = |text: String| refused(AdminErrorKind::Unavailable, text);
         let address = self.group.address(node);
         let address = address.ok_or_else(|| unavailable(format!("node {node} is not defined")))?;
         let reply = self.peers.call(&address, request).await;
-        let reply = reply.map_err(|error| unavailable(format!("node {node}: {error}")))?;
-        match reply.status {
-            Status::Ok => Ok(reply),
-            _ => Err(unavailable(format!("node {node}: {}", reply.text()))),
-        }
+        reply.map_err(|error| unavailable(format!("node {node}: {error}")))
     }
 
     /// Space of a volume or snapshot on a node; `None` if it cannot be asked.

@@ -33,6 +33,16 @@ struct Piece {
 }
 
 impl Piece {
+    /// The first piece of a range that is not empty.
+    fn first(at: u64, end: u64) -> Self {
+        let (chunk, start) = (at / CHUNK_BYTES, at % CHUNK_BYTES);
+        Self {
+            chunk,
+            start: start as usize,
+            len_bytes: (end - at).min(CHUNK_BYTES - start) as usize,
+        }
+    }
+
     fn is_whole(&self) -> bool {
         self.len_bytes as u64 == CHUNK_BYTES
     }
@@ -40,16 +50,11 @@ impl Piece {
 
 /// A range cut at chunk borders.
 fn pieces(offset: u64, len_bytes: u64) -> impl Iterator<Item = Piece> {
-    let end = offset + len_bytes;
-    let (first, last) = (offset / CHUNK_BYTES, end.div_ceil(CHUNK_BYTES));
-    (first..last).map(move |chunk| {
-        let base = chunk * CHUNK_BYTES;
-        let start = offset.max(base);
-        Piece {
-            chunk,
-            start: (start - base) as usize,
-            len_bytes: (end.min(base + CHUNK_BYTES) - start) as usize,
-        }
+    let (mut at, end) = (offset, offset + len_bytes);
+    std::iter::from_fn(move || {
+        let piece = (at < end).then(|| Piece::first(at, end))?;
+        at += piece.len_bytes as u64;
+        Some(piece)
     })
 }
 
@@ -84,11 +89,17 @@ impl MemoryExport {
         change(&mut leaf[(chunk % LEAF_CHUNKS) as usize]);
     }
 
-    fn is_allocated(&self, chunk: u64) -> bool {
+    /// Whether the byte at `at` is allocated, and the end of a run for which that holds.
+    fn allocation(&self, at: u64) -> (bool, u64) {
         let table = self.table.borrow();
-        table[(chunk / LEAF_CHUNKS) as usize]
-            .as_ref()
-            .is_some_and(|leaf| leaf[(chunk % LEAF_CHUNKS) as usize].is_some())
+        let (chunk, leaf) = (at / CHUNK_BYTES, at / CHUNK_BYTES / LEAF_CHUNKS);
+        match &table[leaf as usize] {
+            None => (false, (leaf + 1) * LEAF_CHUNKS * CHUNK_BYTES),
+            Some(leaf) => {
+                let slot = &leaf[(chunk % LEAF_CHUNKS) as usize];
+                (slot.is_some(), (chunk + 1) * CHUNK_BYTES)
+            }
+        }
     }
 
     /// Changes bytes of a chunk, which is allocated if need be.
@@ -106,22 +117,31 @@ impl MemoryExport {
 
     /// Frees whole chunks unless they shall stay allocated, and clears the rest.
     async fn clear(&self, offset: u64, len_bytes: u64, no_hole: bool) {
-        let mut turn_bytes = 0;
-        for piece in pieces(offset, len_bytes) {
-            let is_allocated = self.is_allocated(piece.chunk);
-            match () {
-                () if !is_allocated && !no_hole => continue,
-                () if piece.is_whole() && !no_hole => {
-                    self.with_slot(piece.chunk, |slot| *slot = None)
-                }
-                () => self.change(&piece, |bytes| bytes.fill(0)),
+        let (mut turn_bytes, mut at, end) = (0, offset, offset + len_bytes);
+        while at < end {
+            let (is_allocated, border) = self.allocation(at);
+            if !is_allocated && !no_hole {
+                at = border;
+                continue;
             }
+            at += self.clear_piece(at, end, no_hole);
             turn_bytes += CHUNK_BYTES;
             if turn_bytes >= TURN_BYTES {
                 tokio::task::yield_now().await;
                 turn_bytes = 0;
             }
         }
+    }
+
+    /// Clears what one chunk has of a range and returns its length in bytes.
+    fn clear_piece(&self, at: u64, end: u64, no_hole: bool) -> u64 {
+        let piece = Piece::first(at, end);
+        if piece.is_whole() && !no_hole {
+            self.with_slot(piece.chunk, |slot| *slot = None);
+        } else {
+            self.change(&piece, |bytes| bytes.fill(0));
+        }
+        piece.len_bytes as u64
     }
 }
 
@@ -185,16 +205,18 @@ impl Export for MemoryExport {
         len: u64,
     ) -> Result<Vec<Extent>, ExportError> {
         let mut extents: Vec<Extent> = Vec::new();
-        for piece in pieces(offset, len) {
-            let hole = !self.is_allocated(piece.chunk);
-            let len_bytes = piece.len_bytes as u64;
-            let status = Extent::allocation(len_bytes, hole, hole);
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let (is_allocated, border) = self.allocation(at);
+            let len_bytes = border.min(end) - at;
+            let status = Extent::allocation(len_bytes, !is_allocated, !is_allocated);
             let is_full = extents.len() == limits::EXTENTS_MAX;
             match extents.last_mut() {
                 Some(last) if last.flags == status.flags => last.len += len_bytes,
                 _ if is_full => break,
                 _ => extents.push(status),
             }
+            at = border;
         }
         Ok(extents)
     }

@@ -1,0 +1,155 @@
+//! `attach`, `detach` and `attachment`: volumes as devices or sockets of this host.
+
+mod args;
+mod start;
+mod text;
+
+pub(crate) use args::{Attach, AttachmentVerb, Detach};
+
+use crate::args::Cli;
+use crate::failure::Failure;
+use crate::output::print;
+use blockd::attach::{
+    AttachError, AttachErrorKind, ControlReply, ControlRequest, Ready, Record, Spec, StateDir,
+    Status, ask,
+};
+use serde_json::json;
+use std::path::Path;
+
+/// `blockctl attach`.
+pub(crate) async fn attach(cli: &Cli, args: &Attach) -> Result<(), Failure> {
+    let dir = StateDir::open(args.runtime.dir())?;
+    let spec = args.spec(cli)?;
+    if args.foreground {
+        start_log();
+        return Ok(blockd::attach::run(spec, &dir, Ready::Notify).await?);
+    }
+    let status = start::attach(&dir, spec).await?;
+    if cli.json {
+        return print(&json!(status).to_string());
+    }
+    print(&text::place(&status))
+}
+
+/// `blockctl detach`.
+pub(crate) async fn detach(cli: &Cli, args: &Detach) -> Result<(), Failure> {
+    let dir = StateDir::open(args.runtime.dir())?;
+    let record = dir.find(&args.name)?;
+    if dir.is_served(&record.key)? {
+        let force = args.force;
+        control(cli, &dir, &record, &ControlRequest::Detach { force }).await?;
+    } else {
+        blockd::attach::detach_unserved(&record, args.force).await?;
+        dir.remove(&record.key)?;
+    }
+    if cli.json {
+        return print(&json!({"done": true}).to_string());
+    }
+    print(&format!("{} is detached", record.spec.target))
+}
+
+/// `blockctl attachment ...`.
+pub(crate) async fn attachment(cli: &Cli, verb: &AttachmentVerb) -> Result<(), Failure> {
+    match verb {
+        AttachmentVerb::List { runtime } => list(cli, &StateDir::open(runtime.dir())?).await,
+        AttachmentVerb::Status { name, runtime } => {
+            let dir = StateDir::open(runtime.dir())?;
+            let status = status_of(cli, &dir, &dir.find(name)?).await?;
+            show(cli, &status)
+        }
+        AttachmentVerb::Move { name, to, runtime } => {
+            let dir = StateDir::open(runtime.dir())?;
+            let record = dir.find(name)?;
+            let to = to.clone();
+            let reply = control(cli, &dir, &record, &ControlRequest::Move { to }).await?;
+            match reply {
+                ControlReply::Status(status) if cli.json => print(&json!(status).to_string()),
+                ControlReply::Status(status) => print(&text::moved(&status)),
+                _ => Err(unexpected()),
+            }
+        }
+        AttachmentVerb::Serve { runtime } => serve(&StateDir::open(runtime.dir())?).await,
+    }
+}
+
+/// The daemon that `start` runs: its specification comes on standard input.
+async fn serve(dir: &StateDir) -> Result<(), Failure> {
+    start_log();
+    let spec: Spec = serde_json::from_reader(std::io::stdin().lock()).map_err(|error| {
+        let text = format!("the specification on standard input: {error}");
+        AttachError::new(AttachErrorKind::Invalid, text)
+    })?;
+    let left = rustix::process::setsid()
+        .map_err(std::io::Error::from)
+        .and_then(|_| std::env::set_current_dir("/"));
+    left.map_err(|error| AttachError::system("leaving the terminal", &error))?;
+    Ok(blockd::attach::run(spec, dir, Ready::Pipe).await?)
+}
+
+async fn list(cli: &Cli, dir: &StateDir) -> Result<(), Failure> {
+    let mut all = Vec::new();
+    for record in dir.list()? {
+        all.push(status_of(cli, dir, &record).await?);
+    }
+    if cli.json {
+        return print(&json!(all).to_string());
+    }
+    print(&text::list(&all))
+}
+
+/// What the daemon says, or the record if there is no daemon.
+async fn status_of(cli: &Cli, dir: &StateDir, record: &Record) -> Result<Status, Failure> {
+    if !dir.is_served(&record.key)? {
+        return Ok(Status::of_record(record));
+    }
+    match control(cli, dir, record, &ControlRequest::Status).await? {
+        ControlReply::Status(status) => Ok(*status),
+        _ => Err(unexpected()),
+    }
+}
+
+async fn control(
+    cli: &Cli,
+    dir: &StateDir,
+    record: &Record,
+    request: &ControlRequest,
+) -> Result<ControlReply, Failure> {
+    if !dir.is_served(&record.key)? {
+        let text = format!(
+            "the daemon of {target} is gone; `blockctl attach {target}` starts it again",
+            target = record.spec.target
+        );
+        return Err(AttachError::new(AttachErrorKind::NotAttached, text).into());
+    }
+    let socket = dir.control_socket(&record.key);
+    Ok(ask(&socket, request, cli.timeout).await?)
+}
+
+fn show(cli: &Cli, status: &Status) -> Result<(), Failure> {
+    match cli.json {
+        true => print(&json!(status).to_string()),
+        false => print(&text::status(status)),
+    }
+}
+
+fn unexpected() -> Failure {
+    Failure::UnexpectedReply {
+        what: "a request to the daemon of the attachment",
+    }
+}
+
+/// The daemon's log goes to its standard error: a file, or systemd's journal.
+fn start_log() {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_env("BLOCKD_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+}
+
+/// An absolute path, also of something that is not there yet.
+fn absolute(path: &Path) -> Result<std::path::PathBuf, Failure> {
+    Ok(std::path::absolute(path).map_err(|error| AttachError::system(path.display(), &error))?)
+}
