@@ -30,6 +30,8 @@ mod lost_owners;
 mod nbd_clients;
 #[path = "system/nbd_oracle.rs"]
 mod nbd_oracle;
+#[path = "system/nbd_tls.rs"]
+mod nbd_tls;
 #[path = "system/resizes.rs"]
 mod resizes;
 #[path = "system/restart.rs"]
