@@ -12,6 +12,8 @@ mod bad_state;
 mod chains;
 #[path = "system/crash.rs"]
 mod crash;
+#[path = "system/dirty_bitmaps.rs"]
+mod dirty_bitmaps;
 #[path = "system/files_view.rs"]
 mod files_view;
 #[path = "system/full_disk.rs"]
