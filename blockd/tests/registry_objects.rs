@@ -417,15 +417,15 @@ fn a_lease_has_one_holder_and_a_new_epoch_at_each_turn() {
     assert_eq!(closed.epoch, LeaseEpoch(2));
     assert!(lease::close(&state, id, same.epoch, LeaseEnd::Expired).is_err());
     assert!(lease::withdraw(&state, &same).is_err());
-    let next = lease::open(&state, id, closed.epoch).unwrap();
-    commit(&mut state, &next);
+    let opening = lease::open(&state, id, closed.epoch).unwrap();
+    commit(&mut state, &opening);
     let (acquired, third) = lease::acquire(&state, id, &holder(9)).unwrap();
     commit(&mut state, &acquired);
     assert_eq!(third.epoch, LeaseEpoch(3));
-    let next = lease::withdraw(&state, &third).unwrap();
-    commit(&mut state, &next);
-    let next = change::delete_volume(&state, id).unwrap();
-    commit(&mut state, &next);
+    let withdrawn = lease::withdraw(&state, &third).unwrap();
+    commit(&mut state, &withdrawn);
+    let deleted = change::delete_volume(&state, id).unwrap();
+    commit(&mut state, &deleted);
     assert_eq!(state.leases().count(), 0);
 }
 

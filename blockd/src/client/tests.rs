@@ -10,9 +10,11 @@ use crate::io::framed::{FrameStream, serve};
 use crate::io::link::{Hello, Welcome};
 use crate::io::wire::{VERSION, flags};
 use bytes::Bytes;
-use futures_util::poll;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::future::poll_fn;
+use std::pin::Pin;
 use std::sync::{Mutex, MutexGuard};
+use std::task::Poll;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
@@ -394,6 +396,11 @@ async fn losses_during_a_replay_are_made_good_too() {
     assert_eq!(durable, [Some('a'), Some('e'), Some('c'), Some('d')]);
 }
 
+/// Polls a future once.
+async fn once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
+    poll_fn(|cx| Poll::Ready(Pin::new(&mut *future).poll(cx))).await
+}
+
 /// A user gives a write over two owners up, at every moment: no owner keeps the span.
 #[tokio::test]
 async fn a_span_that_is_given_up_at_any_moment_ends_everywhere() {
@@ -404,7 +411,7 @@ async fn a_span_that_is_given_up_at_any_moment_ends_everywhere() {
         let mut writing = Box::pin(volume.write(PAGE_BYTES - 512, data));
         let mut written = false;
         for _ in 0..polls {
-            written = poll!(&mut writing).is_ready();
+            written = once(&mut writing).await.is_ready();
             if written {
                 break;
             }

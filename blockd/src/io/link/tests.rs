@@ -1,7 +1,7 @@
 use super::*;
 use crate::id::PageNo;
 use crate::io::framed::serve;
-use futures_util::poll;
+use std::pin::Pin;
 use tokio::net::TcpListener;
 
 /// A server that welcomes everyone, answers reads, never answers flushes, and ends at a write.
@@ -124,6 +124,11 @@ fn control_payloads_must_be_consumed_whole() {
     assert!(decode_control::<u32>(wire::Payload::default()).is_err());
 }
 
+/// Polls a future once.
+async fn once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
+    poll_fn(|cx| Poll::Ready(Pin::new(&mut *future).poll(cx))).await
+}
+
 /// A server that reads nothing before it is told to; the pages of the writes that reach it then.
 async fn late_reader(listener: TcpListener, go: oneshot::Receiver<()>) -> Vec<u32> {
     let (stream, _) = listener.accept().await.unwrap();
@@ -165,7 +170,7 @@ async fn what_is_given_up_before_it_was_sent_is_not_sent() {
     };
     let mut calls: Vec<_> = (0..6).map(|page| Some(Box::pin(write(page)))).collect();
     for call in calls.iter_mut().flatten() {
-        assert!(poll!(call).is_pending());
+        assert!(once(call).await.is_pending());
     }
     for _ in 0..1000 {
         tokio::task::yield_now().await;
@@ -174,7 +179,7 @@ async fn what_is_given_up_before_it_was_sent_is_not_sent() {
         calls[page] = None;
     }
     let mut in_outbox = Box::pin(write(6));
-    assert!(poll!(&mut in_outbox).is_pending());
+    assert!(once(&mut in_outbox).await.is_pending());
     drop(in_outbox);
     link.post(request(Kind::SpanEnd));
     go.send(()).unwrap();
