@@ -363,7 +363,7 @@ fn one_address_gets_no_more_connections_than_its_share() {
 #[test]
 fn clients_that_stop_within_the_tls_handshake_do_not_keep_others_out() {
     let bench = Bench::start(&[]);
-    let half_open: Vec<Raw<UnixStream>> = (0..200)
+    let mut half_open: Vec<Raw<UnixStream>> = (0..200)
         .map(|_| {
             let mut raw = Raw::greeted(UnixStream::connect(bench.server.socket()).unwrap());
             assert_eq!(raw.option(STARTTLS, b"").0, ACK);
@@ -371,7 +371,16 @@ fn clients_that_stop_within_the_tls_handshake_do_not_keep_others_out() {
         })
         .collect();
     assert!(!bench.is_refused(&bench.uri(&bench.pki.anonymous())));
-    drop(half_open);
+    let first = &mut half_open[0].0;
+    first
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .unwrap();
+    let end = first.read(&mut [0]);
+    assert_eq!(
+        end.unwrap(),
+        0,
+        "the handshake has one deadline, TLS included"
+    );
 }
 
 #[test]
