@@ -20,7 +20,8 @@ EOF
 # and not by package state, so that a newer build of a tool from elsewhere is left alone.
 packages_of() {
     case $1 in
-        build) printf '%s\n' 'gcc cc' 'libc6-dev /usr/include/stdio.h' 'git git' 'jq jq' ;;
+        build) printf '%s\n' 'gcc cc' 'libc6-dev /usr/include/stdio.h' 'pkg-config pkg-config' \
+            'libssl-dev /usr/include/openssl/ssl.h' 'git git' 'jq jq' ;;
         run) printf '%s\n' 'fuse3 fusermount3' 'e2fsprogs mkfs.ext4' 'util-linux losetup' \
             'mount mount' 'jq jq' 'libnbd-bin nbdinfo' 'qemu-utils qemu-img' ;;
         test) printf '%s\n' 'fio fio' 'nbdkit nbdkit' 'libnbd-bin nbdinfo' 'nbd-client nbd-client' \

@@ -3,10 +3,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use blockd::control::registry::{
-    ChangeError, Command, Key, Machine, NameError, NodeRecord, Object, Outcome, Refusal,
-    RegistryState, RouteError, SnapshotState, Transaction, UniqueId, VolumeSpec, change, routes,
+    ChangeError, Command, Key, LeaseEnd, LeaseHolder, LeaseRecord, LeaseState, Machine, NameError,
+    NodeRecord, Object, Outcome, Refusal, RegistryState, RouteError, SnapshotState, Transaction,
+    UniqueId, VolumeSpec, change, lease, routes,
 };
-use blockd::id::{Epoch, NodeNo, Revision, SnapshotId, TicketId, VolumeId};
+use blockd::id::{Epoch, LeaseEpoch, NodeNo, Revision, SnapshotId, TicketId, VolumeId};
 use blockd::limits::{REGISTRY_OUTCOMES_KEPT, TRANSACTION_STEPS_MAX};
 use proptest::prelude::*;
 
@@ -366,5 +367,94 @@ proptest! {
             let held: Vec<_> = state.nodes().map(|n| n.number.0).collect();
             prop_assert_eq!(held, model.keys().copied().collect::<Vec<_>>());
         }
+    }
+}
+
+fn holder(id: u64) -> LeaseHolder {
+    LeaseHolder {
+        id,
+        attempt: 8,
+        host: "h1".to_owned(),
+        pid: 42,
+        purpose: "p".to_owned(),
+        ttl_ms: 2_000,
+        since_unix_ms: 5,
+    }
+}
+
+/// The life of a lease: one holder at a time, a new epoch at each turn, and nothing that would take
+/// data from under the holder.
+#[test]
+fn a_lease_has_one_holder_and_a_new_epoch_at_each_turn() {
+    let (mut state, id) = cluster();
+    assert_eq!(state.lease(id).state, LeaseState::Free);
+    let (acquired, first) = lease::acquire(&state, id, &holder(7)).unwrap();
+    let (late, _) = lease::acquire(&state, id, &holder(9)).unwrap();
+    commit(&mut state, &acquired);
+    assert!(matches!(state.apply(&late), Ok(Outcome::Conflict { .. })));
+    assert_eq!(state.lease(id), first);
+    let refused = lease::acquire(&state, id, &holder(9))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        refused.contains("vm1") && refused.contains("h1 (process 42, p)"),
+        "{refused}"
+    );
+    let leased = |error| matches!(error, Err(ChangeError::Leased(..)));
+    assert!(leased(change::delete_volume(&state, id).map(drop)));
+    assert!(leased(
+        change::resize_volume(&state, id, GIB, &[]).map(drop)
+    ));
+    let (again, same) = lease::acquire(&state, id, &holder(7)).unwrap();
+    commit(&mut state, &again);
+    assert_eq!(same.epoch, LeaseEpoch(1));
+    let (closing, closed) = lease::close(&state, id, same.epoch, LeaseEnd::Broken).unwrap();
+    assert!(
+        lease::open(&state, id, closed.epoch).is_err(),
+        "not closed yet"
+    );
+    commit(&mut state, &closing);
+    assert_eq!(closed.epoch, LeaseEpoch(2));
+    assert!(lease::close(&state, id, same.epoch, LeaseEnd::Expired).is_err());
+    assert!(lease::withdraw(&state, &same).is_err());
+    let opening = lease::open(&state, id, closed.epoch).unwrap();
+    commit(&mut state, &opening);
+    let (acquired, third) = lease::acquire(&state, id, &holder(9)).unwrap();
+    commit(&mut state, &acquired);
+    assert_eq!(third.epoch, LeaseEpoch(3));
+    let withdrawn = lease::withdraw(&state, &third).unwrap();
+    commit(&mut state, &withdrawn);
+    let deleted = change::delete_volume(&state, id).unwrap();
+    commit(&mut state, &deleted);
+    assert_eq!(state.leases().count(), 0);
+}
+
+/// Golden bytes: what the registry had before it knew leases, and a lease.
+#[test]
+fn commands_are_these_bytes() {
+    let name = Key::SnapshotName(VolumeId(1), "s".to_owned());
+    let named = Transaction::new()
+        .expect(name.clone(), Revision(2))
+        .put(name, Object::SnapshotName(SnapshotId(3)));
+    let record = LeaseRecord {
+        volume: VolumeId(1),
+        epoch: LeaseEpoch(2),
+        state: LeaseState::Held(holder(7)),
+    };
+    let leased = Transaction::new().put(Key::Lease(VolumeId(1)), Object::Lease(record));
+    let golden: [(Transaction, &[u8]); 2] = [
+        (
+            named,
+            b"\x01\x01\x05\x01\x01s\x02\x01\x05\x01\x01s\x01\x05\x03",
+        ),
+        (
+            leased,
+            b"\x01\x00\x01\x06\x01\x01\x06\x01\x02\x01\x07\x08\x02h1\x2a\x01p\xd0\x0f\x05",
+        ),
+    ];
+    for (transaction, bytes) in golden {
+        let command = Command { id: 1, transaction };
+        assert_eq!(postcard::to_stdvec(&command).unwrap(), bytes);
+        assert_eq!(postcard::from_bytes::<Command>(bytes).unwrap(), command);
     }
 }

@@ -160,7 +160,7 @@ impl FromStr for Rule {
 }
 
 /// All rules of a server.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Access(Arc<[Rule]>);
 
 impl Access {

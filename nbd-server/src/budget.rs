@@ -1,7 +1,8 @@
 //! Payload bytes in flight: a budget that connections share, and the share that one connection holds.
 //!
 //! Bytes are taken before a payload is received or a read is started, and put back when the write is done or the reply is sent. A
-//! connection that cannot take stops reading its socket, which is the client's backpressure.
+//! connection that cannot take stops reading its socket, which is the client's backpressure. A few bytes of each connection are its
+//! own: a client with small requests never waits for clients that hold the rest and do not read or send.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -55,7 +56,10 @@ type Waiting = Pin<Box<dyn Future<Output = Option<OwnedSemaphorePermit>> + Send>
 /// What one connection holds of a budget; given back when dropped.
 pub(crate) struct Holding {
     budget: Budget,
-    held_bytes: u64,
+    /// Of the connection's own bytes, at most `limits::CONNECTION_OWN_BYTES`.
+    own_bytes: u64,
+    /// Of the budget.
+    shared_bytes: u64,
     wait: Option<Waiting>,
 }
 
@@ -63,13 +67,15 @@ impl Holding {
     pub(crate) fn new(budget: Budget) -> Self {
         Self {
             budget,
-            held_bytes: 0,
+            own_bytes: 0,
+            shared_bytes: 0,
             wait: None,
         }
     }
 
-    pub(crate) fn held_bytes(&self) -> u64 {
-        self.held_bytes
+    /// Bytes that others may be waiting for.
+    pub(crate) fn shared_bytes(&self) -> u64 {
+        self.shared_bytes
     }
 
     pub(crate) fn is_contended(&self) -> bool {
@@ -82,11 +88,17 @@ impl Holding {
         if bytes == 0 {
             return true;
         }
-        if self.held_bytes + u64::from(bytes) > limits::CONNECTION_PAYLOAD_BYTES {
+        let held_bytes = self.own_bytes + self.shared_bytes;
+        if held_bytes + u64::from(bytes) > limits::CONNECTION_PAYLOAD_BYTES {
             return false;
         }
+        if self.own_bytes + u64::from(bytes) <= limits::CONNECTION_OWN_BYTES {
+            self.stop_waiting();
+            self.own_bytes += u64::from(bytes);
+            return true;
+        }
         let taken = self.wait.is_none() && self.take_free(bytes) || self.wait_for(cx, bytes);
-        self.held_bytes += if taken { u64::from(bytes) } else { 0 };
+        self.shared_bytes += if taken { u64::from(bytes) } else { 0 };
         taken
     }
 
@@ -118,12 +130,13 @@ impl Holding {
         }
     }
 
-    /// Puts bytes back.
+    /// Puts bytes back, those of the budget first.
     pub(crate) fn put_back(&mut self, bytes: u64) {
-        let bytes = bytes.min(self.held_bytes);
-        self.held_bytes -= bytes;
-        if bytes > 0 {
-            self.budget.free_bytes.add_permits(bytes as usize);
+        let shared_bytes = bytes.min(self.shared_bytes);
+        self.shared_bytes -= shared_bytes;
+        self.own_bytes -= self.own_bytes.min(bytes - shared_bytes);
+        if shared_bytes > 0 {
+            self.budget.free_bytes.add_permits(shared_bytes as usize);
         }
     }
 }
@@ -131,7 +144,7 @@ impl Holding {
 impl Drop for Holding {
     fn drop(&mut self) {
         self.stop_waiting();
-        self.put_back(self.held_bytes);
+        self.put_back(self.shared_bytes);
     }
 }
 
@@ -158,6 +171,21 @@ mod tests {
     }
 
     #[test]
+    fn small_requests_do_not_wait_for_others() {
+        let budget = Budget::new(0);
+        let cx = &mut Context::from_waker(Waker::noop());
+        let (mut greedy, mut small) = (Holding::new(budget.clone()), Holding::new(budget.clone()));
+        assert!(greedy.take(cx, HALF) && greedy.take(cx, HALF));
+        let own = limits::CONNECTION_OWN_BYTES as u32;
+        assert!(small.take(cx, own - 1) && small.take(cx, 1));
+        assert!(!budget.is_contended());
+        assert!(!small.take(cx, 1) && budget.is_contended());
+        small.put_back(1);
+        assert!(small.take(cx, 1) && !budget.is_contended());
+        assert_eq!((budget.free_bytes(), small.shared_bytes()), (0, 0));
+    }
+
+    #[test]
     fn a_waiting_connection_gets_what_another_puts_back() {
         let budget = Budget::new(0);
         let cx = &mut Context::from_waker(Waker::noop());
@@ -168,7 +196,7 @@ mod tests {
         first.put_back(u64::from(HALF));
         assert!(second.take(cx, HALF));
         assert!(!budget.is_contended());
-        assert!(!second.take(cx, 1));
+        assert!(!second.take(cx, HALF));
         drop(second);
         assert!(!budget.is_contended(), "a dropped waiter does not wait");
         drop(first);

@@ -4,8 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
-use tokio_rustls::server::TlsStream;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tracing::debug;
 
 use crate::budget::Budget;
@@ -15,7 +14,7 @@ use crate::limits;
 use crate::peer::Peer;
 use crate::request::Agreement;
 use crate::shutdown::Shutdown;
-use crate::tls::Tls;
+use crate::tls::{Encrypted, Tls};
 use crate::transmission;
 
 /// How connections are served.
@@ -123,7 +122,7 @@ where
             transmission::transmit(stream, opened.export, opened.agreed, options).await
         }
         Ready::Tls(stream, opened) => {
-            transmission::transmit(*stream, opened.export, opened.agreed, options).await
+            transmission::transmit(stream, opened.export, opened.agreed, options).await
         }
         Ready::Left => Ok(()),
     }
@@ -132,7 +131,7 @@ where
 /// A connection after its handshake.
 enum Ready<S, E> {
     Plain(S, Opened<E>),
-    Tls(Box<TlsStream<BufReader<S>>>, Opened<E>),
+    Tls(Encrypted<S>, Opened<E>),
     Left,
 }
 
@@ -191,7 +190,7 @@ where
         shutdown,
     };
     match handshake::negotiate(&mut stream, flags, exports, situation).await? {
-        Negotiated::Opened(opened) => Ok(Ready::Tls(Box::new(stream), opened)),
+        Negotiated::Opened(opened) => Ok(Ready::Tls(stream, opened)),
         Negotiated::StartTls | Negotiated::Left => {
             // The client may be gone already.
             let _ = stream.shutdown().await;

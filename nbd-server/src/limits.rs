@@ -34,7 +34,9 @@ pub const SMALL_PAYLOAD_BYTES: u32 = 64 << 10;
 pub const IN_FLIGHT_MAX: u32 = 128;
 /// Payload bytes of one connection that are held at a time (write payloads until done, read replies until sent).
 pub const CONNECTION_PAYLOAD_BYTES: u64 = 64 << 20;
-/// Payload bytes of all connections that share a budget.
+/// Of these, bytes that a connection has without asking the shared budget: small requests go on while others hold all of it.
+pub const CONNECTION_OWN_BYTES: u64 = 256 << 10;
+/// Payload bytes of all connections that share a budget, beyond their own.
 pub const SHARED_PAYLOAD_BYTES: u64 = 256 << 20;
 /// Slices in one vectored write: enough for 32 replies with header and payload.
 pub const WRITE_SLICES: usize = 64;
@@ -74,6 +76,10 @@ const _: () = assert!(
 const _: () = assert!(
     PAYLOAD_BYTES as u64 <= CONNECTION_PAYLOAD_BYTES,
     "the largest request must fit one connection"
+);
+const _: () = assert!(
+    SMALL_PAYLOAD_BYTES as u64 <= CONNECTION_OWN_BYTES,
+    "a small request never waits for others"
 );
 const _: () = assert!(
     CONNECTION_PAYLOAD_BYTES * 2 <= SHARED_PAYLOAD_BYTES,

@@ -446,7 +446,7 @@ struct Stall {
 impl Stall {
     /// Ready when the client must go. The timer runs for one deadline at a time and is not touched by every request.
     fn poll(&mut self, cx: &mut Context<'_>, holding: &Holding, waits_for_peer: bool) -> Poll<()> {
-        if holding.held_bytes() == 0 {
+        if holding.shared_bytes() == 0 {
             return Poll::Pending;
         }
         let deadline = self.deadline;

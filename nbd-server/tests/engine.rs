@@ -286,13 +286,19 @@ fn a_client_that_stalls_is_dropped_only_when_others_wait() {
         let (mut honest, _honest_ended) = bench.open(&options).await;
         honest.write_all(&write(2, 4096)).await.unwrap();
         assert_eq!(reply(&mut honest).await, 2);
+        assert!(
+            !greedy_ended.is_finished(),
+            "a small write waits for nobody"
+        );
+        honest.write_all(&write(3, 1 << 20)).await.unwrap();
+        assert_eq!(reply(&mut honest).await, 3);
         assert!(matches!(
             greedy_ended.await.unwrap(),
             Err(ConnectionError::Stalled(_))
         ));
         assert_eq!(
             bench.seen.borrow().written_bytes,
-            4096,
+            4096 + (1 << 20),
             "the partial payload must not be applied"
         );
     });
@@ -316,7 +322,7 @@ fn a_client_that_does_not_read_its_replies_is_bounded_and_dropped_when_others_wa
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(options.budget.free_bytes(), 0);
         let (mut honest, _honest_ended) = bench.open(&options).await;
-        honest.write_all(&request(0, 2, 512)).await.unwrap();
+        honest.write_all(&request(0, 2, 1 << 20)).await.unwrap();
         assert_eq!(reply(&mut honest).await, 2);
         assert!(matches!(
             greedy_ended.await.unwrap(),

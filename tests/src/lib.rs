@@ -8,6 +8,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod address;
+mod attachment;
 mod chain;
 mod cluster;
 mod guest;
@@ -23,6 +24,7 @@ mod register;
 mod server;
 
 pub use address::AddressBlock;
+pub use attachment::Attachments;
 pub use chain::{Chain, Progress, Tag};
 pub use cluster::{Cluster, ClusterOptions, MIB};
 pub use guest::{Guest, GuestJob};

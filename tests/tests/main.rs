@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "system/attach_socket.rs"]
+mod attach_socket;
 #[path = "system/bad_requests.rs"]
 mod bad_requests;
 #[path = "system/bad_state.rs"]
@@ -10,6 +12,8 @@ mod bad_state;
 mod chains;
 #[path = "system/crash.rs"]
 mod crash;
+#[path = "system/dirty_bitmaps.rs"]
+mod dirty_bitmaps;
 #[path = "system/files_view.rs"]
 mod files_view;
 #[path = "system/full_disk.rs"]
@@ -28,6 +32,8 @@ mod lost_owners;
 mod nbd_clients;
 #[path = "system/nbd_oracle.rs"]
 mod nbd_oracle;
+#[path = "system/nbd_tls.rs"]
+mod nbd_tls;
 #[path = "system/resizes.rs"]
 mod resizes;
 #[path = "system/restart.rs"]

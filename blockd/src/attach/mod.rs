@@ -32,6 +32,6 @@ pub use control::{ControlReply, ControlRequest, ask};
 pub use daemon::{key_of, open, run};
 pub use error::{AttachError, AttachErrorKind};
 pub use process::Ready;
-pub use proxy::detach_unserved;
+pub use proxy::{detach_unserved, name_of};
 pub use record::{Ha, Record, Spec, StateDir, VolumeKey};
 pub use status::{Counts, LastError, ServerStatus, State, Status};

@@ -8,7 +8,7 @@
 
 use super::error::{AttachError, AttachErrorKind};
 use super::leg::Leg;
-use super::record::Record;
+use super::record::{Record, StateDir};
 use nbd_server::kernel::{
     ConnectRequest, Device, IoctlDevice, Kernel, KernelError, QueueSettings, transmission_flags,
 };
@@ -294,6 +294,25 @@ pub(super) fn left_by(before: &Record) -> Option<Device> {
     let device = Device::from_path(before.device.as_deref()?)?;
     let backend = before.key.to_string();
     (device.is_connected() && device.backend() == Some(backend)).then_some(device)
+}
+
+/// The target that a device or partition (`nbd0`, `nbd0p1`, also below `/dev`) shows. Right from
+/// the moment that the kernel has the device.
+///
+/// # Errors
+/// It is none of ours.
+pub fn name_of(dir: &StateDir, device: &str) -> Result<String, AttachError> {
+    let name = device.trim_start_matches("/dev/");
+    let index = name
+        .strip_prefix("nbd")
+        .and_then(|rest| rest.split('p').next()?.parse().ok());
+    let backend = index.and_then(|index| Device(index).backend());
+    let mut records = dir.list()?.into_iter();
+    let record = records.find(|record| backend.as_ref() == Some(&record.key.to_string()));
+    record.map(|record| record.spec.target).ok_or_else(|| {
+        let text = format!("{device} is no device of an attachment");
+        AttachError::new(AttachErrorKind::NotAttached, text)
+    })
 }
 
 /// Takes down the device of an attachment without a daemon.

@@ -37,6 +37,18 @@ struct Serve {
     /// NBD on a unix socket, too.
     #[arg(long, value_name = "PATH")]
     nbd_unix: Option<PathBuf>,
+    /// TLS for NBD with server-cert.pem and server-key.pem of this directory; they are read again when they change.
+    #[arg(long, value_name = "DIR")]
+    nbd_tls_certificates: Option<PathBuf>,
+    /// TLS for NBD with the pre-shared keys of this file of psktool (USER:KEY) instead; it is read again when it changes.
+    #[arg(long, value_name = "FILE", conflicts_with = "nbd_tls_certificates")]
+    nbd_tls_psk: Option<PathBuf>,
+    /// TLS on all NBD sockets, the unix one included: off, on (clients choose) or require. Default: require with certificates or keys, else off.
+    #[arg(long, value_name = "MODE")]
+    nbd_tls: Option<String>,
+    /// Accept in TLS only clients with a certificate that an authority in ca-cert.pem of the directory signed.
+    #[arg(long)]
+    nbd_tls_verify_peer: bool,
     /// Configuration file (TOML); options given here win over it.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -69,6 +81,10 @@ fn run(arguments: Serve) -> anyhow::Result<()> {
         listen: arguments.listen,
         nbd_listen: Some(arguments.nbd_listen).filter(|list| !list.is_empty()),
         nbd_unix: arguments.nbd_unix,
+        nbd_tls_psk: arguments.nbd_tls_psk,
+        nbd_tls: arguments.nbd_tls,
+        nbd_tls_certificates: arguments.nbd_tls_certificates,
+        nbd_tls_verify_peer: arguments.nbd_tls_verify_peer.then_some(true),
         ..ConfigFile::default()
     };
     let config = command_line.or(file).resolve(arguments.state)?;

@@ -148,24 +148,10 @@ impl Volume {
         span: &mut Span,
         replaying: Option<u64>,
     ) -> Result<(), TryError> {
-        let mut request = span.begin_request(&opened.table);
-        request.set_lease(self.shared.lease.epoch());
-        let begins = span.progress.to_begin().into_iter().map(|node| {
-            let request = request.clone();
-            async move {
-                let link = self.link(opened, node, replaying).await?;
-                forward::call(&link, request).await?;
-                Ok((node, link))
-            }
-        });
-        let mut ended = Ok(());
-        for result in join_all(begins).await {
-            match result {
-                Ok((node, link)) => span.began(node, link),
-                Err(error) => ended = Err(error),
-            }
-        }
-        ended
+        let wanted = span.progress.to_begin().into_iter();
+        let links = wanted.map(async |node| Ok((node, self.link(opened, node, replaying).await?)));
+        let (table, lease) = (&opened.table, self.shared.lease.epoch());
+        span.begin(table, lease, join_all(links).await).await
     }
 
     /// Sends all unflushed changes again, in order, with nothing else in flight.

@@ -176,7 +176,8 @@ impl Client {
         loop {
             for _ in self.servers() {
                 let server = self.server();
-                match timeout_at(deadline, self.ask(&server, &request)).await {
+                let limit = self.share_of(deadline, &request);
+                match timeout_at(limit, self.ask(&server, &request)).await {
                     Ok(Ok(reply)) => return reply,
                     Ok(Err(LinkError::Lost { reason, .. })) if changes(&request) => {
                         return Err(self.unreachable(format!(
@@ -184,9 +185,12 @@ impl Client {
                         )));
                     }
                     Ok(Err(error)) => reason = error.to_string(),
-                    Err(_) => return Err(self.unreachable(format!("{server}: no answer in time"))),
+                    Err(_) => reason = format!("{server}: no answer in time"),
                 }
                 self.pass_over(&server);
+                if Instant::now() >= deadline {
+                    return Err(self.unreachable(reason));
+                }
             }
             // Servers that start may be a moment late; those that refuse at once stay refused.
             if Instant::now() + ADMIN_PAUSE > deadline || !is_waiting_worthwhile(&request) {
@@ -194,6 +198,16 @@ impl Client {
             }
             sleep(ADMIN_PAUSE).await;
         }
+    }
+
+    /// A server that falls silent may use up its share of the time only, if others can be asked.
+    fn share_of(&self, deadline: Instant, request: &AdminRequest) -> Instant {
+        if changes(request) {
+            return deadline;
+        }
+        let servers = u32::try_from(self.lock_servers().len()).unwrap_or(1);
+        let now = Instant::now();
+        now + deadline.saturating_duration_since(now) / servers.max(1)
     }
 
     /// The servers in the order in which they are asked.

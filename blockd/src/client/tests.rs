@@ -11,7 +11,10 @@ use crate::io::link::{Hello, Welcome};
 use crate::io::wire::{VERSION, flags};
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::future::poll_fn;
+use std::pin::Pin;
 use std::sync::{Mutex, MutexGuard};
+use std::task::Poll;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
@@ -391,4 +394,44 @@ async fn losses_during_a_replay_are_made_good_too() {
         second.durable(3),
     ];
     assert_eq!(durable, [Some('a'), Some('e'), Some('c'), Some('d')]);
+}
+
+/// Polls a future once.
+async fn once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
+    poll_fn(|cx| Poll::Ready(Pin::new(&mut *future).poll(cx))).await
+}
+
+/// A user gives a write over two owners up, at every moment: no owner keeps the span.
+#[tokio::test]
+async fn a_span_that_is_given_up_at_any_moment_ends_everywhere() {
+    let (first, second, volume) = bench().await;
+    let mut most_open = 0;
+    for polls in 0.. {
+        let data = Bytes::from(vec![b'x'; 1024]);
+        let mut writing = Box::pin(volume.write(PAGE_BYTES - 512, data));
+        let mut written = false;
+        for _ in 0..polls {
+            written = once(&mut writing).await.is_ready();
+            if written {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+        let open = [&first, &second].map(|owner| owner.state().spans.len());
+        most_open = most_open.max(open.iter().sum());
+        drop(writing);
+        // Behind whatever was sent over the same connections.
+        write(&volume, 0, 'a').await;
+        write(&volume, 1, 'b').await;
+        for owner in [&first, &second] {
+            assert!(
+                owner.state().spans.is_empty(),
+                "given up after {polls} polls"
+            );
+        }
+        if written {
+            break;
+        }
+    }
+    assert_eq!(most_open, 2, "never given up while both owners had it");
 }

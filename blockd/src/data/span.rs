@@ -7,12 +7,14 @@
 //! itself dies half-way may a later snapshot have the parts that were executed, as the volume has.
 //!
 //! [`Progress`] is what has been reached, as plain data; [`Span`] adds the connections over which
-//! the owners agreed, and ends the span there when it is dropped.
+//! owners were asked, and ends the span there when it is dropped, also while they are being asked.
 
+use super::forward::{self, ForwardError};
 use super::router::{Part, RoutingTable};
-use crate::id::{NodeNo, VolumeId};
+use crate::id::{LeaseEpoch, NodeNo, VolumeId};
 use crate::io::link::Link;
 use crate::io::wire::{Frame, Kind};
+use futures_util::future::join_all;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How far a change over several pages has come.
@@ -81,7 +83,7 @@ impl Progress {
     }
 }
 
-/// A span that owners have agreed to over these connections.
+/// A span, and the connections over which owners have heard of it.
 pub struct Span {
     pub id: u64,
     pub progress: Progress,
@@ -100,18 +102,39 @@ impl Span {
         }
     }
 
-    /// The frame that asks an owner to agree.
-    #[must_use]
-    pub fn begin_request(&self, table: &RoutingTable) -> Frame {
+    /// Asks owners to agree, each over its connection, or says why there is none. All that can be
+    /// asked are; when this is cancelled, they are told of the end.
+    ///
+    /// # Errors
+    /// Of the owners that have not agreed, the error of one.
+    pub async fn begin<E: From<ForwardError>>(
+        &mut self,
+        table: &RoutingTable,
+        lease: LeaseEpoch,
+        links: Vec<Result<(NodeNo, Link), E>>,
+    ) -> Result<(), E> {
         let mut request = Frame::request(Kind::SpanBegin, self.volume);
         (request.aux, request.epoch) = (self.id, table.epoch);
-        request
-    }
-
-    /// An owner has agreed over this connection.
-    pub fn began(&mut self, node: NodeNo, link: Link) {
-        self.progress.began(node);
-        self.links.insert(node, link);
+        request.set_lease(lease);
+        let mut ended = Ok(());
+        let mut begins = Vec::new();
+        for link in links {
+            match link {
+                Ok((node, link)) => {
+                    self.links.insert(node, link.clone());
+                    let request = request.clone();
+                    begins.push(async move { (node, forward::call(&link, request).await) });
+                }
+                Err(error) => ended = Err(error),
+            }
+        }
+        for (node, agreed) in join_all(begins).await {
+            match agreed {
+                Ok(_) => self.progress.began(node),
+                Err(error) => ended = Err(error.into()),
+            }
+        }
+        ended
     }
 
     /// Lets the owners go if no part was sent, so that a snapshot that holds one of them can go on.

@@ -417,23 +417,12 @@ impl Volume {
             *local = Some(self.state.try_execute()?);
             span.progress.began(group.owner.me);
         }
-        let request = span.begin_request(table);
-        let begins = wanted.into_iter().map(|node| {
-            let request = request.clone();
-            async move {
-                let link = group.link(node).await?;
-                forward::call(&link, request).await?;
-                Ok((node, link))
-            }
+        let links = wanted.into_iter().map(async |node| {
+            let link = group.link(node).await?;
+            Ok::<_, ForwardError>((node, link))
         });
-        let mut ended = Ok(());
-        for result in join_all(begins).await {
-            match result {
-                Ok((node, link)) => span.began(node, link),
-                Err(error) => ended = Err(error),
-            }
-        }
-        ended
+        span.begin(table, LeaseEpoch(0), join_all(links).await)
+            .await
     }
 
     /// Makes every acknowledged write of the volume durable, on every owner, whatever connection

@@ -39,6 +39,16 @@ pub struct FrameStream<S> {
     headers: BytesMut,
     output: VecDeque<Bytes>,
     output_bytes: usize,
+    /// The frames that lie in `output`, in order.
+    queued: VecDeque<Queued>,
+}
+
+/// What is left of a frame in the output.
+struct Queued {
+    request_id: u64,
+    pieces: usize,
+    /// The kernel has its first byte.
+    begun: bool,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> FrameStream<S> {
@@ -49,17 +59,40 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameStream<S> {
             headers: BytesMut::new(),
             output: VecDeque::new(),
             output_bytes: 0,
+            queued: VecDeque::new(),
         }
     }
 
     /// Queues a frame; [`Self::poll_flush`] sends it.
     pub fn push(&mut self, frame: Frame) {
+        self.queued.push_back(Queued {
+            request_id: frame.request_id,
+            pieces: 1 + frame.payload.0.len(),
+            begun: false,
+        });
         frame.encode_header(&mut self.headers);
         let header = self.headers.split().freeze();
         for piece in std::iter::once(header).chain(frame.payload.0) {
             self.output_bytes += piece.len();
             self.output.push_back(piece);
         }
+    }
+
+    /// Takes a queued frame back, unless the kernel has some of it.
+    pub fn take_back(&mut self, request_id: u64) {
+        let waits = |frame: &Queued| frame.request_id == request_id && !frame.begun;
+        let Some(index) = self.queued.iter().position(waits) else {
+            return;
+        };
+        let before: usize = self
+            .queued
+            .iter()
+            .take(index)
+            .map(|frame| frame.pieces)
+            .sum();
+        let pieces = self.queued.remove(index).map_or(0, |frame| frame.pieces);
+        let taken = self.output.drain(before..before + pieces);
+        self.output_bytes -= taken.map(|piece| piece.len()).sum::<usize>();
     }
 
     /// The next frame, or `None` when the peer closed between frames.
@@ -104,13 +137,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> FrameStream<S> {
 
     fn consume(&mut self, mut written: usize) {
         self.output_bytes -= written;
-        while let Some(piece) = self.output.front_mut() {
+        while let (Some(piece), Some(frame)) = (self.output.front_mut(), self.queued.front_mut()) {
             if piece.len() > written {
+                frame.begun |= written > 0;
                 piece.advance(written);
                 return;
             }
             written -= piece.len();
             self.output.pop_front();
+            frame.begun = true;
+            frame.pieces -= 1;
+            if frame.pieces == 0 {
+                self.queued.pop_front();
+            }
         }
     }
 

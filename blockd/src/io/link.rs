@@ -83,11 +83,39 @@ struct Shared {
 #[derive(Default)]
 struct State {
     outbox: Vec<Frame>,
+    /// Calls that were given up after their frames had left the outbox.
+    given_up: Vec<u64>,
     open_calls: HashMap<u64, oneshot::Sender<Frame>>,
     next_id: u64,
     /// Set once, when the connection has ended.
     ended: Option<String>,
     dropped: bool,
+}
+
+/// A call that waits for its answer. Given up, its frame is taken back if the kernel has nothing of
+/// it yet: what nobody waits for any more must not be executed later than necessary.
+struct OpenCall<'a> {
+    shared: &'a Shared,
+    id: u64,
+}
+
+impl Drop for OpenCall<'_> {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        if state.open_calls.remove(&self.id).is_none() {
+            return;
+        }
+        let queued = state
+            .outbox
+            .iter()
+            .position(|frame| frame.request_id == self.id);
+        match queued {
+            Some(index) => drop(state.outbox.remove(index)),
+            None => state.given_up.push(self.id),
+        }
+        drop(state);
+        self.shared.waker.wake();
+    }
 }
 
 impl Drop for LinkOwner {
@@ -170,7 +198,8 @@ impl Link {
         shared.waker.wake();
     }
 
-    /// Sends a request and waits for its answer; answers of an error status are `Ok` here.
+    /// Sends a request and waits for its answer; answers of an error status are `Ok` here. Dropped
+    /// before, the request is not sent if none of it was sent yet.
     ///
     /// # Errors
     /// [`LinkError::Lost`] if the connection ends first: the request may or may not have been
@@ -178,18 +207,22 @@ impl Link {
     pub async fn call(&self, mut request: Frame) -> Result<Frame, LinkError> {
         let shared = &self.owner.shared;
         let (sender, receiver) = oneshot::channel();
-        {
+        let open_call = {
             let mut state = shared.lock();
             if let Some(reason) = &state.ended {
                 return Err(shared.lost(reason));
             }
             state.next_id += 1;
             request.request_id = state.next_id;
-            state.open_calls.insert(request.request_id, sender);
+            let id = request.request_id;
+            state.open_calls.insert(id, sender);
             state.outbox.push(request);
-        }
+            OpenCall { shared, id }
+        };
         shared.waker.wake();
-        match receiver.await {
+        let answered = receiver.await;
+        drop(open_call);
+        match answered {
             Ok(reply) => Ok(reply),
             Err(_) => Err(shared.lost(shared.lock().ended.as_deref().unwrap_or("closed"))),
         }
@@ -265,13 +298,15 @@ fn step(
 ) -> Poll<String> {
     shared.waker.register(cx.waker());
     loop {
-        let outbox = {
+        let (outbox, given_up) = {
             let mut state = shared.lock();
             if state.dropped {
                 return Poll::Ready("closed by this side".to_owned());
             }
-            std::mem::take(&mut state.outbox)
+            let outbox = std::mem::take(&mut state.outbox);
+            (outbox, std::mem::take(&mut state.given_up))
         };
+        given_up.into_iter().for_each(|id| frames.take_back(id));
         let queued = !outbox.is_empty();
         outbox.into_iter().for_each(|frame| frames.push(frame));
         if let Poll::Ready(Err(error)) = frames.poll_flush(cx) {

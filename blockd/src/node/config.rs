@@ -1,8 +1,11 @@
 //! What an operator can set: a TOML file, overridden by the command line of `blockd serve`.
 
+use nbd_server::limits::{CONNECTIONS_MAX, CONNECTIONS_PER_ADDRESS_MAX};
+use nbd_server::{Access, Rule, RuleError, TlsSettings};
 use serde::Deserialize;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 /// Port of the peer protocol: servers, clients and administration.
 pub const PEER_PORT: u16 = 10_808;
@@ -19,12 +22,49 @@ pub struct ConfigFile {
     pub nbd_listen: Option<Vec<String>>,
     /// Path of the NBD unix socket.
     pub nbd_unix: Option<PathBuf>,
+    /// TLS on all NBD sockets: `off`, `on` or `require`.
+    pub nbd_tls: Option<String>,
+    /// Directory of the certificates for it.
+    pub nbd_tls_certificates: Option<PathBuf>,
+    /// File of pre-shared keys instead.
+    pub nbd_tls_psk: Option<PathBuf>,
+    /// Whether clients must show a certificate, too.
+    pub nbd_tls_verify_peer: Option<bool>,
+    /// Who may open what over NBD; without rules, everyone everything.
+    pub nbd_access: Option<Vec<AccessRule>>,
+    /// NBD connections at a time.
+    pub nbd_connections: Option<usize>,
+    /// NBD connections at a time from one address.
+    pub nbd_connections_per_address: Option<usize>,
     /// Bytes of the store's log when a state directory is first used.
     pub log_bytes: Option<u64>,
     /// Bytes that writes leave free on the file system of the state directory.
     pub reserve_bytes: Option<u64>,
     /// Milliseconds for which a snapshot may hold writes.
     pub snapshot_hold_max_ms: Option<u64>,
+}
+
+/// A rule as it is written; see [`Rule`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AccessRule {
+    pub exports: Vec<String>,
+    pub names: Vec<String>,
+    pub addresses: Vec<String>,
+}
+
+impl AccessRule {
+    fn resolve(&self) -> Result<Rule, RuleError> {
+        Ok(Rule {
+            exports: parse_all(&self.exports)?,
+            names: parse_all(&self.names)?,
+            addresses: parse_all(&self.addresses)?,
+        })
+    }
+}
+
+fn parse_all<T: FromStr<Err = RuleError>>(texts: &[String]) -> Result<Vec<T>, RuleError> {
+    texts.iter().map(|text| text.parse()).collect()
 }
 
 /// The configuration in force: nothing is left to be decided.
@@ -34,6 +74,10 @@ pub struct Config {
     pub listen: SocketAddr,
     pub nbd_listen: Vec<SocketAddr>,
     pub nbd_unix: Option<PathBuf>,
+    pub nbd_tls: TlsSettings,
+    pub nbd_access: Access,
+    pub nbd_connections: usize,
+    pub nbd_connections_per_address: usize,
     pub log_bytes: Option<u64>,
     pub reserve_bytes: Option<u64>,
     pub snapshot_hold_max_ms: u64,
@@ -56,6 +100,14 @@ pub enum ConfigError {
         value: u64,
         limits: &'static str,
     },
+    #[error("nbd_tls: {0}")]
+    TlsMode(nbd_server::TlsError),
+    #[error("nbd_access, rule {number}: {source}")]
+    Rule { number: usize, source: RuleError },
+    #[error(
+        "nbd_access: a rule asks for names, which nobody has without nbd_tls_verify_peer or nbd_tls_psk"
+    )]
+    NamesWithoutTls,
     #[error("listen: {0} is no address that other servers could reach; name one of this machine's")]
     Unspecified(SocketAddr),
     #[error("listen: not set; give --listen ADDR[:PORT] or the key `listen` of the configuration")]
@@ -85,10 +137,29 @@ impl ConfigFile {
             listen: self.listen.or(below.listen),
             nbd_listen: self.nbd_listen.or(below.nbd_listen),
             nbd_unix: self.nbd_unix.or(below.nbd_unix),
+            nbd_tls: self.nbd_tls.or(below.nbd_tls),
+            nbd_tls_certificates: self.nbd_tls_certificates.or(below.nbd_tls_certificates),
+            nbd_tls_psk: self.nbd_tls_psk.or(below.nbd_tls_psk),
+            nbd_tls_verify_peer: self.nbd_tls_verify_peer.or(below.nbd_tls_verify_peer),
+            nbd_access: self.nbd_access.or(below.nbd_access),
+            nbd_connections: self.nbd_connections.or(below.nbd_connections),
+            nbd_connections_per_address: self
+                .nbd_connections_per_address
+                .or(below.nbd_connections_per_address),
             log_bytes: self.log_bytes.or(below.log_bytes),
             reserve_bytes: self.reserve_bytes.or(below.reserve_bytes),
             snapshot_hold_max_ms: self.snapshot_hold_max_ms.or(below.snapshot_hold_max_ms),
         }
+    }
+
+    fn tls_settings(&self) -> Result<TlsSettings, ConfigError> {
+        let mode = self.nbd_tls.as_deref().map(str::parse);
+        Ok(TlsSettings {
+            mode: mode.transpose().map_err(ConfigError::TlsMode)?,
+            certificates: self.nbd_tls_certificates.clone(),
+            verify_peer: self.nbd_tls_verify_peer.unwrap_or(false),
+            psk: self.nbd_tls_psk.clone(),
+        })
     }
 
     /// Checks everything and fills in the defaults.
@@ -96,6 +167,7 @@ impl ConfigFile {
     /// # Errors
     /// [`ConfigError`] naming the key.
     pub fn resolve(self, state: PathBuf) -> Result<Config, ConfigError> {
+        let nbd_tls = self.tls_settings()?;
         let listen = self.listen.ok_or(ConfigError::NoListen)?;
         let listen = parse_address("listen", &listen, PEER_PORT)?;
         if listen.ip().is_unspecified() {
@@ -118,16 +190,37 @@ impl ConfigFile {
                 limits: "10 to 10000",
             });
         }
+        let nbd_access = resolve_access(self.nbd_access.as_deref().unwrap_or_default())?;
+        if nbd_access.asks_for_names() && !nbd_tls.proves_names() {
+            return Err(ConfigError::NamesWithoutTls);
+        }
         Ok(Config {
             state,
             listen,
             nbd_listen,
             nbd_unix: self.nbd_unix,
+            nbd_tls,
+            nbd_access,
+            nbd_connections: self.nbd_connections.unwrap_or(CONNECTIONS_MAX),
+            nbd_connections_per_address: self
+                .nbd_connections_per_address
+                .unwrap_or(CONNECTIONS_PER_ADDRESS_MAX),
             log_bytes: self.log_bytes,
             reserve_bytes: self.reserve_bytes,
             snapshot_hold_max_ms: hold,
         })
     }
+}
+
+fn resolve_access(rules: &[AccessRule]) -> Result<Access, ConfigError> {
+    let resolve = |(index, rule): (usize, &AccessRule)| {
+        rule.resolve().map_err(|source| ConfigError::Rule {
+            number: index + 1,
+            source,
+        })
+    };
+    let rules = rules.iter().enumerate().map(resolve);
+    Ok(Access::new(rules.collect::<Result<_, _>>()?))
 }
 
 /// Reads `ADDR[:PORT]`.
@@ -199,6 +292,15 @@ mod tests {
             (
                 "listen = '127.0.0.1'\nsnapshot_hold_max_ms = 0",
                 "snapshot_hold_max_ms",
+            ),
+            ("listen = '127.0.0.1'\nnbd_tls = 'yes'", "nbd_tls"),
+            (
+                "listen = '127.0.0.1'\n[[nbd_access]]\naddresses = ['ten']",
+                "nbd_access, rule 1",
+            ),
+            (
+                "listen = '127.0.0.1'\n[[nbd_access]]\nnames = ['alice']",
+                "nbd_access",
             ),
             ("", "listen"),
         ] {

@@ -112,12 +112,14 @@ impl Leases {
         let fenced =
             fenced.map_err(|_| unavailable(&"earlier changes are still being executed"))?;
         let mut file = self.file.lock().await;
-        file.confirm(volume, fenced, |volume| registry.volume(volume).is_some());
-        let copy = file.clone();
-        let saved = tokio::task::spawn_blocking(move || copy.save()).await;
-        saved
-            .map_err(|error| unavailable(&error))?
-            .map_err(|error| DataError::Damaged(error.to_string()))?;
+        // The newest state: it has every volume that is in the file and was not deleted.
+        let newest = member.registry.state();
+        let mut next = file.clone();
+        if next.confirm(volume, fenced, |volume| newest.volume(volume).is_some()) {
+            let saving = tokio::task::spawn_blocking(move || next.save().map(|()| next));
+            let saved = saving.await.map_err(|error| unavailable(&error))?;
+            *file = saved.map_err(|error| DataError::Damaged(error.to_string()))?;
+        }
         state.confirm_lease(fenced);
         Ok(())
     }
@@ -221,7 +223,10 @@ pub(super) async fn open(member: &Member, closed: &LeaseRecord) -> Result<(), St
         Ok((lease::open(state, closed.volume, closed.epoch)?, ()))
     };
     let opened = member.registry.update(build).await;
-    opened.map_err(|error| error.to_string())
+    opened.map_err(|error| error.to_string())?;
+    // So that no owner refuses others for a moment longer; without it they hear of it a little later.
+    let _heard = confirmed(member, closed).await;
+    Ok(())
 }
 
 /// Watches the leases for ever, while this server leads the registry.

@@ -64,16 +64,25 @@ impl LeaseFile {
         &self.epochs
     }
 
-    /// Keeps what was confirmed of a volume, and forgets volumes that are gone.
+    /// Notes what was confirmed of a volume, and forgets volumes that are gone. True if that is
+    /// news to the file.
     pub(crate) fn confirm(
         &mut self,
         volume: VolumeId,
         epoch: LeaseEpoch,
         exists: impl Fn(VolumeId) -> bool,
-    ) {
-        let confirmed = self.epochs.entry(volume).or_default();
-        *confirmed = epoch.max(*confirmed);
+    ) -> bool {
+        let known = self.epochs.len();
         self.epochs.retain(|volume, _| exists(*volume));
+        let gone = known - self.epochs.len();
+        let newer = self
+            .epochs
+            .get(&volume)
+            .is_none_or(|confirmed| *confirmed < epoch);
+        if newer {
+            self.epochs.insert(volume, epoch);
+        }
+        newer || gone > 0
     }
 
     /// Replaces the file; durable when it returns.
@@ -151,13 +160,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut file = LeaseFile::open(dir.path()).unwrap();
         assert!(file.epochs().is_empty());
-        file.confirm(VolumeId(7), LeaseEpoch(5), |_| true);
-        file.confirm(VolumeId(3), LeaseEpoch(1), |_| true);
-        file.confirm(VolumeId(7), LeaseEpoch(4), |_| true);
+        assert!(file.confirm(VolumeId(7), LeaseEpoch(5), |_| true));
+        assert!(file.confirm(VolumeId(3), LeaseEpoch(1), |_| true));
+        assert!(!file.confirm(VolumeId(7), LeaseEpoch(4), |_| true));
         file.save().unwrap();
         assert_eq!(LeaseFile::open(dir.path()).unwrap(), file);
         assert_eq!(file.epochs()[&VolumeId(7)], LeaseEpoch(5));
-        file.confirm(VolumeId(7), LeaseEpoch(6), |volume| volume != VolumeId(3));
+        assert!(file.confirm(VolumeId(7), LeaseEpoch(6), |volume| volume != VolumeId(3)));
         assert_eq!(file.epochs().len(), 1);
     }
 

@@ -46,8 +46,9 @@ struct Live {
     ended: Option<oneshot::Receiver<()>>,
 }
 
-/// Spans that a connection has begun and not ended, by volume and id: the gates that they passed.
-type Spans = Rc<RefCell<HashMap<(VolumeId, u64), Rc<Executing>>>>;
+/// Spans that a connection has begun and not ended, by volume and id: the gates that they passed,
+/// or `None` while the begin waits.
+type Spans = Rc<RefCell<HashMap<(VolumeId, u64), Option<Rc<Executing>>>>>;
 
 /// Accepts peer connections for ever.
 pub(crate) async fn accept(node: Rc<Node>, listener: TcpListener) {
@@ -325,34 +326,46 @@ async fn change(
     owner.write(volume, at, data, fua, span).await
 }
 
+/// Begins a span, unless its end came while this waited for the routing table.
 async fn begin_span(member: &Member, spans: &Spans, request: &Frame) -> Executed {
     let key = (request.volume, request.aux);
-    let state = member
-        .owner()
-        .catch_up(request.volume, request.epoch)
-        .await?;
+    if spans.borrow().contains_key(&key) {
+        return Err(DataError::Malformed("the id of a span that goes on"));
+    }
+    spans.borrow_mut().insert(key, None);
+    let passed = pass_span_gate(member, request).await;
+    let goes_on = spans.borrow_mut().remove(&key).is_some();
+    let gate = Rc::new(passed?);
+    if !goes_on {
+        return Err(DataError::Held);
+    }
+    spans.borrow_mut().insert(key, Some(Rc::clone(&gate)));
+    end_late_span(spans, key, &gate);
+    Ok((0, Payload::default()))
+}
+
+async fn pass_span_gate(member: &Member, request: &Frame) -> Result<Executing, DataError> {
+    let owner = member.owner();
+    let state = owner.catch_up(request.volume, request.epoch).await?;
     let epoch = state.table().epoch;
     if epoch != request.epoch {
         return Err(DataError::Stale(epoch));
     }
-    if spans.borrow().contains_key(&key) {
-        return Err(DataError::Malformed("the id of a span that goes on"));
-    }
     state.check_lease(request.lease())?;
-    let executing = Rc::new(state.try_execute()?);
-    let begun = Rc::downgrade(&executing);
-    spans.borrow_mut().insert(key, executing);
-    let spans = Rc::downgrade(spans);
+    state.try_execute()
+}
+
+fn end_late_span(spans: &Spans, key: (VolumeId, u64), gate: &Rc<Executing>) {
+    let (spans, gate) = (Rc::downgrade(spans), Rc::downgrade(gate));
     tokio::task::spawn_local(async move {
         sleep(Duration::from_millis(SPAN_MAX_MS)).await;
-        let (Some(spans), Some(_)) = (spans.upgrade(), begun.upgrade()) else {
+        let (Some(spans), Some(_)) = (spans.upgrade(), gate.upgrade()) else {
             return;
         };
         if spans.borrow_mut().remove(&key).is_some() {
             tracing::warn!(volume = %key.0, span = key.1, "span ended by its deadline");
         }
     });
-    Ok((0, Payload::default()))
 }
 
 /// The gate of the span that this part belongs to. A span that is not known, because its deadline
@@ -362,10 +375,11 @@ fn span_of(spans: &Spans, request: &Frame) -> Result<Option<Rc<Executing>>, Data
         return Ok(None);
     }
     let spans = spans.borrow();
-    let executing = spans.get(&(request.volume, request.aux));
-    executing
-        .map(|gate| Some(Rc::clone(gate)))
-        .ok_or(DataError::Held)
+    let gate = spans.get(&(request.volume, request.aux));
+    match gate {
+        Some(Some(gate)) => Ok(Some(Rc::clone(gate))),
+        _ => Err(DataError::Held),
+    }
 }
 
 /// Forgets a volume, or with `len_bytes` 1 everything from a page and offset on.

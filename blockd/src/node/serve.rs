@@ -14,7 +14,7 @@ use crate::io::host;
 use crate::io::link::Peers;
 use crate::io::wire::{Frame, Kind, Status};
 use bytes::Bytes;
-use nbd_server::{Listener, ServeOptions, Shutdown};
+use nbd_server::{Guarded, Listener, ServeOptions, Shutdown, TlsError};
 use std::cell::{OnceCell, RefCell};
 use std::fs;
 use std::io;
@@ -43,6 +43,8 @@ pub enum ServeError {
         address: String,
         source: io::Error,
     },
+    #[error("nbd_tls: {0}")]
+    Tls(#[from] TlsError),
     #[error(transparent)]
     Identity(#[from] IdentityError),
     #[error(transparent)]
@@ -88,6 +90,7 @@ fn start_control() -> Result<(Handle, oneshot::Sender<()>), ServeError> {
 async fn run(config: Config, control: Handle) -> Result<(), ServeError> {
     let peer_listener = listen("peer protocol", config.listen).await?;
     let nbd_listeners = nbd_listeners(&config)?;
+    let tls = config.nbd_tls.load()?;
     let node = start(config, control).await?;
     tokio::task::spawn_local(peer_server::accept(Rc::clone(&node), peer_listener));
     tokio::task::spawn_local(sweep::run(Rc::clone(&node)));
@@ -100,11 +103,15 @@ async fn run(config: Config, control: Handle) -> Result<(), ServeError> {
     });
     let options = ServeOptions {
         shutdown: stopped,
+        tls,
         ..ServeOptions::default()
     };
-    let exports = nbd::NbdExports(Rc::clone(&node));
+    let volumes = nbd::NbdExports(Rc::clone(&node));
+    let exports = Guarded::new(volumes, node.config.nbd_access.clone());
     tracing::info!(listen = %node.config.listen, "ready");
     nbd_server::Server::new(exports, options)
+        .connections_max(node.config.nbd_connections)
+        .connections_per_address_max(node.config.nbd_connections_per_address)
         .run(nbd_listeners)
         .await;
     if let Some(member) = node.member() {

@@ -1,7 +1,7 @@
 //! Judges what a server said to a stream of bytes, by the protocol alone: each reply belongs to an
 //! option or a request, each gets exactly one final reply, and data is what was written.
 
-use crate::session::{NAME, Outcome, SIZE};
+use super::session::{NAME, Outcome, SIZE};
 
 const READ: u16 = 0;
 const WRITE: u16 = 1;
@@ -44,8 +44,9 @@ impl<'a> Cursor<'a> {
     }
 }
 
+/// The form of requests and replies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
+pub enum Mode {
     Simple,
     Structured,
     Extended,
@@ -133,7 +134,11 @@ struct Request<'a> {
 impl Request<'_> {
     /// Nothing is wrong with it at all.
     fn is_plain(&self, mode: Mode) -> bool {
-        let wanted = if mode == Mode::Extended && self.kind == WRITE { PAYLOAD_LEN } else { 0 };
+        let wanted = if mode == Mode::Extended && self.kind == WRITE {
+            PAYLOAD_LEN
+        } else {
+            0
+        };
         let end = self.offset.checked_add(self.len);
         let within = end.is_some_and(|end| end <= SIZE) && self.len > 0;
         let known = [READ, WRITE, TRIM, ZEROES].contains(&self.kind);
@@ -143,7 +148,11 @@ impl Request<'_> {
 
 /// The next whole request; `None` when nothing that may be answered follows.
 fn next_request<'a>(mode: Mode, sent: &mut Cursor<'a>) -> Option<Request<'a>> {
-    let magic = if mode == Mode::Extended { 0x21e4_1c71 } else { 0x2560_9513 };
+    let magic = if mode == Mode::Extended {
+        0x21e4_1c71
+    } else {
+        0x2560_9513
+    };
     if sent.u32()? != magic {
         return None;
     }
@@ -171,44 +180,102 @@ struct Answer {
     covered: u64,
 }
 
+/// The export answers at once, so replies come in the order of the requests.
 fn transmission(mode: Mode, sent: &mut Cursor<'_>, said: &mut Cursor<'_>, disk: &mut [u8]) {
     while let Some(request) = next_request(mode, sent) {
         if said.0.is_empty() {
             // Too large to be skipped: the server closes and answers nothing more.
-            assert!(request.payload.len() > 128 << 20, "a request without a reply");
+            assert!(
+                request.payload.len() > 128 << 20,
+                "a request without a reply"
+            );
             return;
         }
-        let answer = answer(mode, &request, said);
+        let mut answer = Answer::default();
+        while !message(mode, &request, said, &mut answer) {}
         apply(mode, &request, &answer, disk);
     }
     said.ends("replies to requests that were not made");
 }
 
-/// The export answers at once, so replies come in the order of the requests.
-fn answer(mode: Mode, request: &Request<'_>, said: &mut Cursor<'_>) -> Answer {
-    let mut answer = Answer::default();
-    loop {
-        match said.u32().expect("a whole reply") {
-            0x6744_6698 => {
-                assert_ne!(mode, Mode::Extended);
-                answer.errno = said.u32().expect("a whole reply");
-                assert_eq!(said.number(8), Some(request.cookie));
-                let has_data = request.kind == READ && answer.errno == 0;
-                assert!(mode == Mode::Simple || !has_data);
-                if has_data {
-                    let data = said.take(request.len as usize);
-                    answer.data = data.expect("all of the data").to_vec();
-                    answer.covered = request.len;
-                }
-                return answer;
-            }
-            0x668e_33ef => assert_eq!(mode, Mode::Structured),
-            0x6e8a_278c => assert_eq!(mode, Mode::Extended),
-            magic => panic!("a reply with magic {magic:#x}"),
+/// Judges replies in any order to requests that do not touch each other's ranges. Each is answered
+/// once; with `all` none is left out. A connection that broke may cut the last message.
+pub fn judge_unordered(mode: Mode, sent: &[u8], said: &[u8], disk: &mut [u8], all: bool) {
+    let (mut sent, mut said) = (Cursor(sent), Cursor(said));
+    let mut open: Vec<(Request<'_>, Answer)> = vec![];
+    while let Some(request) = next_request(mode, &mut sent) {
+        open.push((request, Answer::default()));
+    }
+    while let Some(head) = said.0.first_chunk::<16>() {
+        if !all && !has_whole_message(mode, &open, said.0) {
+            return;
         }
-        if chunk(mode, request, said, &mut answer) {
-            return answer;
+        let index = open.iter().position(|(request, _)| is_for(request, head));
+        let index = index.expect("a reply to a request that waits for one");
+        let (request, answer) = &mut open[index];
+        if message(mode, request, &mut said, answer) {
+            let (request, answer) = open.swap_remove(index);
+            apply(mode, &request, &answer, disk);
         }
+    }
+    assert!(
+        !all || open.is_empty() && said.0.is_empty(),
+        "{} wait",
+        open.len()
+    );
+}
+
+/// The cookie is at the same place in every form.
+fn is_for(request: &Request<'_>, head: &[u8; 16]) -> bool {
+    head[8..] == request.cookie.to_be_bytes()
+}
+
+fn has_whole_message(mode: Mode, open: &[(Request<'_>, Answer)], said: &[u8]) -> bool {
+    let number = |at: usize, len: usize| Cursor(said.get(at..)?).number(len);
+    let whole = match (mode, said[0]) {
+        (Mode::Extended, _) => number(24, 8).map(|len| 32 + len),
+        (_, 0x66) => number(16, 4).map(|len| 20 + len),
+        _ => {
+            let head = said.first_chunk().expect("a head");
+            let request = open.iter().find(|(request, _)| is_for(request, head));
+            let has_data = request.is_some_and(|(request, _)| request.kind == READ);
+            let is_error = said[4..8] != [0; 4];
+            Some(
+                16 + if has_data && !is_error {
+                    request.map_or(0, |(request, _)| request.len)
+                } else {
+                    0
+                },
+            )
+        }
+    };
+    whole.is_some_and(|whole| whole <= said.len() as u64)
+}
+
+/// Takes one message; whether it is the last one for its request.
+fn message(mode: Mode, request: &Request<'_>, said: &mut Cursor<'_>, answer: &mut Answer) -> bool {
+    match said.u32().expect("a whole reply") {
+        0x6744_6698 => {
+            assert_ne!(mode, Mode::Extended);
+            simple(mode, request, said, answer);
+            return true;
+        }
+        0x668e_33ef => assert_eq!(mode, Mode::Structured),
+        0x6e8a_278c => assert_eq!(mode, Mode::Extended),
+        magic => panic!("a reply with magic {magic:#x}"),
+    }
+    chunk(mode, request, said, answer)
+}
+
+fn simple(mode: Mode, request: &Request<'_>, said: &mut Cursor<'_>, answer: &mut Answer) {
+    answer.errno = said.u32().expect("a whole reply");
+    assert_eq!(said.number(8), Some(request.cookie));
+    let has_data = request.kind == READ && answer.errno == 0;
+    assert!(mode == Mode::Simple || !has_data);
+    if has_data {
+        let data = said.take(request.len as usize);
+        answer.data = data.expect("all of the data").to_vec();
+        answer.covered = request.len;
     }
 }
 
@@ -265,7 +332,10 @@ fn error(kind: u16, payload: &mut Cursor<'_>) -> u32 {
 fn apply(mode: Mode, request: &Request<'_>, answer: &Answer, disk: &mut [u8]) {
     let errno = answer.errno;
     assert!(errno == 0 || ERRNOS.contains(&errno), "errno {errno}");
-    assert!(errno == 0 || !request.is_plain(mode), "a plain request got {errno}");
+    assert!(
+        errno == 0 || !request.is_plain(mode),
+        "a plain request got {errno}"
+    );
     if errno != 0 || request.kind == FLUSH || request.kind == STATUS {
         return;
     }

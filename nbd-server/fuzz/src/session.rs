@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -34,48 +34,69 @@ pub struct Outcome {
 /// Feeds a connection with `sent` in pieces of these sizes (in turn; none means at once), then
 /// closes it.
 pub fn run(sent: &[u8], pieces: &[usize]) -> Outcome {
+    let disk = Disk(Rc::new(RefCell::new(vec![0; SIZE as usize])));
+    let (said, ended) = serve(disk.clone(), sent, pieces, usize::MAX);
+    let disk = disk.0.take();
+    Outcome { said, ended, disk }
+}
+
+/// Feeds a connection; what it said (it breaks after so many bytes) and how it ended.
+pub fn serve(
+    exports: impl Exports,
+    sent: &[u8],
+    pieces: &[usize],
+    breaks_at: usize,
+) -> (Vec<u8>, Result<(), ConnectionError>) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .start_paused(true)
         .build()
         .expect("a runtime");
-    let disk = Disk(Rc::new(RefCell::new(vec![0; SIZE as usize])));
     let said = Rc::<RefCell<Vec<u8>>>::default();
     let feed = Feed {
         left: sent.to_vec(),
         pieces: pieces.to_vec(),
         turn: 0,
         said: Rc::clone(&said),
+        breaks_at,
     };
-    let options = ServeOptions::default();
-    let served = serve_connection(feed, Peer::default(), disk.clone(), options);
+    let served = serve_connection(feed, Peer::default(), exports, ServeOptions::default());
     let ended = runtime.block_on(async { tokio::time::timeout(HUNG, served).await });
-    Outcome {
-        said: said.take(),
-        ended: ended.expect("the connection hangs"),
-        disk: disk.0.take(),
-    }
+    (said.take(), ended.expect("the connection hangs"))
 }
 
-/// The client's side: everything to send is there, everything said is kept.
+/// The client's side: everything to send is there, everything said is kept. Every third turn it is
+/// not ready, unless everything goes at once.
 struct Feed {
     left: Vec<u8>,
     pieces: Vec<usize>,
     turn: usize,
     said: Rc<RefCell<Vec<u8>>>,
+    breaks_at: usize,
+}
+
+impl Feed {
+    /// Bytes of the next piece.
+    fn piece(&mut self, cx: &mut Context<'_>) -> Poll<usize> {
+        if self.pieces.is_empty() {
+            return Poll::Ready(usize::MAX);
+        }
+        self.turn += 1;
+        if self.turn.is_multiple_of(3) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        Poll::Ready(self.pieces[self.turn % self.pieces.len()].max(1))
+    }
 }
 
 impl AsyncRead for Feed {
     fn poll_read(
         mut self: Pin<&mut Self>,
-        _cx: &mut Context<'_>,
+        cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let piece = match self.pieces.len() {
-            0 => usize::MAX,
-            count => self.pieces[self.turn % count].max(1),
-        };
-        self.turn += 1;
+        let piece = ready!(self.piece(cx));
         let step = piece.min(buffer.remaining()).min(self.left.len());
         buffer.put_slice(&self.left[..step]);
         self.left.drain(..step);
@@ -85,12 +106,18 @@ impl AsyncRead for Feed {
 
 impl AsyncWrite for Feed {
     fn poll_write(
-        self: Pin<&mut Self>,
-        _cx: &mut Context<'_>,
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.said.borrow_mut().extend_from_slice(bytes);
-        Poll::Ready(Ok(bytes.len()))
+        let piece = ready!(self.piece(cx));
+        let room = self.breaks_at - self.said.borrow().len();
+        let step = piece.min(room).min(bytes.len());
+        if step == 0 {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        self.said.borrow_mut().extend_from_slice(&bytes[..step]);
+        Poll::Ready(Ok(step))
     }
 
     fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -172,7 +199,10 @@ impl Export for Disk {
     }
 
     fn contexts(&self) -> Vec<MetaContext> {
-        vec![MetaContext::Allocation, MetaContext::DirtyBitmap("b".into())]
+        vec![
+            MetaContext::Allocation,
+            MetaContext::DirtyBitmap("b".into()),
+        ]
     }
 
     async fn block_status(

@@ -1,10 +1,10 @@
-//! X.509 credentials of the server, in the files that QEMU, libnbd and nbdkit use too; read again when they change.
+//! X.509 credentials of the server, in the files that QEMU, libnbd and nbdkit use too.
 
-use std::fs::Metadata;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
 
+use tokio::io::{AsyncRead, AsyncWrite, BufReader};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
 use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
@@ -12,10 +12,13 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::server::danger::ClientCertVerifier;
 use tokio_rustls::rustls::server::{NoClientAuth, NoServerSessionStorage, WebPkiClientVerifier};
 use tokio_rustls::rustls::sign::{CertifiedKey, SingleCertAndKey};
-use tokio_rustls::rustls::{Error, InconsistentKeys, RootCertStore, ServerConfig};
-use tracing::{info, warn};
+use tokio_rustls::rustls::{
+    Error, InconsistentKeys, RootCertStore, ServerConfig, ServerConnection,
+};
+use tokio_rustls::server::TlsStream;
 
-use super::TlsError;
+use super::reload::Reloaded;
+use super::{TlsError, bad, names};
 
 /// Certificates of the authorities that sign clients' certificates.
 pub const CA_FILE: &str = "ca-cert.pem";
@@ -24,84 +27,46 @@ pub const CERTIFICATE_FILE: &str = "server-cert.pem";
 /// Private key of the server.
 pub const KEY_FILE: &str = "server-key.pem";
 
+/// Ciphertext that is received at once: rustls itself would ask the socket for 4 KiB at a time.
+const RECEIVE_BYTES: usize = 64 << 10;
+/// Ciphertext that may wait for the socket.
+const SEND_BYTES: usize = 256 << 10;
+
 const UNUSABLE_KEY: &str = "no usable key: RSA from 2048 bits, ECDSA P-256 or P-384 or Ed25519 is needed, unencrypted; \
     an ECDSA key of GnuTLS may have to be written anew with `openssl pkey`";
 
-/// What tells one version of a file from the next: device, inode, length, and seconds and nanoseconds of its last change.
-type Stamp = Option<[i64; 5]>;
-
-/// The files, and what was made of them.
-#[derive(Debug)]
+/// The files of a directory, and what was made of them.
 pub(super) struct Certificates {
-    dir: PathBuf,
-    verify_peer: bool,
-    loaded: Mutex<Loaded>,
-}
-
-struct Loaded {
-    /// Of the files as they were when they were last read, well or not.
-    stamps: [Stamp; 3],
-    acceptor: TlsAcceptor,
-}
-
-impl std::fmt::Debug for Loaded {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Loaded").finish_non_exhaustive()
-    }
+    acceptor: Reloaded<TlsAcceptor>,
 }
 
 impl Certificates {
     pub(super) fn load(dir: &Path, verify_peer: bool) -> Result<Self, TlsError> {
-        let stamps = stamps(dir);
-        let acceptor = acceptor(dir, verify_peer)?;
+        let files = [CA_FILE, CERTIFICATE_FILE, KEY_FILE].map(|file| dir.join(file));
+        let dir = dir.to_owned();
+        let load = move || acceptor(&dir, verify_peer);
         Ok(Self {
-            dir: dir.to_owned(),
-            verify_peer,
-            loaded: Mutex::new(Loaded { stamps, acceptor }),
+            acceptor: Reloaded::new(files.into(), load)?,
         })
     }
 
-    pub(super) fn verifies_peer(&self) -> bool {
-        self.verify_peer
+    /// The TLS handshake; the stream inside TLS, and the names in the client's certificate.
+    pub(super) async fn accept<S>(
+        &self,
+        stream: S,
+    ) -> io::Result<(TlsStream<BufReader<S>>, Vec<String>)>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let stream = BufReader::with_capacity(RECEIVE_BYTES, stream);
+        let set_up = |session: &mut ServerConnection| session.set_buffer_limit(Some(SEND_BYTES));
+        let stream = self.acceptor.get().accept_with(stream, set_up).await?;
+        let certificates = stream.get_ref().1.peer_certificates();
+        let names = certificates
+            .and_then(<[_]>::first)
+            .map(names::of_certificate);
+        Ok((stream, names.unwrap_or_default()))
     }
-
-    /// For one handshake; made anew if the files have changed and are good, else what was good last.
-    pub(super) fn acceptor(&self) -> TlsAcceptor {
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        // Before the files are read, so that a change in between is seen the next time.
-        let stamps = stamps(&self.dir);
-        if stamps != loaded.stamps {
-            loaded.stamps = stamps;
-            match acceptor(&self.dir, self.verify_peer) {
-                Ok(acceptor) => {
-                    info!(dir = %self.dir.display(), "the certificates have changed and are used");
-                    loaded.acceptor = acceptor;
-                }
-                Err(error) => {
-                    warn!(%error, "the certificates have changed; the former ones stay in use")
-                }
-            }
-        }
-        loaded.acceptor.clone()
-    }
-}
-
-fn stamps(dir: &Path) -> [Stamp; 3] {
-    [CA_FILE, CERTIFICATE_FILE, KEY_FILE].map(|file| {
-        std::fs::metadata(dir.join(file))
-            .ok()
-            .map(|file| stamp(&file))
-    })
-}
-
-fn stamp(file: &Metadata) -> [i64; 5] {
-    [
-        file.dev().cast_signed(),
-        file.ino().cast_signed(),
-        file.size().cast_signed(),
-        file.ctime(),
-        file.ctime_nsec(),
-    ]
 }
 
 fn acceptor(dir: &Path, verify_peer: bool) -> Result<TlsAcceptor, TlsError> {
@@ -162,20 +127,12 @@ fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsErr
 }
 
 fn unreadable(path: &Path, error: pem::Error) -> TlsError {
-    let path = path.to_owned();
     match error {
-        pem::Error::Io(source) => TlsError::Read { path, source },
-        pem::Error::NoItemsFound => TlsError::Content {
-            path,
-            reason: "it holds nothing of its kind in PEM form".to_owned(),
+        pem::Error::Io(source) => TlsError::Read {
+            path: path.to_owned(),
+            source,
         },
-        error => bad(&path, error),
-    }
-}
-
-fn bad(path: &Path, error: impl std::fmt::Display) -> TlsError {
-    TlsError::Content {
-        path: path.to_owned(),
-        reason: error.to_string(),
+        pem::Error::NoItemsFound => bad(path, "it holds nothing of its kind in PEM form"),
+        error => bad(path, error),
     }
 }

@@ -4,24 +4,23 @@
 
 mod certificates;
 mod names;
+mod psk;
+mod reload;
+mod stream;
 
+use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite, BufReader};
-use tokio_rustls::rustls::ServerConnection;
-use tokio_rustls::server::TlsStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use certificates::Certificates;
 pub use certificates::{CA_FILE, CERTIFICATE_FILE, KEY_FILE};
-
-/// Ciphertext that is received at once: rustls itself would ask the socket for 4 KiB at a time.
-const RECEIVE_BYTES: usize = 64 << 10;
-/// Ciphertext that may wait for the socket.
-const SEND_BYTES: usize = 256 << 10;
+use psk::Keys;
+pub(crate) use stream::Encrypted;
 
 /// What the server makes of STARTTLS (NBD protocol, "TLS versions").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,10 +53,13 @@ pub enum TlsError {
     #[error("TLS mode `{0}` is unknown; use off, on or require")]
     Mode(String),
     /// On or require, but nothing to offer.
-    #[error("TLS is to be offered, but with no certificates")]
+    #[error("TLS is to be offered, but with neither certificates nor pre-shared keys")]
     NoCredentials,
+    /// Certificates and pre-shared keys.
+    #[error("TLS is to be offered with certificates and with pre-shared keys; choose one of them")]
+    TwoCredentials,
     /// Client certificates are to be asked for, but TLS is off.
-    #[error("client certificates are to be verified, but TLS is off")]
+    #[error("client certificates are to be verified, but TLS with certificates is off")]
     NothingToVerify,
     /// A file cannot be read.
     #[error("cannot read {path}: {source}")]
@@ -85,15 +87,24 @@ pub enum TlsError {
     },
 }
 
+fn bad(path: &Path, reason: impl fmt::Display) -> TlsError {
+    TlsError::Content {
+        path: path.to_owned(),
+        reason: reason.to_string(),
+    }
+}
+
 /// What an operator sets about TLS.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TlsSettings {
-    /// Unless set: `Require` with certificates, `Off` without.
+    /// Unless set: `Require` with certificates or keys, `Off` without.
     pub mode: Option<TlsMode>,
     /// Directory of [`CERTIFICATE_FILE`], [`KEY_FILE`] and, to verify clients, [`CA_FILE`].
     pub certificates: Option<PathBuf>,
     /// Only clients with a certificate that the authority in [`CA_FILE`] signed.
     pub verify_peer: bool,
+    /// File of pre-shared keys, instead of certificates.
+    pub psk: Option<PathBuf>,
 }
 
 impl TlsSettings {
@@ -102,27 +113,59 @@ impl TlsSettings {
     /// # Errors
     /// The settings contradict each other, or a file is missing, unreadable or wrong; the error names it.
     pub fn load(&self) -> Result<Option<Tls>, TlsError> {
-        let default = match self.certificates {
-            Some(_) => TlsMode::Require,
-            None => TlsMode::Off,
+        let default = match (&self.certificates, &self.psk) {
+            (None, None) => TlsMode::Off,
+            _ => TlsMode::Require,
         };
-        match (self.mode.unwrap_or(default), &self.certificates) {
-            (TlsMode::Off, _) if self.verify_peer => Err(TlsError::NothingToVerify),
-            (TlsMode::Off, _) => Ok(None),
-            (_, None) => Err(TlsError::NoCredentials),
-            (mode, Some(dir)) => Ok(Some(Tls {
-                required: mode == TlsMode::Require,
-                certificates: Arc::new(Certificates::load(dir, self.verify_peer)?),
-            })),
+        let mode = self.mode.unwrap_or(default);
+        if self.verify_peer && (mode == TlsMode::Off || self.certificates.is_none()) {
+            return Err(TlsError::NothingToVerify);
+        }
+        if mode == TlsMode::Off {
+            return Ok(None);
+        }
+        Ok(Some(Tls {
+            required: mode == TlsMode::Require,
+            credentials: Arc::new(self.credentials()?),
+        }))
+    }
+
+    /// Whether clients inside TLS prove a name, by certificate or by key.
+    pub fn proves_names(&self) -> bool {
+        self.mode != Some(TlsMode::Off) && (self.verify_peer || self.psk.is_some())
+    }
+
+    fn credentials(&self) -> Result<Credentials, TlsError> {
+        match (&self.certificates, &self.psk) {
+            (None, None) => Err(TlsError::NoCredentials),
+            (Some(_), Some(_)) => Err(TlsError::TwoCredentials),
+            (Some(dir), None) => {
+                Certificates::load(dir, self.verify_peer).map(Credentials::Certificates)
+            }
+            (None, Some(file)) => Keys::load(file).map(Credentials::Keys),
         }
     }
 }
 
+enum Credentials {
+    Certificates(Certificates),
+    Keys(Keys),
+}
+
 /// TLS as it is offered to every connection; cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Tls {
     required: bool,
-    certificates: Arc<Certificates>,
+    credentials: Arc<Credentials>,
+}
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = f.debug_struct("Tls");
+        shown
+            .field("required", &self.required)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Tls {
@@ -131,30 +174,20 @@ impl Tls {
         self.required
     }
 
-    /// Whether clients inside TLS have proven a name.
-    pub fn proves_names(&self) -> bool {
-        self.certificates.verifies_peer()
-    }
-
     /// The TLS handshake; the stream inside TLS, and the names that the client proved.
-    pub(crate) async fn accept<S>(
-        &self,
-        stream: S,
-    ) -> io::Result<(TlsStream<BufReader<S>>, Vec<String>)>
+    pub(crate) async fn accept<S>(&self, stream: S) -> io::Result<(Encrypted<S>, Vec<String>)>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let stream = BufReader::with_capacity(RECEIVE_BYTES, stream);
-        let set_up = |session: &mut ServerConnection| session.set_buffer_limit(Some(SEND_BYTES));
-        let stream = self
-            .certificates
-            .acceptor()
-            .accept_with(stream, set_up)
-            .await?;
-        let certificates = stream.get_ref().1.peer_certificates();
-        let names = certificates
-            .and_then(<[_]>::first)
-            .map(names::of_certificate);
-        Ok((stream, names.unwrap_or_default()))
+        match self.credentials.as_ref() {
+            Credentials::Certificates(certificates) => {
+                let (stream, names) = certificates.accept(stream).await?;
+                Ok((Encrypted::Certificates(Box::new(stream)), names))
+            }
+            Credentials::Keys(keys) => {
+                let (stream, names) = keys.accept(stream).await?;
+                Ok((Encrypted::Keys(Box::new(stream)), names))
+            }
+        }
     }
 }

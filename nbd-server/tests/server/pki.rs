@@ -41,11 +41,11 @@ impl Pki {
         self.run(&args, &self.dir.join(name));
     }
 
-    /// A directory with the credentials of a server named localhost.
-    pub(crate) fn server(&self) -> PathBuf {
-        let names =
-            "cn = localhost\ndns_name = localhost\nip_address = 127.0.0.1\ntls_www_server\n";
-        self.issue("server", "server", names, Validity::Now)
+    /// A directory with the credentials of a server named localhost at this IP address.
+    pub(crate) fn server(&self, address: &str) -> PathBuf {
+        let names = "cn = localhost\ndns_name = localhost\ntls_www_server\n";
+        let names = format!("{names}ip_address = {address}\n");
+        self.issue("server", "server", &names, Validity::Now)
     }
 
     /// A directory with the credentials of a client of this common name and DNS name.

@@ -37,7 +37,7 @@ impl Bench {
     }
 
     fn server(pki: &Pki, args: &[&str], dir: TempDir) -> TestServer {
-        let credentials = pki.server();
+        let credentials = pki.server("127.0.0.1");
         let always = [
             "--memory",
             "32MiB",
@@ -381,7 +381,7 @@ fn certificates_are_read_again_when_they_change() {
     let other = Pki::new(bench.server.path("other-pki"));
     assert!(bench.is_refused(&bench.uri(&other.anonymous())));
     let replace = |file: &str| {
-        std::fs::copy(other.server().join(file), credentials.join(file)).unwrap();
+        std::fs::copy(other.server("127.0.0.1").join(file), credentials.join(file)).unwrap();
     };
     replace("server-cert.pem");
     let between = bench.uri(&bench.pki.anonymous());
@@ -392,6 +392,94 @@ fn certificates_are_read_again_when_they_change() {
     replace("server-key.pem");
     assert!(!bench.is_refused(&bench.uri(&other.anonymous())));
     assert!(bench.is_refused(&between));
+}
+
+/// A file of psktool with a key of this user.
+fn psk_file(path: PathBuf, user: &str) -> PathBuf {
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    run("psktool", &["--username", user, "--pskfile", text(&path)]);
+    path
+}
+
+fn psk_uris(server: &TestServer, user: &str, keys: &Path) -> [String; 2] {
+    let port = server.tcp().rsplit(':').next().unwrap();
+    let (socket, keys) = (server.socket(), text(keys));
+    [
+        format!("nbds://{user}@localhost:{port}/?tls-psk-file={keys}"),
+        format!(
+            "nbds+unix://{user}@/?socket={}&tls-psk-file={keys}",
+            text(&socket)
+        ),
+    ]
+}
+
+#[test]
+fn clients_with_a_shared_key_come_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let keys = psk_file(dir.path().join("keys.psk"), "alice");
+    psk_file(keys.clone(), "bob");
+    let args = [
+        "--memory",
+        "32MiB",
+        "--tls-psk",
+        text(&keys),
+        "--allow",
+        "name=alice",
+    ];
+    let server = TestServer::start(&args, tempfile::tempdir().unwrap());
+    let (image, back) = (server.path("image"), server.path("back"));
+    pattern_file(&image, 16 << 20);
+    for uri in psk_uris(&server, "alice", &keys) {
+        assert!(run("nbdinfo", &[&uri]).contains("with TLS"));
+        run(
+            "nbdcopy",
+            &["--flush", "--connections=4", text(&image), &uri],
+        );
+        run("nbdcopy", &["--connections=4", &uri, text(&back)]);
+        run("cmp", &[text(&image), text(&back)]);
+    }
+    let port = server.tcp().rsplit(':').next().unwrap();
+    let dir = text(keys.parent().unwrap());
+    let of = |user| format!("tls-creds-psk,id=tls0,dir={dir},endpoint=client,username={user}");
+    let image = format!("driver=nbd,host=localhost,port={port},tls-creds=tls0");
+    let io = [
+        "--image-opts",
+        &image,
+        "-c",
+        "write -P 7 1M 64k",
+        "-c",
+        "read -P 7 1M 64k",
+    ];
+    run("qemu-io", &[&["--object", &of("alice")], &io[..]].concat());
+    let (ok, text) = try_run("qemu-io", &[&["--object", &of("bob")], &io[..]].concat());
+    assert!(
+        !ok && text.contains("do not give export") && text.contains("TLS as bob"),
+        "{text}"
+    );
+}
+
+#[test]
+fn clients_without_the_shared_key_do_not_come_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let keys = psk_file(dir.path().join("keys.psk"), "alice");
+    let stranger = psk_file(dir.path().join("other/keys.psk"), "alice");
+    let server = TestServer::memory("1MiB", &["--tls-psk", text(&keys)]);
+    let unknown = psk_file(dir.path().join("unknown/keys.psk"), "eve");
+    for (user, keys) in [("alice", &stranger), ("eve", &unknown)] {
+        for uri in psk_uris(&server, user, keys) {
+            assert!(!try_run("nbdinfo", &[&uri]).0, "{uri}");
+        }
+    }
+    assert!(!try_run("nbdinfo", &[&server.uri("")]).0);
+    let pki = Pki::new(dir.path().join("pki"));
+    let certificates = format!("&tls-certificates={}", text(&pki.anonymous()));
+    let uri = server.uri("").replace("nbd+", "nbds+") + &certificates;
+    assert!(!try_run("nbdinfo", &[&uri]).0, "no certificate is there");
+    let [_, good] = psk_uris(&server, "alice", &keys);
+    run("nbdinfo", &[&good]);
+    std::fs::copy(&stranger, &keys).unwrap();
+    let [_, new] = psk_uris(&server, "alice", &stranger);
+    run("nbdinfo", &[&new]);
 }
 
 /// Runs the server with arguments that it must refuse; what it says.
@@ -411,7 +499,7 @@ fn refused_start(args: &[&str]) -> String {
 fn wrong_settings_are_explained() {
     let dir = tempfile::tempdir().unwrap();
     let pki = Pki::new(dir.path().join("pki"));
-    let good = pki.server();
+    let good = pki.server("127.0.0.1");
     let broken = |name: &str, file: &str, contents: Option<&[u8]>| {
         let copy = dir.path().join(name);
         run("cp", &["-r", text(&good), text(&copy)]);
@@ -458,8 +546,9 @@ fn wrong_settings_are_explained() {
         assert!(text.contains(complaint), "{text}");
     }
     for (args, complaint) in [
-        (&["--tls", "require"][..], "with no certificates"),
-        (&["--tls-verify-peer"], "but TLS is off"),
+        (&["--tls", "require"][..], "with neither certificates nor"),
+        (&["--tls-psk", "/nonexistent"], "cannot read /nonexistent"),
+        (&["--tls-verify-peer"], "but TLS with certificates is off"),
         (&["--tls", "maybe"], "use off, on or require"),
         (
             &["--allow", "name=alice"],

@@ -179,7 +179,7 @@ fn slow_clients() {
                 .for_each(|stream| stream.write_all(&[byte]).unwrap());
         }
         for stream in &mut crowd {
-            let answer = everything(stream, 18 + 20 + 14 + 20 + 14 + 20 + 16 + 512);
+            let answer = everything(stream, 18 + 20 + 12 + 20 + 14 + 20 + 16 + 512);
             assert!(answer.ends_with(&[0x5a; 512]));
         }
         victim.serves();

@@ -74,6 +74,11 @@ fn what_a_shrink_cut_off_never_comes_back() {
             Err(ClientError::Unreachable { .. }) => {}
             other => panic!("round {round}: one owner is dead, and the answer is {other:?}"),
         }
+        let again = cluster.admin(resize(keep_bytes));
+        assert!(
+            again.is_err(),
+            "round {round}: nothing was cleared, and the answer is {again:?}"
+        );
         if round == 1 {
             let early = cluster.admin(resize(24 * MIB));
             assert!(

@@ -2,11 +2,13 @@
 
 mod args;
 mod start;
+mod tab;
 mod text;
 
 pub(crate) use args::{Attach, AttachmentVerb, Detach};
+pub(crate) use tab::TabError;
 
-use crate::args::Cli;
+use crate::args::{Cli, Noun};
 use crate::failure::Failure;
 use crate::output::print;
 use blockd::attach::{
@@ -18,17 +20,66 @@ use std::path::Path;
 
 /// `blockctl attach`.
 pub(crate) async fn attach(cli: &Cli, args: &Attach) -> Result<(), Failure> {
-    let dir = StateDir::open(args.runtime.dir())?;
-    let spec = args.spec(cli)?;
-    if args.foreground {
-        start_log();
-        return Ok(blockd::attach::run(spec, &dir, Ready::Notify).await?);
+    if args.all {
+        return attach_all(cli, args).await;
     }
-    let status = start::attach(&dir, spec).await?;
+    let status = match (args.tab, &args.target) {
+        (true, Some(target)) => {
+            attach_line(cli, args, &tab::line_of(&args.tab_file, target)?).await
+        }
+        _ => attach_one(cli, args, args).await,
+    };
+    let Some(status) = status? else {
+        return Ok(());
+    };
     if cli.json {
         return print(&json!(status).to_string());
     }
     print(&text::place(&status))
+}
+
+/// Every line is tried; the last failure is that of the command.
+async fn attach_all(cli: &Cli, args: &Attach) -> Result<(), Failure> {
+    let (mut all, mut last) = (Vec::new(), Ok(()));
+    for line in tab::read(&args.tab_file)?.iter().filter(|line| line.auto) {
+        match attach_line(cli, args, line).await {
+            Ok(status) => all.extend(status),
+            Err(failure) => {
+                eprintln!("blockctl: {}: {failure}", line.target);
+                last = Err(failure);
+            }
+        }
+    }
+    match cli.json {
+        true => print(&json!(all).to_string())?,
+        false => print(&text::list(&all))?,
+    }
+    last
+}
+
+/// `outer` is the command that named the tab file: what it says of this host holds.
+async fn attach_line(
+    cli: &Cli,
+    outer: &Attach,
+    line: &tab::TabLine,
+) -> Result<Option<Status>, Failure> {
+    let command = line.command(cli)?;
+    let Noun::Attach(args) = &command.noun else {
+        return Ok(None);
+    };
+    attach_one(&command, args, outer).await
+}
+
+/// `None` once an attachment in the foreground has ended.
+async fn attach_one(cli: &Cli, args: &Attach, outer: &Attach) -> Result<Option<Status>, Failure> {
+    let dir = StateDir::open(outer.runtime.dir())?;
+    let spec = args.spec(cli)?;
+    if outer.foreground {
+        start_log();
+        blockd::attach::run(spec, &dir, Ready::Notify).await?;
+        return Ok(None);
+    }
+    start::attach(&dir, spec).await.map(Some)
 }
 
 /// `blockctl detach`.
@@ -66,6 +117,14 @@ pub(crate) async fn attachment(cli: &Cli, verb: &AttachmentVerb) -> Result<(), F
                 ControlReply::Status(status) if cli.json => print(&json!(status).to_string()),
                 ControlReply::Status(status) => print(&text::moved(&status)),
                 _ => Err(unexpected()),
+            }
+        }
+        AttachmentVerb::Name { device, runtime } => {
+            let dir = StateDir::open(runtime.dir())?;
+            let target = blockd::attach::name_of(&dir, device)?;
+            match cli.json {
+                true => print(&json!({"volume": target}).to_string()),
+                false => print(&target),
             }
         }
         AttachmentVerb::Serve { runtime } => serve(&StateDir::open(runtime.dir())?).await,

@@ -1,5 +1,6 @@
 //! Why a command failed: what a person reads, what a program reads, and the exit code.
 
+use crate::attach::TabError;
 use blockd::admin::AdminErrorKind;
 use blockd::attach::AttachError;
 use std::path::PathBuf;
@@ -40,6 +41,8 @@ pub(crate) enum Failure {
     Tool { tool: String, reason: String },
     #[error("{0}")]
     Attach(#[from] AttachError),
+    #[error("{0}")]
+    Tab(#[from] TabError),
     #[error("interrupted")]
     Interrupted,
     /// `volume create --format` went wrong after the volume existed.
@@ -74,7 +77,7 @@ impl Failure {
             Self::Attach(error) => error.kind.name(),
             Self::VolumeIo(_) => "io",
             Self::UnexpectedReply { .. } => "unexpected_reply",
-            Self::File { .. } => "file",
+            Self::File { .. } | Self::Tab(_) => "file",
             Self::MissingTool { .. } => "missing_tool",
             Self::Tool { .. } => "tool",
             Self::Interrupted => "interrupted",

@@ -1,5 +1,7 @@
 use super::*;
+use crate::id::PageNo;
 use crate::io::framed::serve;
+use std::pin::Pin;
 use tokio::net::TcpListener;
 
 /// A server that welcomes everyone, answers reads, never answers flushes, and ends at a write.
@@ -120,4 +122,66 @@ fn control_payloads_must_be_consumed_whole() {
     bytes.push(0);
     assert!(decode_control::<u32>(Bytes::from(bytes).into()).is_err());
     assert!(decode_control::<u32>(wire::Payload::default()).is_err());
+}
+
+/// Polls a future once.
+async fn once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
+    poll_fn(|cx| Poll::Ready(Pin::new(&mut *future).poll(cx))).await
+}
+
+/// A server that reads nothing before it is told to; the pages of the writes that reach it then.
+async fn late_reader(listener: TcpListener, go: oneshot::Receiver<()>) -> Vec<u32> {
+    let (stream, _) = listener.accept().await.unwrap();
+    let mut frames = FrameStream::new(stream);
+    let hello = frames.next().await.unwrap().unwrap();
+    let welcome = Welcome {
+        version: wire::VERSION,
+        cluster_id: None,
+        node: NodeNo(1),
+        verifier: 1,
+    };
+    let welcome = hello.answer(Status::Ok, encode_control(&welcome));
+    frames.send(welcome).await.unwrap();
+    go.await.unwrap();
+    let mut pages = vec![];
+    loop {
+        let frame = frames.next().await.unwrap().unwrap();
+        match frame.kind {
+            Kind::Write => pages.push(frame.page.0),
+            _ => return pages,
+        }
+    }
+}
+
+/// Calls that are given up while their frames wait, in the outbox or behind a connection that takes
+/// nothing, are not sent; a frame that was begun is sent whole, and the others stay in order.
+#[tokio::test]
+async fn what_is_given_up_before_it_was_sent_is_not_sent() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (go, wait) = oneshot::channel();
+    let server = tokio::spawn(late_reader(listener, wait));
+    let link = peers(None).link(&address).await.unwrap();
+    let write = |page: u32| {
+        let mut frame = request(Kind::Write);
+        frame.page = PageNo(page);
+        frame.payload = Bytes::from(vec![1; 16 << 20]).into();
+        link.call(frame)
+    };
+    let mut calls: Vec<_> = (0..6).map(|page| Some(Box::pin(write(page)))).collect();
+    for call in calls.iter_mut().flatten() {
+        assert!(once(call).await.is_pending());
+    }
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
+    for page in [0, 2, 5] {
+        calls[page] = None;
+    }
+    let mut in_outbox = Box::pin(write(6));
+    assert!(once(&mut in_outbox).await.is_pending());
+    drop(in_outbox);
+    link.post(request(Kind::SpanEnd));
+    go.send(()).unwrap();
+    assert_eq!(server.await.unwrap(), [0, 1, 3, 4]);
 }

@@ -78,7 +78,7 @@ pub(super) async fn show(member: &Member, name: &str) -> Answer {
 }
 
 /// Changes the size. Shrinking loses what is beyond the new end, and is refused unless asked for.
-/// Before a growth every owner clears what is beyond the old end: an owner that was down during an
+/// A shrink that is repeated clears what an owner that was down did not. Before a growth every owner clears what is beyond the old end: an owner that was down during an
 /// earlier shrink may still have data there.
 pub(super) async fn resize(
     member: &Member,
@@ -107,7 +107,7 @@ pub(super) async fn resize(
     };
     let after = member.registry.update(build).await?;
     member.publish();
-    if after.size_bytes < now.size_bytes {
+    if after.size_bytes <= now.size_bytes {
         drop_beyond(member, &after).await.map_err(|error| {
             let text = format!("volume {name} has {size_bytes} bytes now, but {error}");
             refused(error.kind, text)

@@ -36,7 +36,15 @@ pub(crate) struct Args {
     /// Offer TLS with server-cert.pem and server-key.pem of this directory; they are read again when they change.
     #[arg(long, value_name = "DIR", help_heading = "TLS and access")]
     pub(crate) tls_certificates: Option<PathBuf>,
-    /// TLS on all sockets, unix sockets included: off, on (clients choose) or require. Default: require with certificates, else off.
+    /// Offer TLS with the pre-shared keys of this file of psktool (USER:KEY) instead; it is read again when it changes.
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "tls_certificates",
+        help_heading = "TLS and access"
+    )]
+    pub(crate) tls_psk: Option<PathBuf>,
+    /// TLS on all sockets, unix sockets included: off, on (clients choose) or require. Default: require with certificates or keys, else off.
     #[arg(long, value_name = "MODE", help_heading = "TLS and access")]
     pub(crate) tls: Option<TlsMode>,
     /// Accept in TLS only clients with a certificate that an authority in ca-cert.pem of the directory signed.
@@ -44,7 +52,7 @@ pub(crate) struct Args {
     pub(crate) tls_verify_peer: bool,
     /// Serve only clients that fit; may be repeated (one has to fit).
     ///
-    /// name=PATTERN fits the common name or a DNS name of the client's verified certificate (`*` is any text), address=ADDR[/BITS] its
+    /// name=PATTERN fits the common name or a DNS name of the client's verified certificate, or the user of its key (`*` is any text), address=ADDR[/BITS] its
     /// address, address=unix a unix socket. Separated by commas all kinds must fit: name=alice,name=*.example,address=10.0.0.0/8.
     #[arg(long, value_name = "RULE", help_heading = "TLS and access")]
     pub(crate) allow: Vec<Rule>,
@@ -68,6 +76,7 @@ impl Args {
             mode: self.tls,
             certificates: self.tls_certificates.clone(),
             verify_peer: self.tls_verify_peer,
+            psk: self.tls_psk.clone(),
         }
     }
 

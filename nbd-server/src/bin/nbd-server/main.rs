@@ -87,13 +87,12 @@ async fn serve_export<E: Export>(args: &Args, export: E) -> anyhow::Result<()> {
 }
 
 fn load_tls(args: &Args) -> anyhow::Result<Option<Tls>> {
-    let tls = args.tls_settings().load()?;
-    let proves_names = tls.as_ref().is_some_and(Tls::proves_names);
+    let settings = args.tls_settings();
     anyhow::ensure!(
-        proves_names || !args.access().asks_for_names(),
-        "--allow name=... fits nobody without --tls-verify-peer"
+        settings.proves_names() || !args.access().asks_for_names(),
+        "--allow name=... fits nobody without --tls-verify-peer or --tls-psk"
     );
-    Ok(tls)
+    Ok(settings.load()?)
 }
 
 /// Gives the shutdown signal at SIGTERM and SIGINT.

@@ -26,8 +26,22 @@ impl Runtime {
 #[derive(Debug, Args)]
 pub(crate) struct Attach {
     /// The volume, or VOL@SNAP for read-only
-    #[arg(value_name = "VOL[@SNAP]")]
-    pub(crate) target: String,
+    #[arg(value_name = "VOL[@SNAP]", required_unless_present = "all")]
+    pub(crate) target: Option<String>,
+    /// All lines of the tab file but those with `noauto`
+    #[arg(long, conflicts_with_all = ["target", "foreground", "tab"])]
+    pub(crate) all: bool,
+    /// With the servers and options that the tab file has for this volume
+    #[arg(long)]
+    pub(crate) tab: bool,
+    /// The tab file
+    #[arg(
+        long,
+        env = "BLOCKD_TAB",
+        value_name = "FILE",
+        default_value = "/etc/blockdtab"
+    )]
+    pub(crate) tab_file: PathBuf,
     /// This device; any free one if not given
     #[arg(long, value_name = "/dev/nbdN", conflicts_with = "socket")]
     pub(crate) device: Option<PathBuf>,
@@ -69,7 +83,7 @@ pub(crate) enum HaArg {
 impl Attach {
     pub(crate) fn spec(&self, cli: &Cli) -> Result<Spec, Failure> {
         Ok(Spec {
-            target: self.target.clone(),
+            target: self.target.clone().unwrap_or_default(),
             servers: cli.servers.clone(),
             device: self.device.clone(),
             socket: self.socket.as_deref().map(absolute).transpose()?,
@@ -121,6 +135,14 @@ pub(crate) enum AttachmentVerb {
         /// The server, HOST or HOST:PORT; one of those known or a new one
         #[arg(long, value_name = "SERVER")]
         to: String,
+        #[command(flatten)]
+        runtime: Runtime,
+    },
+    /// The volume of a device or partition; for udev
+    Name {
+        /// As the kernel calls it: nbd0, nbd0p1
+        #[arg(value_name = "DEV")]
+        device: String,
         #[command(flatten)]
         runtime: Runtime,
     },

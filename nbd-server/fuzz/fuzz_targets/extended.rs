@@ -1,0 +1,4 @@
+//! See `nbd_server_fuzz::extended`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| nbd_server_fuzz::extended(data));
