@@ -4,8 +4,9 @@
 use blockd::data::page_store::{PageAt, PageStore, ReadPart, StoreError, StoreOptions};
 use blockd::id::{Epoch, PageNo, SnapshotId, VolumeId};
 use bytes::Bytes;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::path::Path;
+use std::task::Poll;
 
 const VOLUME: VolumeId = VolumeId(7);
 
@@ -223,5 +224,25 @@ fn a_store_in_use_or_of_a_newer_version_is_refused() {
         let file = dir.path().join("log");
         let no_dir = PageStore::open(&file, options());
         assert!(matches!(no_dir, Err(StoreError::Directory { .. })));
+    });
+}
+
+#[test]
+fn a_large_write_that_is_dropped_between_two_turns_leaves_no_trace() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let store = open(dir.path());
+        let data = Bytes::from(vec![1; 1 << 20]);
+        let mut dropped = Box::pin(store.write(at(0, 0, 1 << 20), data, Epoch(3)));
+        let polled_once = poll_fn(|cx| Poll::Ready(dropped.as_mut().poll(cx))).await;
+        assert!(polled_once.is_pending());
+        drop(dropped);
+        assert_eq!(read(&store, at(0, 0, 4096), None).await, vec![0; 4096]);
+        assert_eq!(store.usage().slots_used, 0);
+        write(&store, at(0, 4096, 1 << 20), 2).await;
+        let bytes = read(&store, at(0, 0, 2 << 20), None).await;
+        let expected = |i| u8::from((4096..(1 << 20) + 4096).contains(&i)) * 2;
+        assert!((0..).zip(bytes).all(|(i, byte)| byte == expected(i)));
+        assert_eq!(store.usage().slots_total, 17, "its slots were used again");
     });
 }
