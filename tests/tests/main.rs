@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "system/attach_guest.rs"]
+mod attach_guest;
 #[path = "system/attach_socket.rs"]
 mod attach_socket;
 #[path = "system/bad_requests.rs"]

@@ -82,7 +82,7 @@ impl Daemon {
         let leg = Leg::new(volume, spec.read_only, meter);
         let mut record = Record::new(key, spec, unix_ms());
         let listener = control::listen(&dir.control_socket(&record.key))?;
-        let place = match Place::make(&leg, &mut record, before.as_ref(), dir).await {
+        let place = match Place::make(&client, &leg, &mut record, before.as_ref(), dir).await {
             Ok(place) => place,
             Err(error) => {
                 // Whatever was recorded before is still what the kernel has.
@@ -189,6 +189,9 @@ impl Daemon {
 
     async fn move_to(&mut self, server: &str) -> Result<(), AttachError> {
         self.client.prefer(server, self.leg.volume()).await?;
+        if let Some(first) = self.client.servers().first() {
+            self.place.move_to(first).await?;
+        }
         self.leg.meter().moved();
         self.record.spec.servers = self.client.servers();
         self.dir.save(&self.record)

@@ -10,6 +10,7 @@
 //! place        the socket or device that it is found at           place.rs
 //! proxy        the kernel's device on it                          proxy.rs
 //! exclusive    the writer lease                               exclusive.rs
+//! direct       the kernel's device on the servers' sockets       direct.rs
 //! record       what is attached here, and who serves it           record.rs
 //! control      status, move and detach of a running daemon        control.rs, status.rs
 //! names        /dev/blockd/VOL                                    names.rs
@@ -18,6 +19,7 @@
 
 mod control;
 mod daemon;
+mod direct;
 mod error;
 mod exclusive;
 mod leg;

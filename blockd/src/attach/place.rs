@@ -1,10 +1,13 @@
 //! Where an attached volume can be found: a device of the kernel, or a unix socket.
 
+use super::direct::DirectDevice;
 use super::error::{AttachError, AttachErrorKind};
 use super::leg::{Leg, LegExports};
 use super::names;
 use super::proxy::{ProxyDevice, left_by};
-use super::record::{Record, StateDir};
+use super::record::{Ha, Record, StateDir};
+use crate::client::Client;
+use nbd_server::kernel::Device;
 use nbd_server::{Listener, ServeOptions, Server, Shutdown, ShutdownSender};
 use std::future::pending;
 use std::io;
@@ -14,7 +17,7 @@ use tokio::task::JoinHandle;
 pub(super) enum Place {
     Socket(SocketPlace),
     Device {
-        device: Box<ProxyDevice>,
+        device: KernelDevice,
         link: Option<PathBuf>,
     },
 }
@@ -23,6 +26,7 @@ impl Place {
     /// Makes what the record's specification asks for. `before` is the record of a daemon that died:
     /// a device that the kernel still has for it is taken over.
     pub(super) async fn make(
+        client: &Client,
         leg: &Leg,
         record: &mut Record,
         before: Option<&Record>,
@@ -37,13 +41,14 @@ impl Place {
         }
         // udev asks for the name as soon as the kernel has the device.
         dir.save(record)?;
-        let device = ProxyDevice::connect(leg, record, left.map(|(_, device)| device)).await?;
+        let left = left.map(|(_, device)| device);
+        let device = KernelDevice::connect(client, leg, record, left).await?;
         record.device = Some(device.path());
         dir.save(record)?;
         let named = names::make(&record.spec.target, &device.path()).await;
         let link = named.inspect_err(|error| tracing::warn!("no link: {error}"));
         Ok(Self::Device {
-            device: Box::new(device),
+            device,
             link: link.ok(),
         })
     }
@@ -60,6 +65,17 @@ impl Place {
     pub(super) async fn resize(&mut self, size_bytes: u64) {
         if let Self::Device { device, .. } = self {
             device.resize(size_bytes).await;
+        }
+    }
+
+    /// Moves a direct device's connection; in the other modes the client's order of servers is all there is to change.
+    pub(super) async fn move_to(&mut self, peer_address: &str) -> Result<(), AttachError> {
+        match self {
+            Self::Device {
+                device: KernelDevice::Direct(device),
+                ..
+            } => device.move_to(peer_address).await,
+            Self::Device { .. } | Self::Socket(_) => Ok(()),
         }
     }
 
@@ -90,6 +106,60 @@ impl Place {
         } = self
         {
             names::remove(link, &device.path());
+        }
+    }
+}
+
+/// A device of the kernel, by who answers its requests.
+pub(super) enum KernelDevice {
+    Proxy(Box<ProxyDevice>),
+    Direct(Box<DirectDevice>),
+}
+
+impl KernelDevice {
+    async fn connect(
+        client: &Client,
+        leg: &Leg,
+        record: &Record,
+        left: Option<Device>,
+    ) -> Result<Self, AttachError> {
+        match record.spec.ha {
+            Ha::Proxy => {
+                let device = ProxyDevice::connect(leg, record, left).await?;
+                Ok(Self::Proxy(Box::new(device)))
+            }
+            Ha::Direct => {
+                let device = DirectDevice::connect(client, leg.volume(), record, left).await?;
+                Ok(Self::Direct(Box::new(device)))
+            }
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        match self {
+            Self::Proxy(device) => device.path(),
+            Self::Direct(device) => device.path(),
+        }
+    }
+
+    async fn resize(&mut self, size_bytes: u64) {
+        match self {
+            Self::Proxy(device) => device.resize(size_bytes).await,
+            Self::Direct(device) => device.resize(size_bytes).await,
+        }
+    }
+
+    async fn gone(&mut self) {
+        match self {
+            Self::Proxy(device) => device.gone().await,
+            Self::Direct(device) => device.gone().await,
+        }
+    }
+
+    async fn disconnect(&mut self, force: bool) -> Result<(), AttachError> {
+        match self {
+            Self::Proxy(device) => device.disconnect(force).await,
+            Self::Direct(device) => device.disconnect(force).await,
         }
     }
 }

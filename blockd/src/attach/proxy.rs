@@ -24,7 +24,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
 /// Logical block size in bytes: the smallest, so that any partition table and filesystem fits.
-const BLOCK_BYTES: u32 = 512;
+pub(super) const BLOCK_BYTES: u32 = 512;
 /// With one connection the timer costs nothing but a line in the kernel's log for a request that
 /// waits, and bounds the stall after the death of this process.
 const IO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -85,7 +85,7 @@ impl ProxyDevice {
         };
         let (driver, device) = blocking(move || request.connect(before)).await??;
         let (ender, ended) = mpsc::channel(connections.max(1) as usize);
-        let mut connected = Self {
+        let connected = Self {
             driver,
             device,
             backend,
@@ -98,7 +98,8 @@ impl ProxyDevice {
             is_down: false,
         };
         ours.into_iter().for_each(|socket| connected.serve(socket));
-        connected.settle(connections).await;
+        let slow = connections > 1;
+        settle(device, if slow { SLOW_IO_TIMEOUT } else { IO_TIMEOUT }).await;
         Ok(connected)
     }
 
@@ -116,52 +117,16 @@ impl ProxyDevice {
         });
     }
 
-    /// Queue and partitions; both read the device, so it must be served already.
-    async fn settle(&mut self, connections: u32) {
-        let device = self.device;
-        let settings = QueueSettings {
-            io_timeout: Some(if connections > 1 {
-                SLOW_IO_TIMEOUT
-            } else {
-                IO_TIMEOUT
-            }),
-            max_sectors_kb: Some(MAX_SECTORS_KB),
-            read_ahead_kb: Some(READ_AHEAD_KB),
-            no_scheduler: true,
-            ..QueueSettings::default()
-        };
-        let settled = blocking(move || {
-            device.tune(settings)?;
-            device.rescan_partitions()
-        });
-        if let Ok(Err(error)) | Err(error) = settled.await.map(|done| done.map_err(refusal)) {
-            tracing::warn!("the device works with other settings: {error}");
-        }
-    }
-
     /// Gives the device the size of its volume.
     pub(super) async fn resize(&mut self, size_bytes: u64) {
-        let device = self.device;
         let Driver::Netlink(kernel) = self.driver else {
             return;
         };
         if self.is_down || self.refused_bytes == Some(size_bytes) {
             return;
         }
-        let backend = self.backend.clone();
-        let resized = blocking(move || match device.size_bytes()? {
-            now_bytes if now_bytes == size_bytes => Ok(false),
-            _ => kernel.resize(device.0, &backend, size_bytes).map(|()| true),
-        });
-        match resized.await {
-            Ok(Ok(true)) => tracing::info!(size_bytes, "resized"),
-            Ok(Ok(false)) => {}
-            Ok(Err(error)) => {
-                tracing::warn!("{error}");
-                self.refused_bytes = Some(size_bytes);
-            }
-            Err(error) => tracing::warn!("{error}"),
-        }
+        let done = resized(kernel, self.device, &self.backend, size_bytes).await;
+        self.refused_bytes = (!done).then_some(size_bytes);
     }
 
     /// Returns when the device was taken down by somebody else. Connections that the kernel has
@@ -239,6 +204,54 @@ impl ProxyDevice {
         }
         self.is_down = true;
         Ok(())
+    }
+}
+
+/// Queue and partitions; both read the device, so it must be served already.
+pub(super) async fn settle(device: Device, io_timeout: Duration) {
+    let settings = QueueSettings {
+        io_timeout: Some(io_timeout),
+        max_sectors_kb: Some(MAX_SECTORS_KB),
+        read_ahead_kb: Some(READ_AHEAD_KB),
+        no_scheduler: true,
+        ..QueueSettings::default()
+    };
+    let settled = blocking(move || {
+        device.tune(settings)?;
+        device.rescan_partitions()
+    });
+    if let Ok(Err(error)) | Err(error) = settled.await.map(|done| done.map_err(refusal)) {
+        tracing::warn!("the device works with other settings: {error}");
+    }
+}
+
+/// Gives a device the size of its volume; `false`, once it is said, if it cannot have it.
+pub(super) async fn resized(
+    kernel: Kernel,
+    device: Device,
+    backend: &str,
+    size_bytes: u64,
+) -> bool {
+    let backend = backend.to_owned();
+    let resized = blocking(move || match device.size_bytes()? {
+        now_bytes if now_bytes == size_bytes => Ok(false),
+        _ => kernel.resize(device.0, &backend, size_bytes).map(|()| true),
+    });
+    match resized.await {
+        Ok(Ok(changed)) => {
+            if changed {
+                tracing::info!(size_bytes, "resized");
+            }
+            true
+        }
+        Ok(Err(error)) => {
+            tracing::warn!("{error}");
+            false
+        }
+        Err(error) => {
+            tracing::warn!("{error}");
+            true
+        }
     }
 }
 
@@ -326,7 +339,7 @@ pub async fn detach_unserved(record: &Record, force: bool) -> Result<(), AttachE
     blocking(move || disconnect(Kernel::open().map_err(refusal)?, device, force)).await?
 }
 
-fn disconnect(kernel: Kernel, device: Device, force: bool) -> Result<(), AttachError> {
+pub(super) fn disconnect(kernel: Kernel, device: Device, force: bool) -> Result<(), AttachError> {
     let _claim = claim(device, force)?;
     kernel.disconnect(device.0).map_err(refusal)
 }
@@ -365,7 +378,7 @@ fn users(device: Device) -> String {
     }
 }
 
-fn wanted(record: &Record) -> Result<Option<u32>, AttachError> {
+pub(super) fn wanted(record: &Record) -> Result<Option<u32>, AttachError> {
     let Some(path) = &record.spec.device else {
         return Ok(None);
     };
@@ -401,14 +414,14 @@ fn borrowed(sockets: &[StdUnixStream]) -> Vec<BorrowedFd<'_>> {
 }
 
 /// Runs what waits for the kernel, which may wait for us, on another thread.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, AttachError> {
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|error| AttachError::new(AttachErrorKind::System, error.to_string()))
 }
 
-fn refusal(error: KernelError) -> AttachError {
+pub(super) fn refusal(error: KernelError) -> AttachError {
     let kind = match &error {
         KernelError::NoModule(_) | KernelError::TooOld { .. } => AttachErrorKind::NoModule,
         KernelError::NoPermission(_) => AttachErrorKind::Permission,

@@ -247,10 +247,30 @@ impl Client {
     /// It does not answer, belongs to another cluster, or does not know the volume.
     pub async fn prefer(&self, server: &str, volume: &Volume) -> Result<(), ClientError> {
         let server = with_peer_port(server);
+        let info = self.open_at(&server, volume).await?;
+        let mut needed: Vec<String> = info.nodes.into_iter().map(|(_, address)| address).collect();
+        needed.push(server.clone());
+        let mut servers = self.lock_servers();
+        servers.retain(|known| *known != server);
+        servers.insert(0, server);
+        drop(servers);
+        self.shared.peers.close_others(&needed);
+        Ok(())
+    }
+
+    /// Asks one server whether it serves the cluster and `volume`.
+    ///
+    /// # Errors
+    /// It does not answer, belongs to another cluster, or does not know the volume.
+    pub async fn check_serves(&self, server: &str, volume: &Volume) -> Result<(), ClientError> {
+        self.open_at(server, volume).await.map(|_| ())
+    }
+
+    async fn open_at(&self, server: &str, volume: &Volume) -> Result<OpenInfo, ClientError> {
         let limit = self.shared.options.admin_deadline;
-        let asked = timeout(limit, self.ask(&server, &open_request(volume.name()))).await;
+        let asked = timeout(limit, self.ask(server, &open_request(volume.name()))).await;
         let unreachable = |reason: String| ClientError::Unreachable {
-            servers: server.clone(),
+            servers: server.to_owned(),
             reason,
         };
         let asked = asked.map_err(|_| unreachable("no answer in time".to_owned()))?;
@@ -260,14 +280,7 @@ impl Client {
             ));
         };
         volume.check_same(&info)?;
-        let mut needed: Vec<String> = info.nodes.into_iter().map(|(_, address)| address).collect();
-        needed.push(server.clone());
-        let mut servers = self.lock_servers();
-        servers.retain(|known| *known != server);
-        servers.insert(0, server);
-        drop(servers);
-        self.shared.peers.close_others(&needed);
-        Ok(())
+        Ok(info)
     }
 
     async fn ask(

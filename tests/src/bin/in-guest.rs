@@ -1,6 +1,7 @@
 //! What `nbd_server::kernel` does with a real kernel; `tests/system/kernel.rs` runs it in the guest, as root.
 //!
 //! Usage: in-guest SCENARIO...; prints `ok SCENARIO` for each, and panics at the first that fails.
+//!        in-guest probe FILE; writes to FILE until /tmp/stop is there, see `probe`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
@@ -10,9 +11,11 @@ use nbd_server::kernel::{
 };
 use nbd_server::open_export;
 use std::fs::File;
+use std::io::Write as _;
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -27,7 +30,13 @@ const BACKEND: &str = "blockd-test-7";
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() {
-    for scenario in std::env::args().skip(1) {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if let [probe, path] = words.as_slice()
+        && probe == "probe"
+    {
+        return self::probe(path);
+    }
+    for scenario in words {
         match scenario.as_str() {
             "refusals" => refusals(),
             "filesystem" => filesystem(),
@@ -39,6 +48,30 @@ fn main() {
             other => panic!("no scenario {other}"),
         }
         println!("ok {scenario}");
+    }
+}
+
+/// One durable write of 4 KiB after the other; /tmp/count has their number, /tmp/slow a line for each that took long, in ms.
+fn probe(path: &str) {
+    const SLOW: Duration = Duration::from_millis(10);
+    let file = File::create(path).unwrap();
+    let append = |line: String| {
+        let slow = File::options().create(true).append(true).open("/tmp/slow");
+        slow.unwrap().write_all(line.as_bytes()).unwrap();
+    };
+    let mut count = 0_u64;
+    while !Path::new("/tmp/stop").exists() {
+        let before = Instant::now();
+        file.write_all_at(&count.to_le_bytes().repeat(512), count % 16 * 4096)
+            .unwrap();
+        file.sync_data().unwrap();
+        let took = before.elapsed();
+        if took > SLOW {
+            append(format!("{}\n", took.as_millis()));
+        }
+        count += 1;
+        std::fs::write("/tmp/count", count.to_string()).unwrap();
+        sleep(Duration::from_millis(5));
     }
 }
 
@@ -283,12 +316,14 @@ fn reconnect() {
 }
 
 fn dead_timeout() {
+    // Where nothing has been read yet: the cache needs no server.
+    const FAR: u64 = 32 * MIB;
     let server = MemoryServer::start(10_905);
     let mut attached = Attached::new(&server, Duration::from_secs(2));
     let file = attached.open();
     attached.socket.shutdown(Shutdown::Both).unwrap();
     let mut block = vec![0; 4096];
-    let error = file.read_exact_at(&mut block, 0).unwrap_err();
+    let error = file.read_exact_at(&mut block, FAR).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
     // A dead device comes back all the same.
     let (socket, _) = server.open();
@@ -297,7 +332,7 @@ fn dead_timeout() {
         .reconnect(attached.device.0, BACKEND, &[socket.as_fd()]);
     given.unwrap();
     attached.socket = socket;
-    file.read_exact_at(&mut block, 0).unwrap();
+    file.read_exact_at(&mut block, FAR).unwrap();
 }
 
 fn partitions() {
