@@ -50,7 +50,7 @@ pub(super) fn remove(link: &Path, device: &Path) {
 /// udev's links are relative, ours are not.
 fn points_to(link: &Path, device: &Path) -> bool {
     let at = fs::read_link(link).ok();
-    let at = at.and_then(|to| Some(link.parent()?.join(to).canonicalize().ok()?));
+    let at = at.and_then(|to| link.parent()?.join(to).canonicalize().ok());
     at.is_some_and(|at| at == device)
 }
 

@@ -532,7 +532,7 @@ pub fn decode_layers(reply: Frame, len_bytes: u32) -> Result<Vec<LayerRun>, Wire
     }
     let layers: Vec<LayerRun> = payload.chunks_exact(8).map(layer_run).collect();
     let covered: u64 = layers.iter().map(|run| run.len_bytes).sum();
-    match payload.len() % 8 == 0 && covered == u64::from(len_bytes) {
+    match payload.len().is_multiple_of(8) && covered == u64::from(len_bytes) {
         true => Ok(layers),
         false => Err(WireError::Runs),
     }

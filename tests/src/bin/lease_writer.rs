@@ -4,7 +4,7 @@
 //! are STRIDE bytes apart, all at once. Prints `held EPOCH`, then `writing`; for each place at its
 //! first refusal `fenced TEXT`, then `lost TEXT` as the lease says it, and ends with 3.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 use blockd::client::{Client, ClientError, ClientOptions, HolderText, Volume};
 use bytes::Bytes;

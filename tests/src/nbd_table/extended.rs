@@ -249,7 +249,8 @@ fn some_contexts(target: &Target) {
         .map(|(id, _)| *id)
         .collect();
     let mut ids = ids;
-    (found.sort_unstable(), ids.sort_unstable());
+    found.sort_unstable();
+    ids.sort_unstable();
     assert_eq!(found, ids);
     alive(&mut raw);
 }

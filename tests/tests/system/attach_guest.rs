@@ -91,7 +91,7 @@ impl<'a> Attached<'a> {
             .lines()
             .filter_map(|line| line.parse::<u64>().ok())
             .max();
-        println!(
+        eprintln!(
             "{}: {event}: longest write {} ms",
             self.volume,
             longest.unwrap_or(0)
