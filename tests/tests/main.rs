@@ -24,6 +24,8 @@ mod lost_owners;
 mod nbd_clients;
 #[path = "system/nbd_oracle.rs"]
 mod nbd_oracle;
+#[path = "system/nbd_restarts.rs"]
+mod nbd_restarts;
 #[path = "system/resizes.rs"]
 mod resizes;
 #[path = "system/restart.rs"]
