@@ -36,6 +36,8 @@ mod nbd_clients;
 mod nbd_oracle;
 #[path = "system/nbd_tls.rs"]
 mod nbd_tls;
+#[path = "system/nbd_restarts.rs"]
+mod nbd_restarts;
 #[path = "system/resizes.rs"]
 mod resizes;
 #[path = "system/restart.rs"]

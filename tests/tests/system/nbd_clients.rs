@@ -261,6 +261,76 @@ fn lists_all_exports(server: &Server) {
     }
 }
 
+/// `qemu-nbd --list` shows each export with its contexts, and `qemu-img bench` runs.
+#[test]
+fn qemu_nbd_list_and_bench() {
+    let cluster = Cluster::three();
+    cluster.create("v", SIZE);
+    cluster.snapshot("v@s");
+    let server = &cluster.servers[1];
+    let (address, socket) = (server.address.to_string(), server.socket());
+    for arguments in [vec!["-L", "-b", &address], vec!["-L", "-k", text(&socket)]] {
+        let listed = run(60, "qemu-nbd", &arguments);
+        assert!(listed.contains("exports available: 2"), "{listed}");
+        for word in ["'v'", "'v@s'", "base:allocation", "readonly", "multi"] {
+            assert!(listed.contains(word), "{word}: {listed}");
+        }
+    }
+    for uri in server.uris("v") {
+        let write = ["-w", "--flush-interval=100", "--pattern=7"];
+        for more in [&[][..], &write] {
+            let bench = [
+                "bench", "-f", "raw", "-c", "2000", "-d", "32", "-s", "4096", &uri,
+            ];
+            run(60, "qemu-img", bench.iter().chain(more));
+        }
+    }
+}
+
+/// Malformed requests of libnbd without its checks: the right errors, and the connection lives.
+#[test]
+fn nbdsh_without_strict_mode() {
+    let script = r"
+h.set_strict_mode(0)
+def errno(f, *args, **kw):
+    try:
+        f(*args, **kw)
+        return 'OK'
+    except nbd.Error as e:
+        return e.errno
+size = h.get_size()
+for f, end in ((h.pread, 'EINVAL'), (h.trim, 'EINVAL'), (h.cache, 'EINVAL'), (h.zero, 'ENOSPC')):
+    for offset in (size, size - 511, 2**63, 2**64 - 512):
+        assert errno(f, 512, offset) == end, (f, offset)
+    for flags in (1 << 14, nbd.CMD_FLAG_REQ_ONE):
+        assert errno(f, 512, 0, flags=flags) == 'EINVAL', (f, flags)
+assert errno(h.pwrite, b'x' * 512, size) == 'ENOSPC'
+assert errno(h.pwrite, b'x' * 512, 0, flags=nbd.CMD_FLAG_DF) == 'EINVAL'
+assert errno(h.block_status, 0, 0, lambda *a: 0) == 'EINVAL'
+for f in (h.trim, h.zero):
+    assert errno(f, 0, 0) == 'OK'
+    assert errno(f, 512, 0, flags=nbd.CMD_FLAG_FUA) == 'OK'
+assert errno(h.flush) == 'OK'
+h.pwrite(b'y' * 512, 0, nbd.CMD_FLAG_FUA)
+assert h.pread(2, 511) == b'y\0'
+print('done')
+";
+    let cluster = Cluster::three();
+    cluster.create("v", SIZE);
+    for uri in cluster.servers[2].uris("v") {
+        let shell = [
+            "PATH=/usr/bin:/bin",
+            "nbdsh",
+            "--base-allocation",
+            "-u",
+            &uri,
+            "-c",
+            script,
+        ];
+        assert_eq!(run(60, "env", shell).trim(), "done");
+    }
+}
+
 /// `nbdcopy` with four connections in and out of every server.
 #[test]
 fn nbdcopy_with_four_connections() {
