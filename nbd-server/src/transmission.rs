@@ -351,7 +351,8 @@ where
     }
 
     /// Receives while nothing more is started, as far as the buffer has room: that the client is
-    /// gone must be seen also when all its requests wait.
+    /// gone must be seen also when all its requests wait. Behind a full buffer it is not seen: what
+    /// the socket still holds may end in DISC, so that its hang-up alone (RDHUP) does not tell.
     fn receive_ahead(&mut self, cx: &mut Context<'_>) -> bool {
         let (_, max_bytes) = self.decoder.receive_target();
         max_bytes > 0 && !self.decoder.has_goodbye() && self.receive(cx)
