@@ -74,16 +74,6 @@ impl TestServer {
         format!("nbd://{}/{name}", self.tcp)
     }
 
-    /// Resident memory in KiB, now and at its highest.
-    pub(crate) fn resident_kib(&self) -> (u64, u64) {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let field = |name: &str| {
-            let line = status.lines().find(|line| line.starts_with(name)).unwrap();
-            line.split_whitespace().nth(1).unwrap().parse().unwrap()
-        };
-        (field("VmRSS:"), field("VmHWM:"))
-    }
-
     /// Asks the server to stop and waits; whether it ended well.
     pub(crate) fn stop(mut self) -> bool {
         let pid = rustix::process::Pid::from_child(&self.child);
