@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "system/attach_qemu.rs"]
+mod attach_qemu;
 #[path = "system/attach_socket.rs"]
 mod attach_socket;
 #[path = "system/bad_requests.rs"]

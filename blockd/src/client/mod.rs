@@ -248,7 +248,11 @@ impl Client {
     pub async fn prefer(&self, server: &str, volume: &Volume) -> Result<(), ClientError> {
         let server = with_peer_port(server);
         let limit = self.shared.options.admin_deadline;
-        let asked = timeout(limit, self.ask(&server, &open_request(volume.name()))).await;
+        let asked = timeout(
+            limit,
+            self.ask(&server, &open_request(&volume.current_name())),
+        )
+        .await;
         let unreachable = |reason: String| ClientError::Unreachable {
             servers: server.clone(),
             reason,
