@@ -75,9 +75,11 @@ make_initrd() {
         unpack_module "$module" tree/modules
         [ ! -e "tree/modules/$module.ko" ] || echo "$module" >>tree/modules/order
     done
-    # For the guest's own `modprobe nbd`.
-    unpack_module nbd "$later"
-    echo "nbd.ko:" >"$later/modules.dep"
+    # For the guest's own `modprobe nbd`, and for disks that QEMU gives it.
+    for module in nbd virtio_blk; do
+        unpack_module "$module" "$later"
+        echo "$module.ko:" >>"$later/modules.dep"
+    done
     cp "$here"/tests/guest/init tree/init
     cp "$here"/tests/guest/agent tree/agent
     chmod +x tree/init tree/agent

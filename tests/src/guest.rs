@@ -34,11 +34,18 @@ impl Guest {
     /// Boots a guest and waits until it runs commands.
     #[must_use]
     pub fn boot() -> Self {
+        Self::boot_with(&[])
+    }
+
+    /// As [`Self::boot`], with further arguments of QEMU.
+    #[must_use]
+    pub fn boot_with(arguments: &[&str]) -> Self {
         let image = image();
         let addresses = AddressBlock::claim();
         let agent = SocketAddr::from((addresses.of(253), AGENT_PORT));
         let directory = tempfile::tempdir().unwrap();
         let process = qemu(&image, agent, &directory.path().join("console"))
+            .args(arguments)
             .spawn()
             .expect("QEMU starts; see scripts/deps.sh test");
         let guest = Self {
@@ -144,7 +151,7 @@ fn qemu(image: &Path, agent: SocketAddr, console: &Path) -> Command {
     command.arg("-initrd").arg(image.join("initrd"));
     command.args([
         "-append",
-        "console=ttyS0 quiet panic=-1 rdinit=/init mitigations=off",
+        "console=ttyS0 quiet panic=-1 rdinit=/init mitigations=off no_timer_check",
     ]);
     command
         .arg("-netdev")

@@ -4,6 +4,8 @@
 
 #[path = "system/attach_guest.rs"]
 mod attach_guest;
+#[path = "system/attach_qemu.rs"]
+mod attach_qemu;
 #[path = "system/attach_socket.rs"]
 mod attach_socket;
 #[path = "system/bad_requests.rs"]
@@ -34,10 +36,10 @@ mod lost_owners;
 mod nbd_clients;
 #[path = "system/nbd_oracle.rs"]
 mod nbd_oracle;
-#[path = "system/nbd_tls.rs"]
-mod nbd_tls;
 #[path = "system/nbd_restarts.rs"]
 mod nbd_restarts;
+#[path = "system/nbd_tls.rs"]
+mod nbd_tls;
 #[path = "system/resizes.rs"]
 mod resizes;
 #[path = "system/restart.rs"]

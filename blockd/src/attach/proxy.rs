@@ -355,7 +355,7 @@ fn claim(device: Device, force: bool) -> Result<Option<std::fs::File>, AttachErr
         .custom_flags(libc::O_EXCL)
         .open(&path);
     let busy = |users: String| {
-        let text = format!("{} is in use: {users}; unmount it first", path.display());
+        let text = format!("{} is in use: {users}", path.display());
         AttachError::new(AttachErrorKind::Busy, text)
     };
     let file = match open {

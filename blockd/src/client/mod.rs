@@ -268,7 +268,11 @@ impl Client {
 
     async fn open_at(&self, server: &str, volume: &Volume) -> Result<OpenInfo, ClientError> {
         let limit = self.shared.options.admin_deadline;
-        let asked = timeout(limit, self.ask(server, &open_request(volume.name()))).await;
+        let asked = timeout(
+            limit,
+            self.ask(server, &open_request(&volume.current_name())),
+        )
+        .await;
         let unreachable = |reason: String| ClientError::Unreachable {
             servers: server.to_owned(),
             reason,

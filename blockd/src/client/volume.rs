@@ -6,7 +6,7 @@ use super::lease::LeaseMark;
 use super::patience::Patience;
 use super::replay::{Change, Replay};
 use super::{Client, ClientError, Extent, IoErrorKind, OwnerState};
-use crate::admin::OpenInfo;
+use crate::admin::{AdminErrorKind, AdminReply, AdminRequest, OpenInfo};
 use crate::data::error::DataError;
 use crate::data::forward::{self, ForwardError, PartIo, Since};
 use crate::data::router::{Part, RoutingTable};
@@ -359,8 +359,16 @@ impl Volume {
         if !Arc::ptr_eq(&before, &self.opened()) {
             return Ok(());
         }
-        let info = self.shared.client.open_info(&self.shared.name).await?;
-        self.check_same(&info)?;
+        let info = match self.shared.client.open_info(&self.current_name()).await {
+            Err(ClientError::Refused(refusal)) if refusal.kind == AdminErrorKind::NotFound => {
+                self.open_renamed(refusal.into()).await?
+            }
+            Ok(info) if self.check_same(&info).is_err() => {
+                let gone = failed("open", 0, 0, IoErrorKind::Gone);
+                self.open_renamed(gone).await?
+            }
+            opened => opened?,
+        };
         let mut opened = self
             .shared
             .opened
@@ -368,6 +376,33 @@ impl Volume {
             .unwrap_or_else(PoisonError::into_inner);
         *opened = Arc::new(Opened::new(info));
         Ok(())
+    }
+
+    /// The name that the volume had when it was last refreshed, with that of the snapshot.
+    pub(super) fn current_name(&self) -> String {
+        let volume = &self.opened().info.volume.name;
+        match self.shared.name.split_once('@') {
+            Some((_, snapshot)) => format!("{volume}@{snapshot}"),
+            None => volume.clone(),
+        }
+    }
+
+    /// Opens the volume under the name that it has now; `gone` if there is none of its id.
+    async fn open_renamed(&self, gone: ClientError) -> Result<OpenInfo, ClientError> {
+        let client = &self.shared.client;
+        let AdminReply::Volumes(volumes) = client.admin(AdminRequest::VolumeList).await? else {
+            return Err(gone);
+        };
+        let id = self.opened().info.volume.id;
+        let Some(volume) = volumes.into_iter().find(|volume| volume.id == id) else {
+            return Err(gone);
+        };
+        let name = match self.shared.name.split_once('@') {
+            Some((_, snapshot)) => format!("{}@{snapshot}", volume.name),
+            None => volume.name,
+        };
+        let info = client.open_info(&name).await?;
+        self.check_same(&info).map(|()| info)
     }
 
     /// `Gone` unless `info` is of the volume that was opened.

@@ -299,15 +299,20 @@ fn a_daemon_that_was_killed_is_started_again() {
     assert_eq!(attachments.list().len(), 0);
 }
 
-/// A new size reaches an attached volume by itself.
+/// A new size reaches an attached volume by itself, also under another name.
 #[test]
 fn a_resize_is_seen_by_the_next_connection() {
     let cluster = Cluster::three();
     cluster.create("v", 8 * MIB);
     let attachments = Attachments::new(&cluster);
     let socket = attachments.socket("v");
-    let resize = AdminRequest::VolumeResize {
+    let rename = AdminRequest::VolumeRename {
         name: "v".to_owned(),
+        new_name: "w".to_owned(),
+    };
+    cluster.admin(rename).unwrap();
+    let resize = AdminRequest::VolumeResize {
+        name: "w".to_owned(),
         size_bytes: 24 * MIB,
         allow_shrink: false,
     };

@@ -17,6 +17,11 @@ use blockd::attach::{
 };
 use serde_json::json;
 use std::path::Path;
+use std::time::Duration;
+
+/// How often, and for how long in all, a daemon that ends is waited for.
+const ENDING_POLL: Duration = Duration::from_millis(50);
+const ENDING_POLLS: u32 = 40;
 
 /// `blockctl attach`.
 pub(crate) async fn attach(cli: &Cli, args: &Attach) -> Result<(), Failure> {
@@ -106,7 +111,7 @@ pub(crate) async fn attachment(cli: &Cli, verb: &AttachmentVerb) -> Result<(), F
         AttachmentVerb::Status { name, runtime } => {
             let dir = StateDir::open(runtime.dir())?;
             let status = status_of(cli, &dir, &dir.find(name)?).await?;
-            show(cli, &status)
+            show(cli, &status.ok_or_else(|| not_attached(name))?)
         }
         AttachmentVerb::Move { name, to, runtime } => {
             let dir = StateDir::open(runtime.dir())?;
@@ -148,7 +153,7 @@ async fn serve(dir: &StateDir) -> Result<(), Failure> {
 async fn list(cli: &Cli, dir: &StateDir) -> Result<(), Failure> {
     let mut all = Vec::new();
     for record in dir.list()? {
-        all.push(status_of(cli, dir, &record).await?);
+        all.extend(status_of(cli, dir, &record).await?);
     }
     if cli.json {
         return print(&json!(all).to_string());
@@ -156,15 +161,23 @@ async fn list(cli: &Cli, dir: &StateDir) -> Result<(), Failure> {
     print(&text::list(&all))
 }
 
-/// What the daemon says, or the record if there is no daemon.
-async fn status_of(cli: &Cli, dir: &StateDir, record: &Record) -> Result<Status, Failure> {
-    if !dir.is_served(&record.key)? {
-        return Ok(Status::of_record(record));
+/// What the daemon says, or the record if there is no daemon; nothing if it was detached meanwhile.
+async fn status_of(cli: &Cli, dir: &StateDir, record: &Record) -> Result<Option<Status>, Failure> {
+    let mut ended = None;
+    for _ in 0..ENDING_POLLS {
+        if !dir.is_served(&record.key)? {
+            let left = dir.load(&record.key)?;
+            return Ok(left.as_ref().map(Status::of_record));
+        }
+        match control(cli, dir, record, &ControlRequest::Status).await {
+            Ok(ControlReply::Status(status)) => return Ok(Some(*status)),
+            Ok(_) => return Err(unexpected()),
+            // Its socket is gone a moment before its lock when it ends just now.
+            Err(failure) => ended = Some(failure),
+        }
+        tokio::time::sleep(ENDING_POLL).await;
     }
-    match control(cli, dir, record, &ControlRequest::Status).await? {
-        ControlReply::Status(status) => Ok(*status),
-        _ => Err(unexpected()),
-    }
+    Err(ended.unwrap_or_else(unexpected))
 }
 
 async fn control(
@@ -189,6 +202,11 @@ fn show(cli: &Cli, status: &Status) -> Result<(), Failure> {
         true => print(&json!(status).to_string()),
         false => print(&text::status(status)),
     }
+}
+
+fn not_attached(name: &str) -> Failure {
+    let text = format!("{name} is not attached here any more");
+    AttachError::new(AttachErrorKind::NotAttached, text).into()
 }
 
 fn unexpected() -> Failure {
