@@ -23,7 +23,7 @@ fn a_guest_on_the_socket_survives_each_server() {
     let guest = Guest::boot_with(&["-blockdev", &drive, "-device", device]);
     let prepare =
         "modprobe virtio_blk && mkfs.ext4 -q /dev/vda && mkdir -p /mnt/v && mount /dev/vda /mnt/v";
-    guest.run(120, prepare).ok();
+    drop(guest.run(120, prepare).ok());
     let fio = guest.start(
         240,
         "cd /tmp && fio --name=v --directory=/mnt/v --rw=randrw --bs=4k-32k --ioengine=libaio --direct=1 \
@@ -44,7 +44,7 @@ fn a_guest_on_the_socket_survives_each_server() {
     let ran = fio.wait().ok();
     assert!(ran.stdout.contains("err= 0"), "{ran:?}");
     assert!(kills >= 3, "{kills} kills");
-    guest.run(120, "umount /mnt/v && e2fsck -fn /dev/vda").ok();
+    drop(guest.run(120, "umount /mnt/v && e2fsck -fn /dev/vda").ok());
     let dmesg = guest.dmesg();
     for complaint in ["I/O error", "EXT4-fs error", "blocked for more than"] {
         assert!(!dmesg.contains(complaint), "{dmesg}");
