@@ -29,11 +29,14 @@ impl Ran {
     }
 }
 
-/// Path of a binary of this workspace, built for the same profile as the running test.
+/// Path of a binary of this workspace, built for the same profile as the running test or program.
 #[must_use]
 pub fn binary(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let profile = test.parent().and_then(|deps| deps.parent()).unwrap();
+    let me = std::env::current_exe().unwrap();
+    let mut profile = me.parent().unwrap();
+    if profile.ends_with("deps") {
+        profile = profile.parent().unwrap();
+    }
     let path = profile.join(name);
     assert!(
         path.exists(),

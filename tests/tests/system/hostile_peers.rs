@@ -3,7 +3,7 @@
 
 use blockd::id::VolumeId;
 use blockd::io::wire::{Frame, HEADER_BYTES, Kind, MAX_PAYLOAD_BYTES};
-use blockd_tests::{Cluster, MIB, Random, Server};
+use blockd_tests::{Cluster, ClusterOptions, MIB, Random, Server};
 use bytes::BytesMut;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -213,7 +213,11 @@ fn half_and_lying_nbd_requests() {
 /// A thousand connections that say nothing, on the peer port and on NBD, in every phase.
 #[test]
 fn a_thousand_idle_connections() {
-    let cluster = Cluster::three();
+    let config = "nbd_connections_per_address = 2000\n".to_owned();
+    let cluster = Cluster::start(&ClusterOptions {
+        config,
+        ..ClusterOptions::default()
+    });
     cluster.create("v", 8 * MIB);
     let server = &cluster.servers[2];
     let silent: Vec<TcpStream> = (0..CROWD)
