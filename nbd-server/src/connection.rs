@@ -22,7 +22,8 @@ use crate::transmission;
 pub struct ServeOptions {
     /// Time for the whole handshake.
     pub handshake_deadline: Duration,
-    /// How long a connection may hold payload bytes without progress of its socket while others wait for the budget.
+    /// How long a connection may hold payload bytes and move less than one in `limits::STALL_SHARE` of them while others wait for the
+    /// budget.
     pub stall_deadline: Duration,
     /// Payload bytes that all connections with a clone of these options share.
     pub budget: Budget,
@@ -87,8 +88,10 @@ pub enum ConnectionError {
     /// A refused WRITE is larger than `limits::DRAIN_BYTES`.
     #[error("a payload of {0} bytes is too large to be skipped")]
     PayloadTooLarge(u64),
-    /// The client held payload bytes without progress while others waited.
-    #[error("the client made no progress for {0:?} while others waited for the payload budget")]
+    /// The client held payload bytes and moved too few of them while others waited.
+    #[error(
+        "the client moved too little of what it holds of the payload budget within {0:?} while others waited for it"
+    )]
     Stalled(Duration),
 }
 

@@ -48,12 +48,17 @@ pub const SEND_BYTES: usize = 256 << 10;
 pub const CONNECTIONS_MAX: usize = 1024;
 /// Connections from one address, so that one client does not keep all others out.
 pub const CONNECTIONS_PER_ADDRESS_MAX: usize = 512;
+/// One in so many connections is kept for unix sockets, if the server listens on one: others cannot keep local programs out.
+pub const LOCAL_SHARE: usize = 16;
 /// Pending connections in the kernel: a burst of clients that reconnect at once.
 pub const LISTEN_BACKLOG: u32 = 1024;
 /// Time for the whole handshake.
 pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
-/// How long a connection may hold payload bytes without any progress of its socket while others wait for the budget.
+/// How long a connection may hold payload bytes of the budget and move less than its share of them while others wait.
 pub const STALL_DEADLINE: Duration = Duration::from_secs(30);
+/// That share, one in so many: others wait for at most so many deadlines (8 minutes), and a client that holds all it may keeps its
+/// connection with 1.2 Mbit/s.
+pub const STALL_SHARE: u64 = 16;
 /// Silence on a TCP connection after which the kernel asks whether the peer still lives.
 pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 /// How long a draining server lets a handshake go on (to be told so), and waits for a client to close after it has closed itself.

@@ -53,6 +53,11 @@ impl Output {
         self.segments.is_empty()
     }
 
+    /// Bytes that are queued.
+    pub(crate) fn left_bytes(&self) -> usize {
+        self.left_bytes
+    }
+
     /// Whether so much is queued that it should leave before more is made.
     pub(crate) fn is_much(&self) -> bool {
         self.left_bytes >= limits::SEND_BYTES

@@ -34,7 +34,7 @@ pub(crate) fn put_reply(
         }
         Ok(Outcome::Done) => put_simple(out, request.cookie, 0),
         Ok(Outcome::Read(reply)) => put_read(out, request, command, headers, reply),
-        Ok(Outcome::Status(answers)) => put_status(out, request, command, headers, &answers),
+        Ok(Outcome::Status(answers)) => put_status(out, request, headers, &answers),
         Err(error) => put_error(out, request, headers, &error),
     }
     out.end_reply(held_bytes);
@@ -212,22 +212,17 @@ impl Chunks<'_> {
 fn put_status(
     out: &mut Output,
     request: &Request,
-    command: Command,
     headers: Headers,
     answers: &[(u32, Vec<Extent>)],
 ) {
-    let is_empty = |(_, extents): &(u32, Vec<Extent>)| extents.iter().all(|e| e.len == 0);
-    if answers.iter().any(is_empty) {
+    if answers.iter().any(|(_, extents)| extents.is_empty()) {
         let error = ExportError::io("the export answered a block status with nothing");
         return put_error(out, request, headers, &error);
     }
-    let one = matches!(command, Command::Status { one: true, .. });
-    let count_max = if one { 1 } else { limits::EXTENTS_MAX };
     for (index, (id, extents)) in answers.iter().enumerate() {
-        let merged = merge_extents(extents, request.len_bytes, count_max);
         let (kind, payload) = match headers {
-            Headers::Extended => (chunk::BLOCK_STATUS_EXT, wide_extents(*id, &merged)),
-            _ => (chunk::BLOCK_STATUS, compact_extents(*id, &merged)),
+            Headers::Extended => (chunk::BLOCK_STATUS_EXT, wide_extents(*id, extents)),
+            _ => (chunk::BLOCK_STATUS, compact_extents(*id, extents)),
         };
         let is_last = index + 1 == answers.len();
         let flags = if is_last { chunk::DONE } else { 0 };
@@ -260,7 +255,7 @@ fn wide_extents(id: u32, extents: &[Extent]) -> Vec<u8> {
 }
 
 /// Equal neighbours merged, cut to the range, none of length 0 (a client would loop).
-fn merge_extents(extents: &[Extent], len_bytes: u64, count_max: usize) -> Vec<Extent> {
+pub(crate) fn merge_extents(extents: &[Extent], len_bytes: u64, count_max: usize) -> Vec<Extent> {
     let mut merged: Vec<Extent> = Vec::new();
     let mut left_bytes = len_bytes;
     for Extent { len, flags } in extents.iter().copied() {
@@ -408,12 +403,12 @@ mod tests {
     #[test]
     fn golden_block_status() {
         let extents = extents(&[(0x200, false), (0x200, false), (0x1_0000_0000, true)]);
-        let answer = |id| Outcome::Status(vec![(id, extents.clone())]);
+        let answer = |id, max| Outcome::Status(vec![(id, merge_extents(&extents, 0x1000, max))]);
         let head = b"\x66\x8e\x33\xef\0\x01\0\x05";
-        let all = reply(CHUNKS, status(false), 0x1000, Ok(answer(1)));
+        let all = reply(CHUNKS, status(false), 0x1000, Ok(answer(1, 9)));
         let runs = b"\0\0\0\x14\0\0\0\x01\0\0\x04\0\0\0\0\0\0\0\x0c\0\0\0\0\x03";
         assert_eq!(all, [&head[..], COOKIE, runs].concat());
-        let one = reply(CHUNKS, status(true), 0x1000, Ok(answer(9)));
+        let one = reply(CHUNKS, status(true), 0x1000, Ok(answer(9, 1)));
         let run = b"\0\0\0\x0c\0\0\0\x09\0\0\x04\0\0\0\0\0";
         assert_eq!(one, [&head[..], COOKIE, run].concat());
         let none = reply(
@@ -428,8 +423,8 @@ mod tests {
     #[test]
     fn golden_block_status_of_two_contexts_with_extended_headers() {
         let answers = Outcome::Status(vec![
-            (1, extents(&[(0x1_0000_0000, true), (0x1000, false)])),
-            (2, extents(&[(0x2_0000_0000, false)])),
+            (1, extents(&[(0x1_0000_0000, true), (0x800, false)])),
+            (2, extents(&[(0x1_0000_0800, false)])),
         ]);
         let all = reply(WIDE, status(false), 0x1_0000_0800, Ok(answers));
         let head = |flags| {

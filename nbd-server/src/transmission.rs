@@ -60,9 +60,9 @@ async fn execute<E: Export>(
             .await
             .map(|()| Outcome::Done),
         Command::Cache => export.cache(offset, len).await.map(|()| Outcome::Done),
-        Command::Status { contexts: set, .. } => {
+        Command::Status { contexts: set, one } => {
             let contexts = contexts.unwrap_or_default();
-            status(&export, &contexts, set, offset, len).await
+            status(&export, &contexts, (set, one), offset, len).await
         }
         Command::StatusOf { .. } | Command::Nothing => Ok(Outcome::Done),
     };
@@ -74,19 +74,22 @@ async fn execute<E: Export>(
     }
 }
 
-/// Status in every context of the set, each with its id.
+/// Status in every context of the set, each with its id; of the first run only if `one`. What is not sent is not kept while the other
+/// contexts are asked: the budget bytes are those of the reply.
 async fn status<E: Export>(
     export: &E,
     contexts: &[MetaContext],
-    set: u64,
+    (set, one): (u64, bool),
     offset: u64,
     len_bytes: u64,
 ) -> Result<Outcome, ExportError> {
+    let count_max = if one { 1 } else { limits::EXTENTS_MAX };
     let mut answers = Vec::new();
     for (index, context) in contexts.iter().enumerate() {
         if set & (1 << index) != 0 {
             let extents = export.block_status(context, offset, len_bytes).await?;
-            answers.push((index as u32 + 1, extents));
+            let merged = reply::merge_extents(&extents, len_bytes, count_max);
+            answers.push((index as u32 + 1, merged));
         }
     }
     Ok(Outcome::Status(answers))
@@ -120,8 +123,10 @@ where
         stall: Stall {
             deadline: options.stall_deadline,
             timer: None,
-            progressed: false,
+            moved_bytes: 0,
+            judged: false,
         },
+        shut: false,
     };
     poll_fn(|cx| {
         if !transmission.drain.begun && transmission.ending.is_none() {
@@ -158,6 +163,8 @@ struct Transmission<S, E, M, F> {
     ending: Option<Result<(), ConnectionError>>,
     drain: Drain,
     stall: Stall,
+    /// This side is closed.
+    shut: bool,
 }
 
 impl<S, E, M, F> Transmission<S, E, M, F>
@@ -299,9 +306,10 @@ where
     fn send(&mut self, cx: &mut Context<'_>) -> bool {
         let mut total = Sent::default();
         while !self.output.is_empty() {
+            let left_bytes = self.output.left_bytes();
             match self.output.poll_send(&mut self.stream, cx) {
                 Poll::Ready(Ok(sent)) => {
-                    self.stall.progressed = true;
+                    self.stall.moved_bytes += left_bytes - self.output.left_bytes();
                     total.add(sent);
                 }
                 Poll::Ready(Err(error)) => {
@@ -322,6 +330,7 @@ where
 
     /// Receives once; `true` if that changed something.
     fn receive(&mut self, cx: &mut Context<'_>) -> bool {
+        let is_payload = self.decoder.holds_partial_payload();
         let (target, max_bytes) = self.decoder.receive_target();
         let mut target = target.limit(max_bytes);
         let received = match pin!(self.stream.read_buf(&mut target)).poll(cx) {
@@ -340,7 +349,8 @@ where
                 self.fail(ConnectionError::Io(io::ErrorKind::UnexpectedEof.into()));
                 self.abandon();
             }
-            Poll::Ready(Ok(_)) => self.stall.progressed = true,
+            Poll::Ready(Ok(bytes)) if is_payload => self.stall.moved_bytes += bytes,
+            Poll::Ready(Ok(_)) => {}
             Poll::Ready(Err(error)) => {
                 self.fail(error.into());
                 self.abandon();
@@ -386,12 +396,17 @@ where
     }
 
     fn close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
-        // A peer that is gone cannot be told so; the reason for the end is what matters.
-        if Pin::new(&mut self.stream).poll_shutdown(cx).is_pending() {
-            return Poll::Pending;
+        // A peer that is gone cannot be told so; the reason for the end is what matters. Once is enough: OpenSSL, told again, waits for
+        // the peer's goodbye.
+        if !self.shut {
+            self.shut = Pin::new(&mut self.stream).poll_shutdown(cx).is_ready();
         }
-        if self.drain.done && self.drain.poll_closed(&mut self.stream, cx).is_pending() {
-            return Poll::Pending;
+        let waits = !self.shut || self.drain.done;
+        if waits && self.drain.poll_grace(cx).is_pending() {
+            let closed = self.shut && poll_closed(&mut self.stream, cx).is_ready();
+            if !closed {
+                return Poll::Pending;
+            }
         }
         Poll::Ready(self.ending.take().unwrap_or(Ok(())))
     }
@@ -408,58 +423,59 @@ struct Drain {
 }
 
 impl Drain {
-    /// Ready when the client has closed its side, too, or took too long. Until then what it sends is dropped: to close a TCP socket
-    /// with unread bytes would reset the connection, and replies that are still on their way would be lost.
-    fn poll_closed<S: AsyncRead + Unpin>(
-        &mut self,
-        stream: &mut S,
-        cx: &mut Context<'_>,
-    ) -> Poll<()> {
+    /// Ready when closing took too long.
+    fn poll_grace(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let grace = || Box::pin(tokio::time::sleep(limits::DRAIN_GRACE));
-        if self
-            .linger
-            .get_or_insert_with(grace)
-            .as_mut()
-            .poll(cx)
-            .is_ready()
-        {
-            return Poll::Ready(());
-        }
-        let mut dropped = [0; 4096];
-        loop {
-            let mut buffer = ReadBuf::new(&mut dropped);
-            match Pin::new(&mut *stream).poll_read(cx, &mut buffer) {
-                Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {}
-                Poll::Ready(_) => return Poll::Ready(()),
-                Poll::Pending => return Poll::Pending,
-            }
+        self.linger.get_or_insert_with(grace).as_mut().poll(cx)
+    }
+}
+
+/// Ready when the client has closed its side, too. Until then what it sends is dropped: to close a TCP socket with unread bytes would
+/// reset the connection, and replies that are still on their way would be lost.
+fn poll_closed<S: AsyncRead + Unpin>(stream: &mut S, cx: &mut Context<'_>) -> Poll<()> {
+    let mut dropped = [0; 4096];
+    loop {
+        let mut buffer = ReadBuf::new(&mut dropped);
+        match Pin::new(&mut *stream).poll_read(cx, &mut buffer) {
+            Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {}
+            Poll::Ready(_) => return Poll::Ready(()),
+            Poll::Pending => return Poll::Pending,
         }
     }
 }
 
-/// Watches that a client which holds payload bytes makes progress while others wait for them.
+/// Watches that a client which holds bytes of the budget moves them while others wait for them.
 struct Stall {
     deadline: Duration,
     timer: Option<Pin<Box<Sleep>>>,
-    progressed: bool,
+    /// Of replies and of payloads that bytes were taken for, since the timer was set. Nothing else counts: a client could send for ever
+    /// what is refused.
+    moved_bytes: usize,
+    /// Since the timer was set, bytes were held, only the client could move them, and others waited at its start.
+    judged: bool,
 }
 
 impl Stall {
     /// Ready when the client must go. The timer runs for one deadline at a time and is not touched by every request.
     fn poll(&mut self, cx: &mut Context<'_>, holding: &Holding, waits_for_peer: bool) -> Poll<()> {
-        if holding.shared_bytes() == 0 {
+        let shared_bytes = holding.shared_bytes();
+        if shared_bytes == 0 {
+            self.judged = false;
             return Poll::Pending;
         }
+        self.judged &= waits_for_peer;
         let deadline = self.deadline;
-        let timer = self.timer.get_or_insert_with(|| {
-            self.progressed = false;
-            Box::pin(tokio::time::sleep(deadline))
-        });
+        let timer = self
+            .timer
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep(deadline)));
         while timer.as_mut().poll(cx).is_ready() {
-            if !self.progressed && waits_for_peer && holding.is_contended() {
+            let is_contended = waits_for_peer && holding.is_contended();
+            let is_slow = (self.moved_bytes as u64) < shared_bytes.div_ceil(limits::STALL_SHARE);
+            if self.judged && is_contended && is_slow {
                 return Poll::Ready(());
             }
-            self.progressed = false;
+            self.judged = is_contended;
+            self.moved_bytes = 0;
             timer.as_mut().reset(tokio::time::Instant::now() + deadline);
         }
         Poll::Pending

@@ -2,16 +2,19 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::cell::RefCell;
+use std::io;
+use std::pin::Pin;
 use std::rc::Rc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use nbd_server::{
     Budget, ConnectionError, Export, ExportEntry, ExportError, ExportInfo, Exports, Extent,
     MetaContext, OpenError, Peer, ReadReply, ServeOptions, Shutdown, ShutdownSender, ZeroFlags,
-    limits, serve_connection,
+    limits, serve_connection, serve_transmission,
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, LocalSet};
 
@@ -331,6 +334,42 @@ fn a_client_that_does_not_read_its_replies_is_bounded_and_dropped_when_others_wa
     });
 }
 
+#[test]
+fn a_client_that_drips_is_dropped_when_others_wait_and_one_that_is_merely_slow_is_not() {
+    run(async {
+        for (step_bytes, survives) in [(1, false), (limits::PAYLOAD_BYTES / 400, true)] {
+            let bench = Bench::new();
+            bench.gate.send_replace(true);
+            let options = ServeOptions {
+                budget: Budget::new(0),
+                ..ServeOptions::default()
+            };
+            let (mut slow, slow_ended) = bench.open(&options).await;
+            let sender = tokio::task::spawn_local(async move {
+                slow.write_all(&request(1, 1, limits::PAYLOAD_BYTES))
+                    .await?;
+                let mut left_bytes = limits::PAYLOAD_BYTES;
+                while left_bytes > 0 {
+                    let bytes = left_bytes.min(step_bytes);
+                    slow.write_all(&vec![1; bytes as usize]).await?;
+                    left_bytes -= bytes;
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+                slow.read_exact(&mut [0; 16]).await
+            });
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let (mut honest, _honest_ended) = bench.open(&options).await;
+            honest.write_all(&write(2, 1 << 20)).await.unwrap();
+            assert_eq!(reply(&mut honest).await, 2);
+            assert_eq!(sender.await.unwrap().is_ok(), survives);
+            if !survives {
+                let ended = slow_ended.await.unwrap();
+                assert!(matches!(ended, Err(ConnectionError::Stalled(_))));
+            }
+        }
+    });
+}
+
 /// Writes that fill the limit of a connection, and more that wait to be started.
 fn many_writes() -> Vec<u8> {
     let count = u64::from(limits::IN_FLIGHT_MAX) + 12;
@@ -430,6 +469,68 @@ fn a_drained_connection_does_not_wait_for_its_client_for_ever() {
         tokio::time::sleep(limits::DRAIN_GRACE * 2).await;
         assert!(ended.is_finished());
         drop(client);
+    });
+}
+
+/// Closes as OpenSSL does: at once, but asked again it waits for the peer. One that was `asked` before does not close.
+struct ShutOnce {
+    stream: DuplexStream,
+    asked: bool,
+}
+
+impl AsyncRead for ShutOnce {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for ShutOnce {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match std::mem::replace(&mut self.asked, true) {
+            true => Poll::Pending,
+            false => Pin::new(&mut self.stream).poll_shutdown(cx),
+        }
+    }
+}
+
+#[test]
+fn a_stream_that_does_not_close_at_once_ends_after_the_grace() {
+    run(async {
+        for (asked, drains) in [(false, true), (true, true), (true, false)] {
+            let bench = Bench::new();
+            let (sender, options) = with_shutdown();
+            let (mut client, stream) = tokio::io::duplex(16 << 10);
+            let stream = ShutOnce { stream, asked };
+            let served = serve_transmission(stream, bench.exports.clone(), options);
+            let ended = tokio::task::spawn_local(served);
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            match drains {
+                true => sender.give(),
+                false => client.write_all(&request(2, 0, 0)).await.unwrap(),
+            }
+            tokio::time::sleep(limits::DRAIN_GRACE / 2).await;
+            client.write_all(&request(3, 1, 0)).await.unwrap();
+            assert!(!ended.is_finished());
+            tokio::time::sleep(limits::DRAIN_GRACE).await;
+            assert!(ended.is_finished());
+            ended.await.unwrap().unwrap();
+        }
     });
 }
 
