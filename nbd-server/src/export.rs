@@ -4,8 +4,8 @@
 //! every `offset + len` is at most the size returned by `info()` for that request, and `len` is never 0. Many requests of one
 //! connection run concurrently and may complete in any order; a request that is ready at its first poll costs no allocation.
 //! A future is dropped when the server is stopped by force, and when its client is gone without a goodbye: the client may have sent
-//! the request again over another connection, and it must not be executed behind that. After DISC every started request runs to its
-//! end.
+//! the request again over another connection, and it must not be executed behind that: an export that works elsewhere (on a
+//! helper thread) and cannot be stopped lets that end before it makes later changes. After DISC every started request runs to its end.
 
 use std::fmt;
 use std::future::Future;

@@ -2,6 +2,9 @@
 //!
 //! Reads and writes are tried without waiting first (RWF_NOWAIT); what would block goes to a helper thread. After a failed sync the
 //! kernel may have dropped dirty pages and reports that only once, so from then on nothing more is acknowledged.
+//!
+//! A request that is dropped does not stop its helper thread, and its client may send it again and then overwrite what it wrote. So a
+//! dropped change that has not started never will, and one that has started ends before any later change is made.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
@@ -17,6 +20,9 @@ use nbd_server::{
 };
 use rustix::fs::{Advice, FallocateFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 /// Zeroes are written so many bytes at a time where the filesystem cannot make them itself.
 const ZERO_BYTES: usize = 1 << 20;
@@ -37,6 +43,8 @@ struct Backing {
     device_bytes: Option<u64>,
     read_only: bool,
     sync_failed: AtomicBool,
+    /// Changes on helper threads whose requests were dropped.
+    orphans: watch::Sender<usize>,
 }
 
 impl FileExport {
@@ -61,6 +69,7 @@ impl FileExport {
                 device_bytes,
                 read_only,
                 sync_failed: AtomicBool::new(false),
+                orphans: watch::Sender::new(0),
             }),
         })
     }
@@ -72,8 +81,64 @@ impl FileExport {
     ) -> Result<T, ExportError> {
         let backing = Arc::clone(&self.backing);
         let done = tokio::task::spawn_blocking(move || work(&backing)).await;
-        done.unwrap_or_else(|_| Err(ExportError::io("the helper thread died")))
+        done.unwrap_or_else(|_| Err(helper_died()))
     }
+
+    /// Changes the file on a helper thread, behind all changes whose requests were dropped.
+    async fn change(
+        &self,
+        work: impl FnOnce(&Backing) -> Result<(), ExportError> + Send + 'static,
+    ) -> Result<(), ExportError> {
+        self.settled().await;
+        let backing = Arc::clone(&self.backing);
+        let mut change = Change {
+            backing: Arc::clone(&self.backing),
+            helper: Some(tokio::task::spawn_blocking(move || work(&backing))),
+        };
+        let done = match &mut change.helper {
+            Some(helper) => helper.await,
+            None => return Err(helper_died()),
+        };
+        done.unwrap_or_else(|_| Err(helper_died()))
+    }
+
+    /// Waits for the changes whose requests were dropped.
+    async fn settled(&self) {
+        let orphans = &self.backing.orphans;
+        if *orphans.borrow() > 0 {
+            // It cannot fail: the sender is at hand.
+            let _ = orphans.subscribe().wait_for(|count| *count == 0).await;
+        }
+    }
+}
+
+/// A change on a helper thread, as its request sees it.
+struct Change {
+    backing: Arc<Backing>,
+    helper: Option<JoinHandle<Result<(), ExportError>>>,
+}
+
+impl Drop for Change {
+    /// Cancels what has not started; later changes wait for the rest.
+    fn drop(&mut self) {
+        let Some(helper) = self.helper.take_if(|helper| !helper.is_finished()) else {
+            return;
+        };
+        helper.abort();
+        let backing = Arc::clone(&self.backing);
+        backing.orphans.send_modify(|count| *count += 1);
+        // Without a runtime nothing more is served, and nobody waits.
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(async move {
+                let _ = helper.await;
+                backing.orphans.send_modify(|count| *count -= 1);
+            });
+        }
+    }
+}
+
+fn helper_died() -> ExportError {
+    ExportError::io("the helper thread died")
 }
 
 impl Backing {
@@ -217,6 +282,7 @@ impl Export for FileExport {
     }
 
     async fn write(&self, offset: u64, data: Bytes, fua: bool) -> Result<(), ExportError> {
+        self.settled().await;
         self.backing.check()?;
         let flags = ReadWriteFlags::NOWAIT;
         let now = rustix::io::pwritev2(&self.backing.file, &[IoSlice::new(&data)], offset, flags)
@@ -230,7 +296,7 @@ impl Export for FileExport {
                 .write_all_at(&data[now..], offset + now as u64)?;
             backing.sync_if(fua)
         };
-        self.block(work).await
+        self.change(work).await
     }
 
     async fn flush(&self) -> Result<(), ExportError> {
@@ -243,7 +309,7 @@ impl Export for FileExport {
             backing.fallocate(FallocateFlags::PUNCH_HOLE, offset, len)?;
             backing.sync_if(fua)
         };
-        self.block(work).await
+        self.change(work).await
     }
 
     async fn write_zeroes(
@@ -252,7 +318,7 @@ impl Export for FileExport {
         len: u64,
         flags: ZeroFlags,
     ) -> Result<(), ExportError> {
-        self.block(move |backing| backing.zero(offset, len, flags))
+        self.change(move |backing| backing.zero(offset, len, flags))
             .await
     }
 
@@ -274,5 +340,53 @@ impl Export for FileExport {
     ) -> Result<Vec<Extent>, ExportError> {
         self.block(move |backing| Ok(backing.extents(offset, len)))
             .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::task::{Context, Poll, Waker};
+
+    use super::*;
+
+    /// Helper threads run in order: there is one.
+    #[test]
+    fn a_dropped_change_is_not_made_behind_a_later_one() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(1)
+            .build()
+            .unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let export = FileExport::open(file.path(), false).unwrap();
+        runtime.block_on(async {
+            let (started, has_started) = mpsc::channel();
+            let (go, gate) = mpsc::channel::<()>();
+            let cx = &mut Context::from_waker(Waker::noop());
+            let mut stale = Box::pin(export.change(move |backing| {
+                started.send(()).unwrap();
+                gate.recv().unwrap();
+                Ok(backing.file.write_all_at(b"stale", 0)?)
+            }));
+            assert!(stale.as_mut().poll(cx).is_pending());
+            let mut queued =
+                Box::pin(export.change(|backing| Ok(backing.file.write_all_at(b"queued", 1024)?)));
+            assert!(queued.as_mut().poll(cx).is_pending());
+            has_started.recv().unwrap();
+            drop((stale, queued));
+            let mut new = Box::pin(export.write(0, Bytes::from_static(b"newer"), false));
+            assert_eq!(
+                new.as_mut().poll(cx),
+                Poll::Pending,
+                "the started one must end"
+            );
+            go.send(()).unwrap();
+            new.await.unwrap();
+        });
+        let bytes = std::fs::read(file.path()).unwrap();
+        assert_eq!(bytes[..5], *b"newer");
+        assert_eq!(bytes[1024..1030], [0; 6], "it had not started");
     }
 }
