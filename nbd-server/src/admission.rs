@@ -17,6 +17,8 @@ const NETWORK: u128 = !0 << 64;
 pub(crate) enum Full {
     #[error("the server serves {0} connections already")]
     Server(usize),
+    #[error("the server serves {0} TCP connections already and keeps the others for local ones")]
+    Remote(usize),
     #[error("its address has {0} connections already")]
     Address(usize),
 }
@@ -41,14 +43,23 @@ impl Default for Caps {
 #[derive(Debug)]
 pub(crate) struct Admission {
     caps: Caps,
+    /// Of the total, at most so many that are not local.
+    remote_max: usize,
     /// By address; local ones count under `None`, and only in total.
     served: Rc<RefCell<HashMap<Option<IpAddr>, usize>>>,
 }
 
 impl Admission {
-    pub(crate) fn new(caps: Caps) -> Self {
+    /// Seats within these caps; one in `limits::LOCAL_SHARE` is only for local connections if there can be any.
+    pub(crate) fn new(caps: Caps, has_local: bool) -> Self {
+        let kept = if has_local {
+            caps.total / limits::LOCAL_SHARE
+        } else {
+            0
+        };
         Self {
             caps,
+            remote_max: caps.total - kept,
             served: Rc::default(),
         }
     }
@@ -57,8 +68,13 @@ impl Admission {
     pub(crate) fn admit(&self, address: Option<IpAddr>) -> Result<Seat, Full> {
         let address = address.map(counted_as);
         let mut served = self.served.borrow_mut();
-        if served.values().sum::<usize>() >= self.caps.total {
+        let total = served.values().sum::<usize>();
+        if total >= self.caps.total {
             return Err(Full::Server(self.caps.total));
+        }
+        let remote = total - served.get(&None).copied().unwrap_or_default();
+        if address.is_some() && remote >= self.remote_max {
+            return Err(Full::Remote(self.remote_max));
         }
         let count = served.entry(address).or_default();
         if address.is_some() && *count >= self.caps.per_address {
@@ -103,7 +119,7 @@ mod tests {
     use super::*;
 
     fn admission(total: usize, per_address: usize) -> Admission {
-        Admission::new(Caps { total, per_address })
+        Admission::new(Caps { total, per_address }, true)
     }
 
     fn ip(text: &str) -> Option<IpAddr> {
@@ -155,5 +171,30 @@ mod tests {
             admission.admit(ip("10.0.0.1")).unwrap_err(),
             Full::Server(2)
         );
+    }
+    #[test]
+    fn remote_connections_leave_seats_for_local_ones() {
+        let admission = admission(32, 32);
+        let mut remote: Vec<_> = (0..30)
+            .map(|_| admission.admit(ip("10.0.0.1")).unwrap())
+            .collect();
+        let refused = admission.admit(ip("10.0.0.2")).unwrap_err();
+        assert_eq!(refused, Full::Remote(30));
+        let _local = [
+            admission.admit(None).unwrap(),
+            admission.admit(None).unwrap(),
+        ];
+        assert_eq!(admission.admit(None).unwrap_err(), Full::Server(32));
+        remote.pop();
+        assert!(admission.admit(ip("10.0.0.2")).is_ok());
+        let caps = Caps {
+            total: 32,
+            per_address: 32,
+        };
+        let without_local = Admission::new(caps, false);
+        let seats: Vec<_> = (0..32)
+            .map(|_| without_local.admit(ip("10.0.0.1")))
+            .collect();
+        assert!(seats.iter().all(Result::is_ok));
     }
 }

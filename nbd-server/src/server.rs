@@ -172,13 +172,17 @@ impl<P: Exports> Server<P> {
     /// Must run within a `tokio::task::LocalSet`, whose thread runs every connection.
     pub async fn run(self, listeners: Vec<Listener>) {
         let mut connections = JoinSet::new();
-        let admission = Admission::new(self.caps);
+        let has_local = listeners
+            .iter()
+            .any(|listener| matches!(listener, Listener::Unix(_)));
+        let admission = Admission::new(self.caps, has_local);
+        let mut first = 0;
         let mut shutdown = std::pin::pin!(self.options.shutdown.clone().given());
         loop {
             tokio::select! {
                 () = &mut shutdown => break,
                 Some(_) = connections.join_next(), if !connections.is_empty() => {}
-                accepted = accept_any(&listeners) => match accepted {
+                accepted = accept_any(&listeners, &mut first) => match accepted {
                     Ok(accepted) => self.admit(accepted, &admission, &mut connections),
                     Err(error) => {
                         warn!(%error, "accept failed; raise the limit of open files if it says so");
@@ -243,13 +247,17 @@ fn tune<E: std::fmt::Display>(outcome: Result<(), E>) {
     }
 }
 
-async fn accept_any(listeners: &[Listener]) -> io::Result<Accepted> {
+/// Accepts from the listener number `first`, or the next one that is ready; then the one behind it has its turn, so that a busy one
+/// does not keep the others waiting.
+async fn accept_any(listeners: &[Listener], first: &mut usize) -> io::Result<Accepted> {
     poll_fn(|cx| {
-        let ready = listeners
-            .iter()
-            .map(|listener| listener.poll_accept(cx))
-            .find(Poll::is_ready);
-        ready.unwrap_or(Poll::Pending)
+        for index in (*first..listeners.len()).chain(0..*first) {
+            if let Poll::Ready(accepted) = listeners[index].poll_accept(cx) {
+                *first = (index + 1) % listeners.len();
+                return Poll::Ready(accepted);
+            }
+        }
+        Poll::Pending
     })
     .await
 }
@@ -263,5 +271,37 @@ where
     match serve_connection(stream, peer.clone(), exports, options).await {
         Ok(()) => debug!(%peer, "disconnected"),
         Err(error) => info!(%peer, %error, "connection ended"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn listeners_take_turns() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let tcp = Listener::bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+        let Listener::Tcp(socket) = &tcp else {
+            unreachable!()
+        };
+        let addr = socket.local_addr().unwrap();
+        let listeners = [tcp, Listener::bind_unix(&path).unwrap()];
+        let _clients: Vec<_> = (0..3)
+            .map(|_| {
+                let tcp = std::net::TcpStream::connect(addr).unwrap();
+                (tcp, std::os::unix::net::UnixStream::connect(&path).unwrap())
+            })
+            .collect();
+        let (mut first, mut over_tcp) = (0, Vec::new());
+        for _ in 0..6 {
+            let accepted = accept_any(&listeners, &mut first).await.unwrap();
+            over_tcp.push(accepted.address().is_some());
+        }
+        assert!(
+            over_tcp.windows(2).all(|pair| pair[0] != pair[1]),
+            "{over_tcp:?}"
+        );
     }
 }
