@@ -248,6 +248,9 @@ where
                 Refusal::new(reply::ERR_INVALID, "unexpected payload")
             }
             wire::option::INFO..=wire::option::EXTENDED_HEADERS => {
+                if option == wire::option::SET_META_CONTEXT {
+                    self.selected = None;
+                }
                 Refusal::new(reply::ERR_TOO_BIG, "the payload is too large")
             }
             _ => Refusal::new(reply::ERR_UNSUP, NOT_SUPPORTED),

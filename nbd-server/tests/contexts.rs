@@ -6,7 +6,7 @@ use std::process::Command;
 use bytes::Bytes;
 use nbd_server::{
     Export, ExportEntry, ExportError, ExportInfo, Exports, Extent, Listener, MetaContext, NbdErrno,
-    OpenError, Peer, ReadPart, ReadReply, ServeOptions, Server, Shutdown, ZeroFlags,
+    OpenError, Peer, ReadPart, ReadReply, ServeOptions, Server, Shutdown, ZeroFlags, limits,
     serve_connection,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
@@ -325,6 +325,7 @@ fn a_selection_is_replaced_even_by_a_failure_and_holds_for_its_export_only() {
         for (last, name) in [
             (meta("other", &ALL), "vol"),
             (b"\0".to_vec(), "vol"),
+            (vec![0; limits::OPTION_BYTES as usize + 1], "vol"),
             (meta("alias", &ALL), "vol"),
         ] {
             let mut raw = Raw::greeted().await;
