@@ -149,7 +149,8 @@ impl<P: Exports> Server<P> {
         }
     }
 
-    /// Serves at most so many connections at a time; further ones are closed when they are accepted.
+    /// Serves at most so many connections at a time; further ones are closed when they are accepted. One in `limits::LOCAL_SHARE` is
+    /// kept for unix sockets if there is such a listener.
     pub fn connections_max(mut self, connections_max: usize) -> Self {
         self.caps.total = connections_max;
         self

@@ -213,7 +213,7 @@ fn half_and_lying_nbd_requests() {
 /// A thousand connections that say nothing, on the peer port and on NBD, in every phase.
 #[test]
 fn a_thousand_idle_connections() {
-    let config = "nbd_connections_per_address = 2000\n".to_owned();
+    let config = "nbd_connections = 2000\nnbd_connections_per_address = 2000\n".to_owned();
     let cluster = Cluster::start(&ClusterOptions {
         config,
         ..ClusterOptions::default()

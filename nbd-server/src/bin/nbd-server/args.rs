@@ -56,7 +56,7 @@ pub(crate) struct Args {
     /// address, address=unix a unix socket. Separated by commas all kinds must fit: name=alice,name=*.example,address=10.0.0.0/8.
     #[arg(long, value_name = "RULE", help_heading = "TLS and access")]
     pub(crate) allow: Vec<Rule>,
-    /// Connections that are served at a time.
+    /// Connections that are served at a time; with --unix a sixteenth of them is kept for unix sockets.
     #[arg(long, value_name = "N", default_value_t = limits::CONNECTIONS_MAX, help_heading = "TLS and access")]
     pub(crate) connections: usize,
     /// Connections from one address that are served at a time (IPv6: from one /64 network).
