@@ -48,8 +48,17 @@ pub const SWEEP_INTERVAL_MS: u64 = 10_000;
 
 /// Bytes of unflushed writes that the client library keeps for a replay, before it flushes.
 pub const CLIENT_REPLAY_BYTES: usize = 64 << 20;
-/// Bytes of one zeroing request of the client library: 1024 pages of the default size.
-pub const CLIENT_ZERO_BYTES: u64 = 4 << 30;
+/// Bytes of a TRIM or WRITE_ZEROES that are one span; a longer one is cut. 1024 pages of the
+/// default size: little memory, and done long before `SPAN_MAX_MS`.
+pub const ZERO_SPAN_BYTES: u64 = 4 << 30;
+/// Pages of a TRIM or WRITE_ZEROES that are one span, where they are small.
+pub const ZERO_SPAN_PAGES: u64 = 1024;
+/// Parts of one span that are sent before other requests get a turn.
+pub const SPAN_TURN_PARTS: usize = 64;
+/// Bytes of pages that one span zeroes before other requests get a turn: each 64 KiB is a lookup.
+pub const SPAN_TURN_ZERO_BYTES: u64 = 256 << 20;
+/// The same where the zeros are written out.
+pub const SPAN_TURN_WRITTEN_ZERO_BYTES: u64 = 16 << 20;
 /// Bytes of one part of a request: the largest NBD request that is accepted.
 pub const REQUEST_PART_BYTES: u32 = 64 << 20;
 

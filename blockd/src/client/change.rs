@@ -4,6 +4,7 @@ use super::replay::Change;
 use super::volume::{Opened, TryError, Volume, failed};
 use super::{ClientError, IoErrorKind};
 use crate::data::forward::{self, PartIo};
+use crate::data::router::Part;
 use crate::data::span::Span;
 use crate::limits::CLIENT_REPLAY_BYTES;
 use futures_util::future::join_all;
@@ -109,7 +110,7 @@ impl Volume {
     }
 
     /// One try of a change over several pages (S003-33): the owners that have not agreed are asked,
-    /// then what is left to do is sent.
+    /// then what is left to do is sent, until a turn fails.
     async fn advance(
         &self,
         opened: &Opened,
@@ -121,7 +122,21 @@ impl Volume {
         span.progress.route(table);
         self.begin_span(opened, span, replaying).await?;
         let parts = span.progress.send();
-        let id = Some(span.id);
+        for parts in parts.chunks(io.turn_parts(table.page_bytes())) {
+            self.send_turn(opened, parts, span, io, replaying).await?;
+        }
+        Ok(())
+    }
+
+    async fn send_turn(
+        &self,
+        opened: &Opened,
+        parts: &[(usize, Part)],
+        span: &mut Span,
+        io: &PartIo,
+        replaying: Option<u64>,
+    ) -> Result<(), TryError> {
+        let (table, id) = (&opened.table, Some(span.id));
         let tries = parts.iter().map(async |(_, part)| {
             let mut request = forward::request(table.volume, table.epoch, part, io, id);
             request.set_lease(self.shared.lease.epoch());

@@ -10,10 +10,11 @@ use crate::admin::{AdminErrorKind, AdminReply, AdminRequest, OpenInfo};
 use crate::data::error::DataError;
 use crate::data::forward::{self, ForwardError, PartIo, Since};
 use crate::data::router::{Part, RoutingTable};
+use crate::data::span::zero_pieces;
 use crate::id::{LayerRun, NodeNo};
 use crate::io::link::Link;
 use crate::io::wire::{Frame, Kind, Run, decode_extents, decode_runs};
-use crate::limits::{CLIENT_ZERO_BYTES, REQUEST_PART_BYTES};
+use crate::limits::REQUEST_PART_BYTES;
 use bytes::{Bytes, BytesMut};
 use futures_util::future::try_join_all;
 use std::collections::HashMap;
@@ -219,7 +220,7 @@ impl Volume {
         Ok(())
     }
 
-    /// TRIM (`keep_allocated` false) or WRITE_ZEROES; reads give zeros afterwards.
+    /// TRIM (`keep_allocated` false) or WRITE_ZEROES; reads give zeros afterwards. See [`zero_pieces`].
     ///
     /// # Errors
     /// [`ClientError`].
@@ -229,16 +230,15 @@ impl Volume {
         len_bytes: u64,
         keep_allocated: bool,
     ) -> Result<(), ClientError> {
-        let mut at = 0;
-        while at < len_bytes {
-            let len_bytes = (len_bytes - at).min(CLIENT_ZERO_BYTES);
+        self.check_range("zero", offset_bytes, len_bytes)?;
+        let page_bytes = self.opened().table.page_bytes();
+        for (offset, len_bytes) in zero_pieces(offset_bytes, len_bytes, keep_allocated, page_bytes)
+        {
             let change = Change::Zero {
                 len_bytes,
                 keep_allocated,
             };
-            self.change("zero", offset_bytes + at, change, false)
-                .await?;
-            at += len_bytes;
+            self.change("zero", offset, change, false).await?;
         }
         Ok(())
     }

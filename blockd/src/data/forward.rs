@@ -8,6 +8,7 @@ use super::router::Part;
 use crate::id::{Epoch, LayerRun, PageNo, SnapshotId, VolumeId};
 use crate::io::link::{Link, LinkError};
 use crate::io::wire::{Frame, Kind, decode_layers, flags};
+use crate::limits::{SPAN_TURN_PARTS, SPAN_TURN_WRITTEN_ZERO_BYTES, SPAN_TURN_ZERO_BYTES};
 use bytes::Bytes;
 
 /// What to do with the range of a part.
@@ -112,6 +113,21 @@ impl PartIo {
             Self::Write { .. } => Kind::Write,
             Self::Zero { .. } => Kind::Zero,
         }
+    }
+
+    /// Parts of one request that are sent before others get a turn.
+    #[must_use]
+    pub fn turn_parts(&self, page_bytes: u32) -> usize {
+        let bytes = match self {
+            Self::Zero {
+                keep_allocated: true,
+                ..
+            } => SPAN_TURN_WRITTEN_ZERO_BYTES,
+            Self::Zero { .. } => SPAN_TURN_ZERO_BYTES,
+            _ => return SPAN_TURN_PARTS,
+        };
+        let pages = usize::try_from(bytes / u64::from(page_bytes)).unwrap_or(usize::MAX);
+        pages.clamp(1, SPAN_TURN_PARTS)
     }
 
     /// Whether the range is changed, so that a snapshot must have all of the request or nothing.

@@ -14,8 +14,29 @@ use super::router::{Part, RoutingTable};
 use crate::id::{LeaseEpoch, NodeNo, VolumeId};
 use crate::io::link::Link;
 use crate::io::wire::{Frame, Kind};
+use crate::limits::{REQUEST_PART_BYTES, ZERO_SPAN_BYTES, ZERO_SPAN_PAGES};
 use futures_util::future::join_all;
 use std::collections::{BTreeMap, BTreeSet};
+
+/// Cuts a TRIM or WRITE_ZEROES into the `(offset_bytes, len_bytes)` that are one span each, so that
+/// none is as long as a span may last. Zeros that are written out count as a write.
+pub fn zero_pieces(
+    offset_bytes: u64,
+    len_bytes: u64,
+    keep_allocated: bool,
+    page_bytes: u32,
+) -> impl Iterator<Item = (u64, u64)> {
+    let most_bytes = if keep_allocated {
+        u64::from(REQUEST_PART_BYTES)
+    } else {
+        ZERO_SPAN_BYTES
+    };
+    let piece_bytes = most_bytes.min(ZERO_SPAN_PAGES * u64::from(page_bytes));
+    (0..len_bytes.div_ceil(piece_bytes)).map(move |index| {
+        let at = index * piece_bytes;
+        (offset_bytes + at, piece_bytes.min(len_bytes - at))
+    })
+}
 
 /// How far a change over several pages has come.
 #[derive(Debug)]
@@ -174,6 +195,22 @@ mod tests {
         };
         let runs = vec![run(0, 1), run(1, 2), run(2, 1)];
         RoutingTable::new(VolumeId(1), Epoch(1), 12 << 20, 8192, runs).unwrap()
+    }
+
+    #[test]
+    fn long_zeroes_are_cut_and_others_are_one_span() {
+        let cut =
+            |offset, len, keep, page| zero_pieces(offset, len, keep, page).collect::<Vec<_>>();
+        const GIB: u64 = 1 << 30;
+        assert_eq!(cut(512, 4 * GIB, false, 4 << 20), [(512, 4 * GIB)]);
+        assert_eq!(
+            cut(512, 4 * GIB + 1, false, 4 << 20),
+            [(512, 4 * GIB), (512 + 4 * GIB, 1)]
+        );
+        assert_eq!(cut(0, 64 << 20, true, 4 << 20), [(0, 64 << 20)]);
+        assert_eq!(cut(0, GIB, true, 4 << 20).len(), 16);
+        assert_eq!(cut(0, 1 << 20, false, 512).len(), 2, "1024 pages each");
+        assert_eq!(cut(7, 0, false, 4096), []);
     }
 
     #[test]

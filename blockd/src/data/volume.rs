@@ -13,7 +13,7 @@ use super::forward::{self, ForwardError, PartIo, Since};
 use super::owner::{Executing, Owner, Target, VolumeState};
 use super::page_store::ReadPart;
 use super::router::{Part, RoutingTable};
-use super::span::Span;
+use super::span::{Span, zero_pieces};
 use crate::id::{LayerRun, LeaseEpoch, NodeNo, SnapshotId};
 use crate::io::link::{Link, Peers};
 use crate::io::wire::{Frame, Kind, Run, decode_extents, decode_runs};
@@ -25,6 +25,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, timeout};
 
 /// This server's view of the group: itself as an owner, and how to reach the others.
@@ -202,10 +203,10 @@ impl Volume {
             .await
     }
 
-    /// Makes a range read as zeros (TRIM and WRITE_ZEROES).
+    /// Makes a range read as zeros (TRIM and WRITE_ZEROES); see [`zero_pieces`].
     ///
     /// # Errors
-    /// [`DataError`].
+    /// [`DataError`]. If the range is not in the volume, nothing was changed.
     pub async fn zero(
         &self,
         offset_bytes: u64,
@@ -217,19 +218,28 @@ impl Volume {
             keep_allocated,
             fua,
         };
-        self.change(offset_bytes, len_bytes, &io).await
+        self.check_change(offset_bytes, len_bytes)?;
+        let page_bytes = self.page_bytes();
+        for (offset, len) in zero_pieces(offset_bytes, len_bytes, keep_allocated, page_bytes) {
+            self.change(offset, len, &io).await?;
+        }
+        Ok(())
     }
 
     async fn change(&self, offset: u64, len: u64, io: &PartIo) -> Result<(), DataError> {
-        if self.is_read_only() {
-            return Err(DataError::ReadOnly);
-        }
+        self.check_change(offset, len)?;
         if !self.state.table().spans_pages(offset, len) {
             self.all_parts(offset, len, io).await?;
             return Ok(());
         }
-        self.check_range(offset, len)?;
         self.change_span(offset, len, io).await
+    }
+
+    fn check_change(&self, offset: u64, len: u64) -> Result<(), DataError> {
+        if self.is_read_only() {
+            return Err(DataError::ReadOnly);
+        }
+        self.check_range(offset, len)
     }
 
     fn check_range(&self, offset: u64, len: u64) -> Result<(), DataError> {
@@ -371,7 +381,8 @@ impl Volume {
         }
     }
 
-    /// One try: the owners that have not agreed are asked, then what is left to do is sent.
+    /// One try: the owners that have not agreed are asked, then what is left to do is sent, until
+    /// a turn fails.
     async fn advance(
         &self,
         span: &mut Span,
@@ -386,9 +397,26 @@ impl Volume {
             id: span.id,
             local: local.as_ref(),
         };
+        for (turn, parts) in (0..).zip(parts.chunks(io.turn_parts(table.page_bytes()))) {
+            if turn > 0 {
+                yield_now().await;
+            }
+            self.send_turn(&table, parts, span, &gate, io).await?;
+        }
+        Ok(())
+    }
+
+    async fn send_turn(
+        &self,
+        table: &RoutingTable,
+        parts: &[(usize, Part)],
+        span: &mut Span,
+        gate: &SpanGate<'_>,
+        io: &PartIo,
+    ) -> Result<(), ForwardError> {
         let tries = parts
             .iter()
-            .map(|(_, part)| self.try_part(&table, *part, io, Some(&gate)));
+            .map(|(_, part)| self.try_part(table, *part, io, Some(gate)));
         let mut ended = Ok(());
         for ((index, part), result) in parts.iter().zip(join_all(tries).await) {
             match result {

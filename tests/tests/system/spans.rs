@@ -3,6 +3,7 @@
 use super::chains::{Load, PAGE, PAGE_BLOCKS, write_spans};
 use blockd::id::{Epoch, PageNo, VolumeId};
 use blockd::io::wire::{Frame, Kind, Status, flags};
+use blockd_tests::nbd_raw::{Address, Endpoint, Mode, RawNbd, wire};
 use blockd_tests::{Cluster, MIB, Peer};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -246,4 +247,56 @@ fn a_half_done_span_waits_for_its_owner() {
     cluster.snapshot("v@s");
     let found = cluster.nbd(1, "v@s").read(boundary - 4096, 8192).unwrap();
     assert!(found == data, "half of the write is missing");
+}
+
+/// Bytes that one server may grow by while it zeroes a whole volume.
+const GROWTH_BYTES_MAX: u64 = 64 * MIB;
+
+/// Review: a TRIM or WRITE_ZEROES of a whole large volume costs the memory of a piece of it, and
+/// others are served before it ends.
+#[test]
+fn zeroing_a_whole_large_volume_leaves_memory_and_others_alone() {
+    const SIZE: u64 = 4 << 40;
+    let cluster = Cluster::three();
+    cluster.create("large", SIZE);
+    cluster.create("other", 16 * MIB);
+    let at = Address::Tcp(cluster.servers[0].nbd_address());
+    let mut raw = RawNbd::opened(&Endpoint::new(at, "large"), Mode::Extended);
+    let mut other = cluster.nbd(0, "other");
+    let before: Vec<u64> = resident(&cluster);
+    for kind in [wire::TRIM, wire::ZEROES] {
+        for at in [0, SIZE / 2 - 4096, SIZE - 8192] {
+            assert_eq!(raw.write(0, at, &[7; 8192]), 0);
+        }
+        let asked = raw.send(kind, 0, 0, SIZE);
+        let zeroing = std::thread::spawn(move || {
+            assert_eq!(raw.reply(&asked).errno, 0);
+            raw
+        });
+        let (mut served, mut peak) = (0, before.clone());
+        while !zeroing.is_finished() {
+            other.write(served % 4096 * 512, &[1; 512]).unwrap();
+            served += 1;
+            for (peak, now) in peak.iter_mut().zip(resident(&cluster)) {
+                *peak = now.max(*peak);
+            }
+        }
+        raw = zeroing.join().unwrap();
+        for at in [0, SIZE / 2 - 4096, SIZE - 8192] {
+            assert!(raw.read(at, 8192) == [0; 8192], "not zeroed at {at}");
+        }
+        let grown = before.iter().zip(&peak).map(|(before, peak)| peak - before);
+        let grown = grown.max().unwrap();
+        eprintln!(
+            "command {kind}: {served} writes meanwhile, {} KiB more",
+            grown >> 10
+        );
+        assert!(served > 10, "{served} writes were served meanwhile");
+        assert!(grown < GROWTH_BYTES_MAX, "{} MiB more", grown / MIB);
+    }
+}
+
+fn resident(cluster: &Cluster) -> Vec<u64> {
+    let servers = cluster.servers.iter();
+    servers.map(|server| server.resident_bytes()).collect()
 }

@@ -128,7 +128,7 @@ impl<D: Disk> Engine<D> {
         cold: &mut Vec<ColdRead>,
     ) -> Result<Bytes, StoreError> {
         let len_bytes = sources.len() * SUB;
-        if len_bytes < BUFFER_BYTES / 4 {
+        if len_bytes <= BUFFER_BYTES / 2 {
             let mut buf = vec![0; len_bytes];
             self.gather(sources, origin, &mut buf, fetched, cold)?;
             return Ok(buf.into());

@@ -44,6 +44,8 @@ struct Inner {
     flush_wanted: Cell<u64>,
     timer_armed: Cell<bool>,
     sync_interval: Duration,
+    /// `PART_BYTES` of zeros, shared by all writes of zeros.
+    zeros: Bytes,
 }
 
 impl PageStore {
@@ -77,6 +79,7 @@ impl PageStore {
             flush_wanted: Cell::new(0),
             timer_armed: Cell::new(false),
             sync_interval,
+            zeros: vec![0; PART_BYTES as usize].into(),
         });
         tokio::task::spawn_local(take_outcomes(Rc::downgrade(&inner), receiver));
         let store = PageStore { inner };
@@ -152,8 +155,8 @@ impl PageStore {
     ) -> Result<(), StoreError> {
         if keep_allocated {
             for part in parts(at) {
-                self.write(part, Bytes::from(vec![0; part.len_bytes as usize]), epoch)
-                    .await?;
+                let zeros = self.inner.zeros.slice(..part.len_bytes as usize);
+                self.write(part, zeros, epoch).await?;
             }
             return Ok(());
         }
