@@ -275,7 +275,8 @@ async fn renew(volume: Arc<Shared>, id: VolumeId, epoch: LeaseEpoch, ttl: Durati
     loop {
         sleep(pause).await;
         let renewal = AdminRequest::LeaseRenew { volume: id, epoch };
-        pause = match volume.client.admin(renewal).await {
+        // A server that falls silent has its share of this, so that the others are asked in time.
+        pause = match volume.client.admin_within(ttl / 4, renewal).await {
             Ok(_) => ttl / 3,
             Err(ClientError::Refused(refusal)) if refusal.kind == AdminErrorKind::Conflict => {
                 return volume.lease.lose(&refusal.message);

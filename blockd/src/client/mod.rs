@@ -171,7 +171,17 @@ impl Client {
     /// [`ClientError`]. A request that changes something is not repeated once it was sent: when
     /// its answer is lost, the error says so.
     pub async fn admin(&self, request: AdminRequest) -> Result<AdminReply, ClientError> {
-        let deadline = Instant::now() + self.shared.options.admin_deadline;
+        self.admin_within(self.shared.options.admin_deadline, request)
+            .await
+    }
+
+    /// As [`Self::admin`], in this time.
+    async fn admin_within(
+        &self,
+        limit: Duration,
+        request: AdminRequest,
+    ) -> Result<AdminReply, ClientError> {
+        let deadline = Instant::now() + limit;
         let mut reason = "no server is named".to_owned();
         loop {
             for _ in self.servers() {

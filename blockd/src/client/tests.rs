@@ -5,7 +5,8 @@
 
 use super::*;
 use crate::admin::{RouteInfo, VersionInfo, VolumeInfo};
-use crate::id::{Epoch, PageNo, RouteRun};
+use crate::control::registry::LeaseState;
+use crate::id::{Epoch, LeaseEpoch, PageNo, RouteRun};
 use crate::io::framed::{FrameStream, serve};
 use crate::io::link::{Hello, Welcome};
 use crate::io::wire::{VERSION, flags};
@@ -44,6 +45,8 @@ struct State {
     /// Tags of the changes in the order of their execution, and `F` for a flush.
     executed: Vec<u8>,
     hung: u32,
+    /// Leases that were renewed here; `None`: a renewal is never answered.
+    renewals: Option<u32>,
     /// Spans that were begun and not ended.
     spans: BTreeSet<u64>,
 }
@@ -118,6 +121,9 @@ impl Owner {
     async fn answer(self, owners: Arc<Vec<Owner>>, request: Frame) -> Frame {
         let mut reply = match request.kind {
             Kind::Admin => {
+                if self.is_silent(&request) {
+                    std::future::pending().await
+                }
                 request.answer(Status::Ok, encode_control(&self.admin(&owners, &request)))
             }
             Kind::Write | Kind::Zero => {
@@ -148,9 +154,27 @@ impl Owner {
         reply
     }
 
+    fn is_silent(&self, request: &Frame) -> bool {
+        let asked = decode_control(request.payload.clone()).unwrap();
+        let mut state = self.state();
+        match (&asked, &mut state.renewals) {
+            (AdminRequest::LeaseRenew { .. }, Some(count)) => *count += 1,
+            (AdminRequest::LeaseRenew { .. }, None) => return true,
+            _ => {}
+        }
+        false
+    }
+
     fn admin(&self, owners: &[Owner], request: &Frame) -> AdminReply {
         match decode_control(request.payload.clone()).unwrap() {
             AdminRequest::Open { .. } => AdminReply::Open(open_info(owners)),
+            AdminRequest::LeaseAcquire { volume, holder } => AdminReply::Lease(LeaseInfo {
+                volume: "v".to_owned(),
+                volume_id: volume,
+                epoch: LeaseEpoch(1),
+                state: LeaseState::Held(holder),
+            }),
+            AdminRequest::LeaseRenew { .. } => AdminReply::Done,
             _ => AdminReply::Version(VersionInfo {
                 server: "mock".to_owned(),
                 protocol: VERSION,
@@ -434,4 +458,28 @@ async fn a_span_that_is_given_up_at_any_moment_ends_everywhere() {
         }
     }
     assert_eq!(most_open, 2, "never given up while both owners had it");
+}
+
+/// A server that falls silent does not cost the lease, however patient the client is else.
+#[tokio::test]
+async fn a_lease_is_renewed_at_the_next_server_when_one_is_silent() {
+    let (silent, second, _) = bench().await;
+    second.state().renewals = Some(0);
+    let servers = [silent.address.clone(), second.address.clone()];
+    let options = ClientOptions {
+        admin_deadline: Duration::from_secs(3600),
+        ..ClientOptions::default()
+    };
+    let client = Client::connect(&servers, options).await.unwrap();
+    let volume = client.open("v").await.unwrap();
+    let holder = HolderText::this_process("test");
+    let ttl = Duration::from_secs(2);
+    let lease = volume.acquire_exclusive(holder, ttl).await.unwrap();
+    let renewed = async {
+        while second.state().renewals < Some(2) {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(Duration::from_secs(30), renewed).await.unwrap();
+    assert_eq!(lease.why_lost(), None);
 }
