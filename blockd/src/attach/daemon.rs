@@ -25,6 +25,8 @@ const RESIZE_POLL: Duration = Duration::from_secs(1);
 const ASKED: usize = 16;
 /// How long the last answer may take to leave before the process ends.
 const LAST_WORD: Duration = Duration::from_millis(100);
+/// How long a detach waits for servers.
+const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 
 /// Runs an attachment to its end. Says through `ready` when it works, or why it does not.
 ///
@@ -69,18 +71,24 @@ impl Daemon {
             let text = format!("{} is attached on this host already", spec.target);
             AttachError::new(AttachErrorKind::Served, text)
         })?;
-        let before = dir.load(&key)?;
-        let wants_lease = match before.as_ref().filter(|before| left_by(before).is_some()) {
-            Some(before) => before.spec.exclusive,
-            None => spec.exclusive,
-        };
-        let lease = match wants_lease {
-            true => Some(exclusive::acquire(&client, &volume, before.as_ref()).await?),
-            false => None,
+        let mut before = dir.load(&key)?;
+        let takes_over = before.as_ref().is_some_and(|dead| left_by(dead).is_some());
+        let lease = match &mut before {
+            Some(dead) if takes_over && dead.spec.exclusive => {
+                let lease = exclusive::acquire_again(&client, &volume, dead).await?;
+                (dead.pid, dead.lease_epoch) = (std::process::id(), Some(lease.info().epoch));
+                dir.save(dead)?;
+                Some(lease)
+            }
+            before if !takes_over && spec.exclusive => {
+                Some(exclusive::acquire(&client, &volume, before.as_ref()).await?)
+            }
+            _ => None,
         };
         let meter = Rc::new(Meter::default());
         let leg = Leg::new(volume, spec.read_only, meter);
         let mut record = Record::new(key, spec, unix_ms());
+        record.lease_epoch = lease.as_ref().map(|lease| lease.info().epoch);
         let listener = control::listen(&dir.control_socket(&record.key))?;
         let place = match Place::make(&client, &leg, &mut record, before.as_ref(), dir).await {
             Ok(place) => place,
@@ -90,6 +98,9 @@ impl Daemon {
                     Some(before) => dir.save(before),
                     None => dir.remove(&record.key),
                 };
+                if let Some(lease) = lease.filter(|_| !takes_over) {
+                    let _ = lease.release().await;
+                }
                 return Err(error);
             }
         };
@@ -108,6 +119,7 @@ impl Daemon {
 
     fn status(&self) -> Status {
         let mut status = Status::of_record(&self.record);
+        status.exclusive &= self.lease.is_some();
         let (counts, state) = self.leg.meter().counts(Instant::now());
         let servers = self.client.servers().into_iter().enumerate();
         status.state = state;
@@ -155,7 +167,6 @@ impl Daemon {
                 reason = exclusive::lost(self.lease.as_ref()) => {
                     tracing::error!("no longer the only writer, every write fails: {reason}");
                     self.leg.meter().failed(format!("no longer the only writer: {reason}"));
-                    self.record.spec.exclusive = false;
                     self.lease = None;
                 }
                 _ = ticks.tick() => self.place.resize(self.leg.volume().size_bytes()).await,
@@ -199,6 +210,9 @@ impl Daemon {
 
     /// Takes the place down and forgets the attachment; refuses while somebody uses the place.
     async fn detach(&mut self, force: bool) -> Result<(), AttachError> {
+        if !force && self.record.device.is_some() {
+            self.servers_answer().await?;
+        }
         self.place.take_down(force).await?;
         let flushed = timeout(self.record.spec.open_timeout, self.leg.volume().flush()).await;
         if let Some(lease) = self.lease.take()
@@ -214,6 +228,23 @@ impl Daemon {
         };
         tracing::warn!("detached, but what was not flushed may not survive a power cut: {reason}");
         Ok(())
+    }
+
+    /// Before the kernel writes out its cache, which would hold up everything while servers are away.
+    async fn servers_answer(&self) -> Result<(), AttachError> {
+        match timeout(FLUSH_LIMIT, self.leg.volume().flush()).await {
+            Ok(Err(ClientError::Fenced { .. })) | Ok(Ok(())) => Ok(()),
+            failed => {
+                let reason = match failed {
+                    Ok(Err(error)) => error.to_string(),
+                    _ => "no answer".to_owned(),
+                };
+                let text = format!(
+                    "what is cached cannot be written, the servers fail: {reason}; wait for them, or give it up with --force"
+                );
+                Err(AttachError::new(AttachErrorKind::Unreachable, text))
+            }
+        }
     }
 
     fn forget(&self) -> Result<(), AttachError> {

@@ -441,13 +441,9 @@ impl Links {
     /// A connection past its handshake to a server that serves the same volume, no smaller and as writable as before.
     async fn open(&self, server: usize) -> Result<(StdTcpStream, ServerInfo), AttachError> {
         let target = &self.servers[server];
-        let opened = timeout(OPEN_LIMIT, async {
-            tokio::try_join!(handshake(target, self.volume.name()), async {
-                Ok(self.client.check_serves(&target.peer, &self.volume).await?)
-            })
-        });
+        let opened = timeout(OPEN_LIMIT, self.open_by_name(target));
         let late = |_| no_server(&format!("{}: no answer in time", target.nbd));
-        let ((socket, info), ()) = opened.await.map_err(late)??;
+        let (socket, info) = opened.await.map_err(late)??;
         if info.size_bytes < self.volume.size_bytes() {
             let text = format!("{}: the export is smaller than the volume was", target.nbd);
             return Err(AttachError::new(AttachErrorKind::Conflict, text));
@@ -457,6 +453,22 @@ impl Links {
             return Err(AttachError::new(AttachErrorKind::Conflict, text));
         }
         Ok((socket, info))
+    }
+
+    /// Opens by the volume's name of now. The name must be the same volume's before and after, as a volume may be renamed and
+    /// another one get its name.
+    async fn open_by_name(
+        &self,
+        target: &Target,
+    ) -> Result<(StdTcpStream, ServerInfo), AttachError> {
+        self.client.check_serves(&target.peer, &self.volume).await?;
+        let name = self.volume.current_name();
+        let opened = handshake(target, &name).await?;
+        self.client.check_serves(&target.peer, &self.volume).await?;
+        match name == self.volume.current_name() {
+            true => Ok(opened),
+            false => Err(no_server(&format!("{}: renamed meanwhile", target.nbd))),
+        }
     }
 }
 

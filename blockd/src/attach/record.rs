@@ -5,7 +5,7 @@
 //! attachment KEY: `KEY.json`, `KEY.lock`, `KEY.sock`, `KEY.log`.
 
 use super::error::{AttachError, AttachErrorKind};
-use crate::id::{SnapshotId, VolumeId};
+use crate::id::{LeaseEpoch, SnapshotId, VolumeId};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -81,6 +81,9 @@ pub struct Record {
     pub device: Option<PathBuf>,
     pub pid: u32,
     pub attached_unix_ms: u64,
+    /// Of the writer lease, if the attachment has or had one.
+    #[serde(default)]
+    pub lease_epoch: Option<LeaseEpoch>,
 }
 
 impl Record {
@@ -93,6 +96,7 @@ impl Record {
             device: None,
             pid: std::process::id(),
             attached_unix_ms,
+            lease_epoch: None,
         }
     }
 

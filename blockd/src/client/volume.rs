@@ -379,7 +379,7 @@ impl Volume {
     }
 
     /// The name that the volume had when it was last refreshed, with that of the snapshot.
-    pub(super) fn current_name(&self) -> String {
+    pub(crate) fn current_name(&self) -> String {
         let volume = &self.opened().info.volume.name;
         match self.shared.name.split_once('@') {
             Some((_, snapshot)) => format!("{volume}@{snapshot}"),

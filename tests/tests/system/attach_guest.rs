@@ -184,6 +184,36 @@ fn survives(guest: &Guest, cluster: &mut Cluster, volume: &str, ha: &str, owners
     assert_unharmed(guest);
 }
 
+/// The only writer stays it when its daemon dies under a mounted device; a detach while servers are away is refused, not stuck.
+fn is_taken_over(guest: &Guest, cluster: &mut Cluster) {
+    cluster.create_on("lone", 64 * MIB, DEFAULT_PAGE_BLOCKS, &[]);
+    let attached = Attached::attach(guest, cluster.server_list(), "lone", "proxy --exclusive");
+    let device = &attached.device;
+    attached.run(&format!(
+        "mkfs.ext4 -q {device} && mount {device} /mnt/v && dd if=/dev/urandom of=/mnt/v/f bs=1M count=4"
+    ));
+    for _ in 0..2 {
+        let status = attached.blockctl("attachment status lone --json");
+        let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+        attached.run(&format!("kill -9 {}", status["pid"]));
+        assert_eq!(&attached.blockctl("attach lone --exclusive"), device);
+    }
+    let holder = attached.blockctl("lease show lone --json");
+    assert!(holder.contains("held"), "{holder}");
+    let sum = attached.run("sync && sha256sum /mnt/v/f");
+    attached.run("umount /mnt/v && mount /dev/nbd0 /mnt/v");
+    assert_eq!(attached.run("sha256sum /mnt/v/f"), sum);
+    attached.run("umount /mnt/v");
+    cluster.servers.iter_mut().for_each(|server| server.kill());
+    let program = binary("blockctl");
+    let refused = guest.run(60, &format!("{} detach lone", program.display()));
+    assert!(refused.stderr.contains("--force"), "{refused:?}");
+    cluster.servers.iter_mut().for_each(|server| server.start());
+    cluster.wait_writable();
+    attached.blockctl("detach lone");
+    assert_unharmed(guest);
+}
+
 #[test]
 fn a_mounted_device_outlives_every_server() {
     let mut cluster = Cluster::three();
@@ -191,4 +221,5 @@ fn a_mounted_device_outlives_every_server() {
     survives(&guest, &mut cluster, "kept", "proxy", &[]);
     // With one owner the other servers are nothing but the way to it.
     survives(&guest, &mut cluster, "handed", "direct", &[3]);
+    is_taken_over(&guest, &mut cluster);
 }
