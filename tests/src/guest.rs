@@ -7,7 +7,7 @@
 //! loopback address is the host's, so servers have the same addresses on both sides.
 
 use crate::address::AddressBlock;
-use crate::program::Ran;
+use crate::program::{Ran, binary};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -149,10 +149,11 @@ fn qemu(image: &Path, agent: SocketAddr, console: &Path) -> Command {
         .arg(format!("file:{}", console.display()));
     command.arg("-kernel").arg(image.join("vmlinuz"));
     command.arg("-initrd").arg(image.join("initrd"));
-    command.args([
-        "-append",
-        "console=ttyS0 quiet panic=-1 rdinit=/init mitigations=off no_timer_check",
-    ]);
+    // The programs under test, which the guest would not see if they are in one of its own directories.
+    let build = binary("blockctl").parent().unwrap().display().to_string();
+    command.arg("-append").arg(format!(
+        "console=ttyS0 quiet panic=-1 rdinit=/init mitigations=off no_timer_check BUILD={build}"
+    ));
     command
         .arg("-netdev")
         .arg(format!("user,id=net,hostfwd=tcp:{agent}-:{AGENT_PORT}"));
