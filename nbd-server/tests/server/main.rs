@@ -5,3 +5,4 @@ mod clients;
 mod pki;
 mod support;
 mod tls;
+mod tls_clients;

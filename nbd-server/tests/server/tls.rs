@@ -1,26 +1,17 @@
 //! STARTTLS and access rules under real clients, and under a raw one that breaks the rules.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tempfile::TempDir;
-use tokio_rustls::rustls::crypto::ring;
-use tokio_rustls::rustls::pki_types::pem::PemObject;
-use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
-use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 use crate::pki::{Pki, Validity};
 use crate::support::{TestServer, pattern_file, run, try_run};
-
-const ACK: u32 = 1;
-const INVALID: u32 = 0x8000_0003;
-const TLS_REQD: u32 = 0x8000_0005;
-const STARTTLS: u32 = 5;
+use crate::tls_clients::{self, ACK, Raw, STARTTLS};
 
 /// An authority, and a server with credentials of it on 32 MiB of memory.
 struct Bench {
@@ -164,38 +155,12 @@ fn qemu_clients_copy_inside_tls() {
     assert!(text.contains("exports available: 1"), "{text}");
 }
 
-/// fio's URI may not name files, so the credentials lie where libnbd looks for those of a user: not for root.
 #[test]
 fn fio_verifies_inside_tls() {
     let bench = Bench::start(&["--tls-verify-peer"]);
+    let uri = bench.uri(Path::new(""));
     let home = bench.server.path("home");
-    std::fs::create_dir_all(home.join(".pki")).unwrap();
-    std::os::unix::fs::symlink(bench.alice(), home.join(".pki/libnbd")).unwrap();
-    run("chmod", &["-R", "a+rX", text(home.parent().unwrap())]);
-    let (home_is, uri_is) = (
-        format!("HOME={}", text(&home)),
-        format!(
-            "--uri={}",
-            bench.uri(Path::new("")).split('?').next().unwrap()
-        ),
-    );
-    let job = [
-        "--name=x",
-        "--ioengine=nbd",
-        "--rw=randwrite",
-        "--bs=4k-64k",
-        "--iodepth=16",
-    ];
-    let verify = ["--size=16M", "--verify=crc32c", "--verify_state_save=0"];
-    let fio = [&["env", &home_is, "fio"], &job[..], &[&uri_is], &verify].concat();
-    let is_root = rustix::process::getuid().is_root();
-    let as_nobody: &[&str] = match is_root {
-        true => &["setpriv", "--reuid=65534", "--clear-groups"],
-        false => &[],
-    };
-    let command = [as_nobody, &fio].concat();
-    let report = run(command[0], &command[1..]);
-    assert!(report.contains("err= 0"), "{report}");
+    tls_clients::fio_verifies(uri.split('?').next().unwrap(), &bench.alice(), &home);
 }
 
 #[test]
@@ -365,7 +330,7 @@ fn clients_that_stop_within_the_tls_handshake_do_not_keep_others_out() {
     let bench = Bench::start(&[]);
     let mut half_open: Vec<Raw<UnixStream>> = (0..200)
         .map(|_| {
-            let mut raw = Raw::greeted(UnixStream::connect(bench.server.socket()).unwrap());
+            let mut raw = Raw::greeted(unix_socket(&bench));
             assert_eq!(raw.option(STARTTLS, b"").0, ACK);
             raw
         })
@@ -573,126 +538,30 @@ fn wrong_settings_are_explained() {
     }
 }
 
-/// A client that sends options one by one.
-struct Raw<S>(S);
-
-impl Raw<UnixStream> {
-    fn greeted(mut stream: UnixStream) -> Self {
-        stream
-            .set_read_timeout(Some(Duration::from_secs(10)))
-            .unwrap();
-        stream.read_exact(&mut [0; 18]).unwrap();
-        stream.write_all(&3u32.to_be_bytes()).unwrap();
-        Self(stream)
-    }
-
-    /// The same connection inside TLS.
-    fn inside_tls(self, pki: &Pki) -> Raw<StreamOwned<ClientConnection, UnixStream>> {
-        let mut roots = RootCertStore::empty();
-        let authority = pki.anonymous().join("ca-cert.pem");
-        roots
-            .add(CertificateDer::from_pem_file(authority).unwrap())
-            .unwrap();
-        let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        let name = ServerName::try_from("localhost").unwrap();
-        let client = ClientConnection::new(Arc::new(config), name).unwrap();
-        Raw(StreamOwned::new(client, self.0))
-    }
+/// A connection that fails where it would hang.
+fn unix_socket(bench: &Bench) -> UnixStream {
+    let stream = UnixStream::connect(bench.server.socket()).unwrap();
+    let limit = Some(Duration::from_secs(10));
+    stream.set_read_timeout(limit).unwrap();
+    stream
 }
-
-fn option_bytes(option: u32, data: &[u8]) -> Vec<u8> {
-    let len_bytes = (data.len() as u32).to_be_bytes();
-    [b"IHAVEOPT", &option.to_be_bytes()[..], &len_bytes, data].concat()
-}
-
-impl<S: Read + Write> Raw<S> {
-    /// Type and payload of the first reply to an option.
-    fn option(&mut self, option: u32, data: &[u8]) -> (u32, Vec<u8>) {
-        self.0.write_all(&option_bytes(option, data)).unwrap();
-        self.0.flush().unwrap();
-        let mut head = [0; 20];
-        self.0.read_exact(&mut head).unwrap();
-        assert_eq!(head[8..12], option.to_be_bytes());
-        let word = |at: usize| u32::from_be_bytes(head[at..at + 4].try_into().unwrap());
-        let mut payload = vec![0; word(16) as usize];
-        self.0.read_exact(&mut payload).unwrap();
-        (word(12), payload)
-    }
-}
-
-const LIST: u32 = 3;
-const STRUCTURED_REPLY: u32 = 8;
-const SET_META_CONTEXT: u32 = 10;
 
 #[test]
 fn nothing_but_starttls_and_abort_is_heard_where_tls_is_required() {
     let bench = Bench::start(&[]);
-    let connect = || UnixStream::connect(bench.server.socket()).unwrap();
-    let mut raw = Raw::greeted(connect());
-    for option in [LIST, 6, 7, STRUCTURED_REPLY, 9, SET_META_CONTEXT, 77] {
-        assert_eq!(raw.option(option, b"").0, TLS_REQD, "{option}");
-    }
-    assert_eq!(raw.option(LIST, &[0; 70_000]).0, TLS_REQD);
-    assert_eq!(raw.option(STARTTLS, b"x").0, INVALID);
-    assert_eq!(raw.option(2, b"").0, ACK);
-    let mut raw = Raw::greeted(connect());
-    raw.0.write_all(&option_bytes(1, b"")).unwrap();
-    assert_eq!(
-        raw.0.read(&mut [0]).unwrap_or(0),
-        0,
-        "EXPORT_NAME is answered by closing"
-    );
+    tls_clients::nothing_but_starttls_and_abort_is_heard(|| unix_socket(&bench));
 }
 
 #[test]
 fn what_was_agreed_before_tls_is_forgotten_inside() {
     let bench = Bench::start(&["--tls", "on"]);
-    let mut raw = Raw::greeted(UnixStream::connect(bench.server.socket()).unwrap());
-    let context = b"\0\0\0\0\0\0\0\x01\0\0\0\x0fbase:allocation";
-    assert_eq!(raw.option(STRUCTURED_REPLY, b"").0, ACK);
-    assert_eq!(raw.option(SET_META_CONTEXT, context).0, 4);
-    raw.0.read_exact(&mut [0; 20]).unwrap();
-    assert_eq!(raw.option(STARTTLS, b"").0, ACK);
-    let mut raw = raw.inside_tls(&bench.pki);
-    assert_eq!(raw.option(STARTTLS, b"").0, INVALID);
-    assert_eq!(
-        raw.option(SET_META_CONTEXT, context).0,
-        INVALID,
-        "structured replies are off again"
-    );
-    let (kind, info) = raw.option(7, b"\0\0\0\0\0\0");
-    assert_eq!((kind, &info[..2]), (3, &b"\0\0"[..]));
-    let df = u16::from_be_bytes([info[10], info[11]]) & 1 << 7;
-    assert_eq!(df, 0, "DF needs structured replies");
+    tls_clients::what_was_agreed_is_forgotten(|| unix_socket(&bench), &bench.pki, "");
 }
 
-/// CVE-2021-3716: what an attacker puts behind STARTTLS must not be taken for what the client says inside TLS.
 #[test]
 fn plaintext_behind_starttls_is_never_heard() {
     let bench = Bench::start(&["--tls", "on"]);
-    for injected in [
-        option_bytes(LIST, b""),
-        option_bytes(STRUCTURED_REPLY, b""),
-        vec![0; 1],
-    ] {
-        let mut raw = Raw::greeted(UnixStream::connect(bench.server.socket()).unwrap());
-        let pipelined = [option_bytes(STARTTLS, b""), injected].concat();
-        raw.0.write_all(&pipelined).unwrap();
-        let mut ack = [0; 20];
-        raw.0.read_exact(&mut ack).unwrap();
-        assert_eq!(ack[12..16], ACK.to_be_bytes());
-        // The genuine client goes on in good faith; its first bytes come behind the injected ones.
-        let mut raw = raw.inside_tls(&bench.pki);
-        let failed = raw.0.conn.complete_io(&mut raw.0.sock).is_err();
-        assert!(
-            failed,
-            "the handshake must fail, or the injected bytes were kept for later"
-        );
-    }
+    tls_clients::plaintext_is_never_heard(|| unix_socket(&bench), &bench.pki);
     assert!(
         !bench.is_refused(&bench.uri(&bench.pki.anonymous())),
         "the server goes on"

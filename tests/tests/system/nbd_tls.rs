@@ -2,7 +2,10 @@
 
 #[path = "../../../nbd-server/tests/server/pki.rs"]
 mod pki;
+#[path = "../../../nbd-server/tests/server/tls_clients.rs"]
+mod tls_clients;
 
+use blockd_tests::nbd_raw::{Address, Endpoint, Stream};
 use blockd_tests::{Cluster, ClusterOptions, MIB, Server, run, try_run};
 use pki::{Pki, Validity};
 use std::path::{Path, PathBuf};
@@ -145,6 +148,62 @@ fn require_holds_on_every_socket_and_for_every_client() {
         [&["--object", &object, "--image-opts", &image], &io[..]].concat(),
     );
     assert!(report.contains("read 1048576/1048576"), "{report}");
+}
+
+/// Connections to `db` over TCP and over the unix socket, which fail where they would hang.
+fn ways(bench: &Bench) -> [impl Fn() -> Box<dyn Stream>; 2] {
+    let server = bench.server();
+    let at = [
+        Address::Tcp(server.nbd_address()),
+        Address::Unix(server.socket()),
+    ];
+    at.map(|at| {
+        let endpoint = Endpoint::new(at, "db");
+        move || endpoint.connect().unwrap()
+    })
+}
+
+/// A.1, STARTTLS and FORCEDTLS: the rules that `nbd-server` is judged by, too.
+#[test]
+fn a_raw_client_finds_no_way_around_tls() {
+    let required = Bench::start("");
+    for connect in ways(&required) {
+        tls_clients::nothing_but_starttls_and_abort_is_heard(connect);
+    }
+    let offered = Bench::start("nbd_tls = 'on'\n");
+    for connect in ways(&offered) {
+        tls_clients::what_was_agreed_is_forgotten(&connect, &offered.pki, "db");
+        tls_clients::plaintext_is_never_heard(&connect, &offered.pki);
+    }
+    assert!(
+        offered.opens("db", &offered.pki.anonymous()),
+        "the server goes on"
+    );
+}
+
+#[test]
+fn clients_work_inside_tls() {
+    let bench = Bench::start("nbd_tls_verify_peer = true\n");
+    let credentials = bench.client("alice", Validity::Now);
+    for uri in bench.uris("db", &credentials) {
+        let connect = format!("h.set_uri_allow_local_file(True); h.connect_uri('{uri}')");
+        let script = "h.set_strict_mode(0); h.pwrite(b'x'*70000, 12345); \
+            assert h.pread(70000, 12345) == b'x'*70000; assert h.get_tls_negotiated(); h.shutdown()";
+        let shell = ["PATH=/usr/bin:/bin", "nbdsh", "-c", &connect, "-c", script];
+        run(LIMIT_S, "env", shell);
+    }
+    let address = bench.server().nbd_address();
+    let (host, port) = address.rsplit_once(':').unwrap();
+    let object = format!(
+        "tls-creds-x509,id=t,dir={},endpoint=client",
+        credentials.display()
+    );
+    let list = ["--list", "-b", host, "-p", port, "--tls-creds", "t"];
+    let list = [&["--object", &object], &list[..]].concat();
+    let listed = run(LIMIT_S, "qemu-nbd", list);
+    assert!(listed.contains("exports available: 3"), "{listed}");
+    let uri = format!("nbds://{address}/web");
+    tls_clients::fio_verifies(&uri, &credentials, &bench.cluster.path("home/of"));
 }
 
 #[test]
