@@ -203,7 +203,7 @@ fn clients_work_inside_tls() {
     let listed = run(LIMIT_S, "qemu-nbd", list);
     assert!(listed.contains("exports available: 3"), "{listed}");
     let uri = format!("nbds://{address}/web");
-    tls_clients::fio_verifies(&uri, &credentials, &bench.cluster.path("home/of"));
+    tls_clients::fio_verifies(&uri, &credentials, &bench.cluster.path("home"));
 }
 
 #[test]
