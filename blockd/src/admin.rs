@@ -86,6 +86,15 @@ pub enum AdminRequest {
     LeaseBreak {
         volume: String,
     },
+    /// Changes one setting of a volume; a value as `volume set` takes it.
+    VolumeSet {
+        name: String,
+        key: String,
+        value: String,
+    },
+    VolumeGet {
+        name: String,
+    },
 }
 
 /// `VOL@SNAP`.
@@ -137,6 +146,7 @@ pub enum AdminReply {
     Lease(LeaseInfo),
     /// The lease was not acquired: this one holds it.
     LeaseConflict(LeaseInfo),
+    Settings(SettingsInfo),
 }
 
 /// Why a request was refused: a kind for programs and a sentence for people.
@@ -278,6 +288,14 @@ pub struct LeaseInfo {
     pub volume_id: VolumeId,
     pub epoch: LeaseEpoch,
     pub state: LeaseState,
+}
+
+/// All settings of a volume, in the order in which they are shown.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SettingsInfo {
+    pub volume: String,
+    /// Keys and values.
+    pub settings: Vec<(String, String)>,
 }
 
 impl std::fmt::Display for LeaseInfo {

@@ -2,6 +2,7 @@
 
 use crate::address::AddressBlock;
 use crate::nbd::NbdConnection;
+use crate::program::{Ran, binary, try_run};
 use crate::server::Server;
 use blockd::admin::{
     AdminError, AdminReply, AdminRequest, RouteInfo, SnapshotInfo, SnapshotName, VolumeCreate,
@@ -133,6 +134,19 @@ impl Cluster {
     pub fn server_list(&self) -> String {
         let all: Vec<String> = self.servers.iter().map(Server::peer_address).collect();
         all.join(",")
+    }
+
+    /// Runs `blockctl` on the group, for at most a minute; the words are split at spaces.
+    #[must_use]
+    pub fn try_blockctl(&self, words: &str) -> Ran {
+        let servers = ["--servers".to_owned(), self.server_list()];
+        let words = words.split_whitespace().map(str::to_owned);
+        try_run(60, binary("blockctl"), servers.into_iter().chain(words))
+    }
+
+    /// As [`Self::try_blockctl`], and it must succeed; what it printed.
+    pub fn blockctl(&self, words: &str) -> String {
+        self.try_blockctl(words).ok().stdout
     }
 
     /// A client that knows these servers (by index) only.

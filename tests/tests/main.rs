@@ -46,6 +46,8 @@ mod resizes;
 mod restart;
 #[path = "system/routing.rs"]
 mod routing;
+#[path = "system/settings.rs"]
+mod settings;
 #[path = "system/snapshot_kills.rs"]
 mod snapshot_kills;
 #[path = "system/snapshots.rs"]

@@ -383,6 +383,7 @@ fn changes(request: &AdminRequest) -> bool {
             | AdminRequest::LeaseList
             | AdminRequest::LeaseShow { .. }
             | AdminRequest::LeaseRenew { .. }
+            | AdminRequest::VolumeGet { .. }
     )
 }
 

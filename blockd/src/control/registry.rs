@@ -10,6 +10,7 @@ mod machine;
 mod name;
 mod object;
 pub mod routes;
+pub mod settings;
 mod state;
 mod transaction;
 
@@ -21,5 +22,6 @@ pub use object::{
     ClusterRecord, Key, NodeRecord, Object, SnapshotRecord, SnapshotState, UniqueId, VolumeRecord,
 };
 pub use routes::{RouteError, RouteRun};
+pub use settings::{Procedure, Setting, SettingError, VolumeSettings};
 pub use state::RegistryState;
 pub use transaction::{Outcome, Refusal, Transaction};

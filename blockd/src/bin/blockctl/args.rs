@@ -134,6 +134,14 @@ pub(crate) enum VolumeVerb {
     },
     /// Give a volume another name
     Rename { name: String, new_name: String },
+    /// Change a setting of a volume: `procedure` barrier, hold or stamp
+    Set {
+        name: String,
+        key: String,
+        value: String,
+    },
+    /// The settings of a volume, or one of them
+    Get { name: String, key: Option<String> },
     /// Delete a volume and its data
     Delete {
         name: String,

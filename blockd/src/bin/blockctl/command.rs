@@ -8,7 +8,7 @@ use crate::format::{Mkfs, copy_data};
 use crate::interrupt::Interrupt;
 use crate::output::{print, reply_json, reply_text};
 use crate::session::Session;
-use crate::{attach, documents, lease, mount, progress};
+use crate::{attach, documents, lease, mount, progress, settings};
 use blockd::admin::{AdminReply, AdminRequest, SnapshotInfo, SnapshotName, VolumeCreate};
 use serde_json::json;
 use std::fs::File;
@@ -41,6 +41,10 @@ async fn run_volume(cli: &Cli, verb: &VolumeVerb) -> Result<(), Failure> {
     let request = match verb {
         VolumeVerb::Create(args) => return create_volume(cli, args).await,
         VolumeVerb::Delete { name, force } => return delete_volume(cli, name, *force).await,
+        VolumeVerb::Set { name, key, value } => {
+            return settings::set(cli, name, key, value).await;
+        }
+        VolumeVerb::Get { name, key } => return settings::get(cli, name, key.as_deref()).await,
         VolumeVerb::List => AdminRequest::VolumeList,
         VolumeVerb::Show { name } => AdminRequest::VolumeShow { name: name.clone() },
         VolumeVerb::Resize {
@@ -228,7 +232,7 @@ pub(crate) async fn connect(cli: &Cli) -> Result<Session, Failure> {
     Session::connect(&cli.servers, cli.timeout).await
 }
 
-fn print_reply(cli: &Cli, reply: &AdminReply) -> Result<(), Failure> {
+pub(crate) fn print_reply(cli: &Cli, reply: &AdminReply) -> Result<(), Failure> {
     if cli.json {
         print(&reply_json(reply).to_string())
     } else {

@@ -14,6 +14,7 @@ mod mount;
 mod output;
 mod progress;
 mod session;
+mod settings;
 mod size;
 
 use crate::args::Cli;

@@ -2,6 +2,7 @@
 
 use crate::failure::Failure;
 use crate::lease::{lease_json, leases_text};
+use crate::settings::{settings_json, settings_text};
 use crate::size::{human_age, human_bytes};
 use blockd::admin::{
     AdminReply, ClusterStatus, NodeInfo, RouteInfo, SnapshotInfo, VersionInfo, VolumeInfo,
@@ -46,6 +47,7 @@ pub(crate) fn reply_json(reply: &AdminReply) -> Value {
         AdminReply::Refused(refusal) => json!(refusal),
         AdminReply::Leases(leases) => leases.iter().map(lease_json).collect(),
         AdminReply::Lease(lease) | AdminReply::LeaseConflict(lease) => lease_json(lease),
+        AdminReply::Settings(settings) => settings_json(settings),
     }
 }
 
@@ -72,6 +74,7 @@ pub(crate) fn reply_text(reply: &AdminReply) -> String {
         AdminReply::Version(version) => version_text(version),
         AdminReply::Leases(leases) => leases_text(leases, now_unix_ms()),
         AdminReply::Lease(lease) | AdminReply::LeaseConflict(lease) => lease.to_string(),
+        AdminReply::Settings(settings) => settings_text(settings),
         AdminReply::Open(_) | AdminReply::Identity(_) | AdminReply::Refused(_) => {
             reply_json(reply).to_string()
         }

@@ -219,7 +219,7 @@ pub fn resize_volume(
     Ok((transaction.put(Key::Volume(id), object), volume))
 }
 
-/// Deletes a volume without snapshots, and its lease.
+/// Deletes a volume without snapshots, its lease and its settings.
 ///
 /// # Errors
 /// There is no such volume, it has snapshots, or its lease is held.
@@ -233,6 +233,7 @@ pub fn delete_volume(state: &RegistryState, id: VolumeId) -> Result<Transaction,
         Key::Volume(id),
         Key::VolumeName(volume.name.clone()),
         Key::Lease(id),
+        Key::VolumeSettings(id),
     ];
     let transaction = reading(state, &keys);
     Ok(keys.into_iter().fold(transaction, Transaction::remove))

@@ -3,6 +3,7 @@
 use super::lease::{LeaseRecord, LeaseState};
 use super::name::{NameError, check_name};
 use super::routes::{self, RouteError, RouteRun};
+use super::settings::VolumeSettings;
 use super::transaction::Refusal;
 use crate::id::{Epoch, NodeNo, SnapshotId, TicketId, VolumeId, page_count};
 use crate::limits::{
@@ -61,6 +62,8 @@ pub enum Key {
     SnapshotName(VolumeId, String),
     /// The exclusive writer lease of a volume.
     Lease(VolumeId),
+    /// What the operator of a volume chose.
+    VolumeSettings(VolumeId),
 }
 
 impl fmt::Display for Key {
@@ -75,6 +78,7 @@ impl fmt::Display for Key {
                 write!(f, "snapshot name {name} of volume {volume}")
             }
             Key::Lease(volume) => write!(f, "lease of volume {volume}"),
+            Key::VolumeSettings(volume) => write!(f, "settings of volume {volume}"),
         }
     }
 }
@@ -96,6 +100,8 @@ pub enum Object {
     SnapshotName(SnapshotId),
     /// Under [`Key::Lease`].
     Lease(LeaseRecord),
+    /// Under [`Key::VolumeSettings`].
+    VolumeSettings(VolumeSettings),
 }
 
 /// The cluster itself.
@@ -230,6 +236,11 @@ impl Object {
             }
             (Key::Lease(volume), Object::Lease(record)) if *volume == record.volume => {
                 check_lease(record)
+            }
+            (Key::VolumeSettings(volume), Object::VolumeSettings(record))
+                if *volume == record.volume =>
+            {
+                Ok(())
             }
             _ => Err(Refusal::WrongObject(key.clone())),
         }

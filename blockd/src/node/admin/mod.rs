@@ -3,6 +3,7 @@
 
 mod cluster;
 mod lease;
+mod settings;
 mod volume;
 
 pub(super) use volume::find_snapshot;
@@ -10,7 +11,7 @@ pub(super) use volume::find_snapshot;
 use super::registry::{RegistryError, UpdateError};
 use super::{Member, Node, snapshot};
 use crate::admin::{AdminError, AdminErrorKind, AdminReply, AdminRequest, VersionInfo};
-use crate::control::registry::{ChangeError, NameError};
+use crate::control::registry::{ChangeError, NameError, SettingError};
 use crate::id::NodeNo;
 use crate::io::link::{decode_control, encode_control};
 use crate::io::wire::{self, Frame, Status};
@@ -77,6 +78,10 @@ async fn dispatch(node: &Rc<Node>, request: AdminRequest) -> Answer {
         AdminRequest::LeaseRenew { volume, epoch } => lease::renew(member, volume, epoch).await,
         AdminRequest::LeaseRelease { volume, epoch } => lease::release(member, volume, epoch).await,
         AdminRequest::LeaseBreak { volume } => lease::break_lease(member, &volume).await,
+        AdminRequest::VolumeSet { name, key, value } => {
+            settings::set(member, &name, &key, &value).await
+        }
+        AdminRequest::VolumeGet { name } => settings::get(member, &name).await,
         AdminRequest::Version
         | AdminRequest::Identify
         | AdminRequest::Join(_)
@@ -155,6 +160,12 @@ impl From<ChangeError> for AdminError {
 
 impl From<NameError> for AdminError {
     fn from(error: NameError) -> Self {
+        refused(AdminErrorKind::Invalid, error.to_string())
+    }
+}
+
+impl From<SettingError> for AdminError {
+    fn from(error: SettingError) -> Self {
         refused(AdminErrorKind::Invalid, error.to_string())
     }
 }
