@@ -20,6 +20,7 @@ use crate::admin::{AdminError, AdminErrorKind, AdminReply, AdminRequest, LeaseIn
 use crate::id::{NodeNo, VolumeId};
 use crate::io::host::random_u64;
 use crate::io::link::{LinkError, Peers, decode_control, encode_control};
+use crate::io::net::{Network, Tcp};
 use crate::io::wire::{Frame, Kind, Status};
 use crate::node::config::with_peer_port;
 use serde::{Deserialize, Serialize};
@@ -145,6 +146,18 @@ impl Client {
     /// # Errors
     /// [`ClientError::Unreachable`] when none answers before the deadline.
     pub async fn connect(servers: &[String], options: ClientOptions) -> Result<Self, ClientError> {
+        Self::connect_over(Arc::new(Tcp), servers, options).await
+    }
+
+    /// As [`Self::connect`], over this network.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn connect_over(
+        network: Arc<dyn Network>,
+        servers: &[String],
+        options: ClientOptions,
+    ) -> Result<Self, ClientError> {
         let servers: Vec<String> = servers
             .iter()
             .map(|server| with_peer_port(server))
@@ -157,7 +170,7 @@ impl Client {
             shared: Arc::new(Shared {
                 servers: Mutex::new(servers),
                 next_span: AtomicU64::new(1),
-                peers: Peers::new(requester, None, NodeNo(0)),
+                peers: Peers::new(network, requester, None, NodeNo(0)),
                 options,
             }),
         };

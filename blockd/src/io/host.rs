@@ -1,23 +1,23 @@
 //! What the machine says of itself: randomness, wall clock, boot.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// 128 random bits from the kernel.
 ///
 /// # Errors
-/// When `/dev/urandom` cannot be read.
+/// When the kernel gives none.
 pub fn random_u128() -> io::Result<u128> {
     let mut bytes = [0; 16];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    getrandom::fill(&mut bytes)?;
     Ok(u128::from_le_bytes(bytes))
 }
 
 /// 64 random bits from the kernel.
 ///
 /// # Errors
-/// When `/dev/urandom` cannot be read.
+/// When the kernel gives none.
 pub fn random_u64() -> io::Result<u64> {
     random_u128().map(|bits| bits as u64)
 }

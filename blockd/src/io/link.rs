@@ -7,6 +7,7 @@
 //! never executed a second time after the answer to its repetition.
 
 use super::framed::FrameStream;
+use super::net::{BoxStream, Network, Tcp};
 use super::wire::{self, Frame, Kind, Status};
 use crate::id::{NodeNo, VolumeId};
 use crate::limits::{PEER_HELLO_MS, PEER_STALL_MS};
@@ -19,7 +20,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, Interval, interval, timeout};
 
@@ -144,19 +144,26 @@ impl Link {
     /// # Errors
     /// [`LinkError::Connect`] or [`LinkError::Refused`] (wrong cluster or version).
     pub async fn connect(address: &str, hello: &Hello) -> Result<Self, LinkError> {
+        Self::connect_over(&Tcp, address, hello).await
+    }
+
+    /// As [`Self::connect`], over this network.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn connect_over(
+        network: &dyn Network,
+        address: &str,
+        hello: &Hello,
+    ) -> Result<Self, LinkError> {
         let connect = |reason: String| LinkError::Connect {
             address: address.to_owned(),
             reason,
         };
         let limit = Duration::from_millis(PEER_HELLO_MS);
-        let stream = timeout(limit, TcpStream::connect(address)).await;
+        let stream = timeout(limit, network.connect(address)).await;
         let stream = stream
             .map_err(|_| connect("timed out".to_owned()))?
-            .map_err(|error| connect(error.to_string()))?;
-        rustix::net::sockopt::set_socket_keepalive(&stream, true)
-            .map_err(|error| connect(error.to_string()))?;
-        stream
-            .set_nodelay(true)
             .map_err(|error| connect(error.to_string()))?;
         let mut frames = FrameStream::new(stream);
         let welcome = timeout(limit, say_hello(&mut frames, address, hello)).await;
@@ -230,7 +237,7 @@ impl Link {
 }
 
 async fn say_hello(
-    frames: &mut FrameStream<TcpStream>,
+    frames: &mut FrameStream<BoxStream>,
     address: &str,
     hello: &Hello,
 ) -> Result<Welcome, LinkError> {
@@ -279,7 +286,7 @@ pub fn decode_control<T: for<'a> Deserialize<'a>>(
 }
 
 /// The connection's task: sends what callers queue, hands replies to them, watches for stalls.
-async fn run(mut frames: FrameStream<TcpStream>, shared: Arc<Shared>) {
+async fn run(mut frames: FrameStream<BoxStream>, shared: Arc<Shared>) {
     let mut ticks = interval(Duration::from_millis(PEER_STALL_MS / 8));
     let mut heard = Instant::now();
     let reason = poll_fn(|cx| step(cx, &mut frames, &shared, &mut ticks, &mut heard)).await;
@@ -291,7 +298,7 @@ async fn run(mut frames: FrameStream<TcpStream>, shared: Arc<Shared>) {
 
 fn step(
     cx: &mut Context<'_>,
-    frames: &mut FrameStream<TcpStream>,
+    frames: &mut FrameStream<BoxStream>,
     shared: &Shared,
     ticks: &mut Interval,
     heard: &mut Instant,
@@ -336,6 +343,7 @@ fn step(
 
 /// Links to any number of servers, made when needed and made again when lost.
 pub struct Peers {
+    network: Arc<dyn Network>,
     requester: u64,
     cluster_id: Mutex<Option<String>>,
     node: Mutex<NodeNo>,
@@ -355,8 +363,14 @@ struct Slot {
 impl Peers {
     /// `requester` must be random: it tells this process from all others.
     #[must_use]
-    pub fn new(requester: u64, cluster_id: Option<String>, node: NodeNo) -> Self {
+    pub fn new(
+        network: Arc<dyn Network>,
+        requester: u64,
+        cluster_id: Option<String>,
+        node: NodeNo,
+    ) -> Self {
         Self {
+            network,
             requester,
             cluster_id: Mutex::new(cluster_id),
             node: Mutex::new(node),
@@ -413,7 +427,8 @@ impl Peers {
             return Ok(link);
         }
         *connections += 1;
-        let link = Link::connect(address, &self.hello(slot.requester, *connections)).await?;
+        let hello = self.hello(slot.requester, *connections);
+        let link = Link::connect_over(&*self.network, address, &hello).await?;
         slot.made.fetch_add(1, Ordering::Relaxed);
         *lock(&slot.link) = Some(link.clone());
         Ok(link)

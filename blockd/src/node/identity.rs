@@ -10,9 +10,9 @@
 
 use crate::id::NodeNo;
 use crate::io::host::random_u128;
+use crate::io::state_dir::StateDir;
 use serde::{Deserialize, Serialize};
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 const MAGIC: &str = "blockd-node";
@@ -68,11 +68,11 @@ impl Identity {
     ///
     /// # Errors
     /// [`IdentityError`].
-    pub(crate) fn open(state: &Path) -> Result<Self, IdentityError> {
-        let path = state.join("node");
-        match fs::read_to_string(&path) {
-            Ok(text) => Self::parse(&path, &text),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+    pub(crate) fn open(state: &dyn StateDir) -> Result<Self, IdentityError> {
+        let path = state.path().join("node");
+        match state.read("node") {
+            Ok(Some(text)) => Self::parse(&path, &text),
+            Ok(None) => {
                 let unique_id = random_u128().map_err(|source| IdentityError::Io {
                     action: "read",
                     path: PathBuf::from("/dev/urandom"),
@@ -85,11 +85,7 @@ impl Identity {
                 identity.save(state)?;
                 Ok(identity)
             }
-            Err(source) => Err(IdentityError::Io {
-                action: "read",
-                path,
-                source,
-            }),
+            Err(source) => Err(failed("read", path)(source)),
         }
     }
 
@@ -120,26 +116,22 @@ impl Identity {
     ///
     /// # Errors
     /// [`IdentityError::Io`].
-    pub(crate) fn save(&self, state: &Path) -> Result<(), IdentityError> {
-        let failed = |action, path: &Path| {
-            let path = path.to_owned();
-            move |source| IdentityError::Io {
-                action,
-                path,
-                source,
-            }
-        };
-        let (path, new) = (state.join("node"), state.join("node.new"));
+    pub(crate) fn save(&self, state: &dyn StateDir) -> Result<(), IdentityError> {
+        let path = state.path().join("node");
         let body = serde_json::to_string(self)
             .map_err(io::Error::from)
-            .map_err(failed("encode", &path))?;
+            .map_err(failed("encode", path.clone()))?;
         let crc = crc32fast::hash(body.as_bytes());
-        let mut file = File::create(&new).map_err(failed("create", &new))?;
-        write!(file, "{MAGIC} {FORMAT} {crc:08x}\n{body}").map_err(failed("write", &new))?;
-        file.sync_data().map_err(failed("sync", &new))?;
-        fs::rename(&new, &path).map_err(failed("replace", &path))?;
-        let directory = File::open(state).map_err(failed("open", state))?;
-        directory.sync_all().map_err(failed("sync", state))
+        let text = format!("{MAGIC} {FORMAT} {crc:08x}\n{body}");
+        state.replace("node", &text).map_err(failed("write", path))
+    }
+}
+
+fn failed(action: &'static str, path: PathBuf) -> impl FnOnce(io::Error) -> IdentityError {
+    move |source| IdentityError::Io {
+        action,
+        path,
+        source,
     }
 }
 
@@ -148,43 +140,39 @@ impl Identity {
 ///
 /// # Errors
 /// [`IdentityError::Foreign`], or [`IdentityError::Io`].
-pub(crate) fn claim(directory: &Path, owner: &str) -> Result<(), IdentityError> {
-    let path = directory.join("belongs-to");
-    match fs::read_to_string(&path) {
-        Ok(found) if found.trim() == owner => Ok(()),
-        Ok(found) => Err(IdentityError::Foreign {
-            directory: directory.to_owned(),
+pub(crate) fn claim(
+    state: &dyn StateDir,
+    directory: &str,
+    owner: &str,
+) -> Result<(), IdentityError> {
+    let name = format!("{directory}/belongs-to");
+    let path = state.path().join(&name);
+    match state.read(&name) {
+        Ok(Some(found)) if found.trim() == owner => Ok(()),
+        Ok(Some(found)) => Err(IdentityError::Foreign {
+            directory: state.path().join(directory),
             found: found.trim().chars().take(64).collect(),
             owner: owner.to_owned(),
         }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let written = File::create(&path).and_then(|mut file| {
-                writeln!(file, "{owner}")?;
-                file.sync_all()
-            });
-            written.map_err(|source| IdentityError::Io {
-                action: "write",
-                path,
-                source,
-            })
+        Ok(None) => {
+            let written = state.replace(&name, &format!("{owner}\n"));
+            written.map_err(failed("write", path))
         }
-        Err(source) => Err(IdentityError::Io {
-            action: "read",
-            path,
-            source,
-        }),
+        Err(source) => Err(failed("read", path)(source)),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::io::state_dir::Directory;
 
     #[test]
     fn it_is_made_once_and_read_back() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut made = Identity::open(dir.path()).unwrap();
-        assert_eq!(Identity::open(dir.path()).unwrap(), made);
+        let temporary = tempfile::tempdir().unwrap();
+        let dir = Directory(temporary.path().to_owned());
+        let mut made = Identity::open(&dir).unwrap();
+        assert_eq!(Identity::open(&dir).unwrap(), made);
         made.cluster = Some(Membership {
             name: "c".to_owned(),
             id: "0f".to_owned(),
@@ -192,8 +180,8 @@ mod tests {
             node_name: "n3".to_owned(),
             address: "127.0.0.1:10808".to_owned(),
         });
-        made.save(dir.path()).unwrap();
-        assert_eq!(Identity::open(dir.path()).unwrap(), made);
+        made.save(&dir).unwrap();
+        assert_eq!(Identity::open(&dir).unwrap(), made);
     }
 
     /// The golden file of format 1: later versions must read it.
@@ -211,10 +199,12 @@ mod tests {
 
     #[test]
     fn a_directory_of_another_owner_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        claim(dir.path(), "me").unwrap();
-        claim(dir.path(), "me").unwrap();
-        let error = claim(dir.path(), "you").unwrap_err().to_string();
+        let temporary = tempfile::tempdir().unwrap();
+        std::fs::create_dir(temporary.path().join("store")).unwrap();
+        let dir = Directory(temporary.path().to_owned());
+        claim(&dir, "store", "me").unwrap();
+        claim(&dir, "store", "me").unwrap();
+        let error = claim(&dir, "store", "you").unwrap_err().to_string();
         assert!(error.contains("belongs to me, not to you"), "{error}");
     }
 

@@ -16,6 +16,7 @@ use crate::data::error::DataError;
 use crate::data::fence::{Fence, Writers};
 use crate::id::{LeaseEpoch, NodeNo, VolumeId};
 use crate::io::link::{decode_control, encode_control};
+use crate::io::state_dir::StateDir;
 use crate::io::wire::{Frame, Kind, Payload, Status};
 use crate::limits::{LEASE_CONFIRM_MS, LEASE_TICK_MS};
 use futures_util::future::try_join_all;
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout, timeout_at};
 
@@ -42,6 +44,7 @@ pub(crate) enum LeaseOrder {
 pub(crate) struct Leases {
     watch: RefCell<LeaseWatch>,
     file: tokio::sync::Mutex<LeaseFile>,
+    state: Arc<dyn StateDir>,
     /// Volumes whose lease this server is ending.
     ending: RefCell<HashSet<VolumeId>>,
 }
@@ -69,10 +72,11 @@ pub(super) fn fence(state: &RegistryState, volume: &VolumeRecord) -> Fence {
 }
 
 impl Leases {
-    pub(super) fn new(file: LeaseFile) -> Self {
+    pub(super) fn new(file: LeaseFile, state: Arc<dyn StateDir>) -> Self {
         Self {
             watch: RefCell::default(),
             file: tokio::sync::Mutex::new(file),
+            state,
             ending: RefCell::default(),
         }
     }
@@ -116,8 +120,14 @@ impl Leases {
         let newest = member.registry.state();
         let mut next = file.clone();
         if next.confirm(volume, fenced, |volume| newest.volume(volume).is_some()) {
-            let saving = tokio::task::spawn_blocking(move || next.save().map(|()| next));
-            let saved = saving.await.map_err(|error| unavailable(&error))?;
+            let state = Arc::clone(&self.state);
+            let save = move || next.save(&*state).map(|()| next);
+            let saved = self
+                .state
+                .device()
+                .run(save)
+                .await
+                .map_err(|error| unavailable(&error))?;
             *file = saved.map_err(|error| DataError::Damaged(error.to_string()))?;
         }
         state.confirm_lease(fenced);

@@ -10,10 +10,10 @@
 //! `leases.new`, fdatasync, rename, and fsync of the directory; no file means no lease.
 
 use crate::id::{LeaseEpoch, VolumeId};
+use crate::io::state_dir::StateDir;
 use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 const MAGIC: &str = "blockd-leases";
@@ -40,7 +40,6 @@ pub enum LeaseFileError {
 /// The file and what is in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LeaseFile {
-    state: PathBuf,
     epochs: HashMap<VolumeId, LeaseEpoch>,
 }
 
@@ -49,15 +48,11 @@ impl LeaseFile {
     ///
     /// # Errors
     /// [`LeaseFileError`].
-    pub(crate) fn open(state: &Path) -> Result<Self, LeaseFileError> {
-        let path = state.join("leases");
-        let epochs = match fs::read_to_string(&path) {
-            Ok(text) => parse(&path, &text)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => HashMap::new(),
-            Err(error) => return Err(failed("read", &path)(error)),
-        };
-        let state = state.to_owned();
-        Ok(Self { state, epochs })
+    pub(crate) fn open(state: &dyn StateDir) -> Result<Self, LeaseFileError> {
+        let path = state.path().join("leases");
+        let text = state.read("leases").map_err(failed("read", &path))?;
+        let epochs = text.map_or(Ok(HashMap::new()), |text| parse(&path, &text))?;
+        Ok(Self { epochs })
     }
 
     pub(crate) fn epochs(&self) -> &HashMap<VolumeId, LeaseEpoch> {
@@ -89,16 +84,14 @@ impl LeaseFile {
     ///
     /// # Errors
     /// [`LeaseFileError::Io`].
-    pub(crate) fn save(&self) -> Result<(), LeaseFileError> {
-        let (path, new) = (self.state.join("leases"), self.state.join("leases.new"));
+    pub(crate) fn save(&self, state: &dyn StateDir) -> Result<(), LeaseFileError> {
         let body = self.body();
         let crc = crc32fast::hash(body.as_bytes());
-        let mut file = File::create(&new).map_err(failed("create", &new))?;
-        write!(file, "{MAGIC} {FORMAT} {crc:08x}\n{body}").map_err(failed("write", &new))?;
-        file.sync_data().map_err(failed("sync", &new))?;
-        fs::rename(&new, &path).map_err(failed("replace", &path))?;
-        let directory = File::open(&self.state).map_err(failed("open", &self.state))?;
-        directory.sync_all().map_err(failed("sync", &self.state))
+        let text = format!("{MAGIC} {FORMAT} {crc:08x}\n{body}");
+        let path = state.path().join("leases");
+        state
+            .replace("leases", &text)
+            .map_err(failed("write", &path))
     }
 
     fn body(&self) -> String {
@@ -154,17 +147,19 @@ fn parse(path: &Path, text: &str) -> Result<HashMap<VolumeId, LeaseEpoch>, Lease
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::io::state_dir::Directory;
 
     #[test]
     fn what_was_confirmed_is_read_back_and_never_goes_back() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut file = LeaseFile::open(dir.path()).unwrap();
+        let temporary = tempfile::tempdir().unwrap();
+        let dir = Directory(temporary.path().to_owned());
+        let mut file = LeaseFile::open(&dir).unwrap();
         assert!(file.epochs().is_empty());
         assert!(file.confirm(VolumeId(7), LeaseEpoch(5), |_| true));
         assert!(file.confirm(VolumeId(3), LeaseEpoch(1), |_| true));
         assert!(!file.confirm(VolumeId(7), LeaseEpoch(4), |_| true));
-        file.save().unwrap();
-        assert_eq!(LeaseFile::open(dir.path()).unwrap(), file);
+        file.save(&dir).unwrap();
+        assert_eq!(LeaseFile::open(&dir).unwrap(), file);
         assert_eq!(file.epochs()[&VolumeId(7)], LeaseEpoch(5));
         assert!(file.confirm(VolumeId(7), LeaseEpoch(6), |volume| volume != VolumeId(3)));
         assert_eq!(file.epochs().len(), 1);

@@ -19,13 +19,14 @@ mod snapshot;
 mod sweep;
 
 pub use identity::IdentityError;
-pub use serve::{ServeError, serve};
+pub use serve::{ServeError, Server, serve};
 
 use crate::data::owner::Owner;
 use crate::data::page_store::PageStore;
 use crate::data::router::RoutingTable;
 use crate::data::volume::Group;
 use crate::id::NodeNo;
+use crate::io::environment::{Clock, Environment};
 use crate::io::link::Peers;
 use config::Config;
 use identity::{Identity, Membership};
@@ -39,6 +40,7 @@ use tokio::runtime::Handle;
 /// A running server.
 pub(crate) struct Node {
     pub(crate) config: Config,
+    pub(crate) environment: Environment,
     pub(crate) identity: RefCell<Identity>,
     pub(crate) store: PageStore,
     pub(crate) verifier: u64,
@@ -57,6 +59,7 @@ pub(crate) struct Node {
 pub(crate) struct Member {
     pub(crate) membership: Membership,
     pub(crate) registry: Registry,
+    pub(crate) clock: Arc<dyn Clock>,
     pub(crate) peers: Arc<Peers>,
     pub(crate) group: Rc<Group>,
     pub(crate) participant: participant::Participants,
@@ -66,8 +69,7 @@ pub(crate) struct Member {
 impl Node {
     /// Free bytes of the file system below the state directory; 0 if it cannot be asked.
     pub(crate) fn free_bytes(&self) -> u64 {
-        let asked = rustix::fs::statvfs(&self.config.state);
-        asked.map_or(0, |fs| fs.f_bavail.saturating_mul(fs.f_frsize))
+        self.environment.state.free_bytes()
     }
 
     pub(crate) fn member(&self) -> Option<Rc<Member>> {

@@ -10,6 +10,7 @@ use crate::data::owner::{Executing, Target};
 use crate::id::{SnapshotId, VolumeId};
 use crate::io::framed::{FrameStream, serve};
 use crate::io::link::{Hello, Welcome, decode_control, encode_control};
+use crate::io::net::{BoxStream, Listen};
 use crate::io::wire::{
     self, Frame, Kind, Payload, Run, Status, encode_extents, encode_layers, encode_runs, flags,
 };
@@ -20,7 +21,6 @@ use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
 use std::time::Duration;
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
@@ -51,7 +51,7 @@ struct Live {
 type Spans = Rc<RefCell<HashMap<(VolumeId, u64), Option<Rc<Executing>>>>>;
 
 /// Accepts peer connections for ever.
-pub(crate) async fn accept(node: Rc<Node>, listener: TcpListener) {
+pub(crate) async fn accept(node: Rc<Node>, mut listener: Box<dyn Listen>) {
     let open = Rc::new(());
     loop {
         match listener.accept().await {
@@ -75,10 +75,8 @@ pub(crate) async fn accept(node: Rc<Node>, listener: TcpListener) {
 
 async fn connection(
     node: Rc<Node>,
-    stream: TcpStream,
+    stream: BoxStream,
 ) -> Result<(), crate::io::framed::ConnectionError> {
-    stream.set_nodelay(true)?;
-    rustix::net::sockopt::set_socket_keepalive(&stream, true).map_err(io::Error::from)?;
     let mut frames = FrameStream::new(stream);
     let limit = Duration::from_millis(PEER_HELLO_MS);
     let first = timeout(limit, frames.next()).await;

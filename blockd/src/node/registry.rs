@@ -2,10 +2,12 @@
 
 use crate::control::registry::{Command, Outcome, Refusal, RegistryState, Transaction};
 use crate::id::{NodeNo, Revision};
+use crate::io::device::Device;
 use crate::io::raft::{
     self, CallError, Engine, LogStore, Network, Published, Reply, Request, Server, StateMachine,
     Store, StoreError,
 };
+use crate::io::state_dir::StateDir;
 use crate::limits::{REGISTRY_SNAPSHOT_CHUNK_BYTES, REGISTRY_UPDATE_TRIES, TRANSACTION_BYTES_MAX};
 use openraft::error::{InitializeError, RaftError};
 use openraft::{BasicNode, Config, SnapshotPolicy};
@@ -155,11 +157,51 @@ impl Registry {
         options: RegistryOptions,
     ) -> Result<Registry, RegistryError> {
         let path = dir.join("registry.redb");
+        let at = path.clone();
+        let open = move || Store::open(&at, me);
+        Self::start(
+            open,
+            path,
+            Device::Blocking,
+            me,
+            my_address,
+            transport,
+            options,
+        )
+        .await
+    }
+
+    /// As [`Self::open`], with the registry file of a state directory.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn open_in(
+        state: Arc<dyn StateDir>,
+        me: NodeNo,
+        my_address: String,
+        transport: RaftTransport,
+        options: RegistryOptions,
+    ) -> Result<Registry, RegistryError> {
+        let (path, device) = (state.path().join("registry/registry.redb"), state.device());
+        let at = path.clone();
+        let open = move || Store::of(state.registry()?, &at, state.device(), me);
+        Self::start(open, path, device, me, my_address, transport, options).await
+    }
+
+    async fn start(
+        open: impl FnOnce() -> Result<Arc<Store>, StoreError> + Send + 'static,
+        path: PathBuf,
+        device: Device,
+        me: NodeNo,
+        my_address: String,
+        transport: RaftTransport,
+        options: RegistryOptions,
+    ) -> Result<Registry, RegistryError> {
         let bad = |reason: String| RegistryError::File {
             path: path.clone(),
             reason,
         };
-        let opened = open_file(path.clone(), me)
+        let opened = open_file(open, &device)
             .await
             .map_err(|e| bad(e.to_string()))?;
         let (store, machine, published) = opened;
@@ -366,7 +408,8 @@ impl Registry {
             tracing::warn!(error = %e, "the registry task ended badly");
         }
         let store = Arc::clone(&self.inner.store);
-        if let Err(e) = tokio::task::spawn_blocking(move || store.close()).await {
+        let device = store.device().clone();
+        if let Err(e) = device.run(move || store.close()).await {
             tracing::warn!(error = %e, "the registry file was not closed");
         }
     }
@@ -484,11 +527,11 @@ impl Inner {
 }
 
 async fn open_file(
-    path: PathBuf,
-    me: NodeNo,
+    open: impl FnOnce() -> Result<Arc<Store>, StoreError> + Send + 'static,
+    device: &Device,
 ) -> Result<(Arc<Store>, StateMachine, Published), StoreError> {
-    let opened = tokio::task::spawn_blocking(move || {
-        let store = Store::open(&path, me)?;
+    let opened = device.run(move || {
+        let store = open()?;
         let (machine, published) = StateMachine::open(Arc::clone(&store))?;
         Ok((store, machine, published))
     });

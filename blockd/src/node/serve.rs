@@ -9,20 +9,17 @@ use super::{Member, Node, lease, nbd, participant, peer_server, sweep};
 use crate::data::owner::Owner;
 use crate::data::page_store::{PageStore, StoreError, StoreOptions};
 use crate::data::volume::Group;
-use crate::id::VolumeId;
+use crate::id::{NodeNo, VolumeId};
+use crate::io::environment::Environment;
 use crate::io::host;
 use crate::io::link::Peers;
 use crate::io::wire::{Frame, Kind, Status};
 use bytes::Bytes;
 use nbd_server::{Guarded, Listener, ServeOptions, Shutdown, TlsError};
 use std::cell::{OnceCell, RefCell};
-use std::fs;
 use std::io;
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
-use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Handle};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
@@ -31,12 +28,6 @@ use tokio::task::LocalSet;
 /// Why a server cannot start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    #[error("cannot {action} {path}: {source}")]
-    Path {
-        action: &'static str,
-        path: PathBuf,
-        source: io::Error,
-    },
     #[error("cannot listen on {address} ({what}): {source}")]
     Listen {
         what: &'static str,
@@ -88,13 +79,11 @@ fn start_control() -> Result<(Handle, oneshot::Sender<()>), ServeError> {
 }
 
 async fn run(config: Config, control: Handle) -> Result<(), ServeError> {
-    let peer_listener = listen("peer protocol", config.listen).await?;
     let nbd_listeners = nbd_listeners(&config)?;
     let tls = config.nbd_tls.load()?;
-    let node = start(config, control).await?;
-    tokio::task::spawn_local(peer_server::accept(Rc::clone(&node), peer_listener));
-    tokio::task::spawn_local(sweep::run(Rc::clone(&node)));
-    tokio::task::spawn_local(lease::run(Rc::clone(&node)));
+    let environment = Environment::real(&config.state);
+    let server = Server::start(config, environment, control).await?;
+    let node = &server.node;
     let (stop, stopped) = Shutdown::new();
     tokio::task::spawn_local(async move {
         stop_signal().await;
@@ -106,7 +95,7 @@ async fn run(config: Config, control: Handle) -> Result<(), ServeError> {
         tls,
         ..ServeOptions::default()
     };
-    let volumes = nbd::NbdExports(Rc::clone(&node));
+    let volumes = nbd::NbdExports(Rc::clone(node));
     let exports = Guarded::new(volumes, node.config.nbd_access.clone());
     tracing::info!(listen = %node.config.listen, "ready");
     nbd_server::Server::new(exports, options)
@@ -114,10 +103,49 @@ async fn run(config: Config, control: Handle) -> Result<(), ServeError> {
         .connections_per_address_max(node.config.nbd_connections_per_address)
         .run(nbd_listeners)
         .await;
-    if let Some(member) = node.member() {
-        member.registry.shutdown().await;
+    server.stop().await
+}
+
+/// A server without its NBD side: the page store, the registry, and the peer protocol.
+pub struct Server {
+    pub(super) node: Rc<Node>,
+}
+
+impl Server {
+    /// Opens the state and serves peers. Needs a tokio `LocalSet`; `control` is the runtime of the
+    /// registry.
+    ///
+    /// # Errors
+    /// [`ServeError`].
+    pub async fn start(
+        config: Config,
+        environment: Environment,
+        control: Handle,
+    ) -> Result<Self, ServeError> {
+        let address = config.listen;
+        let listening = environment.network.listen(address).await;
+        let listener = listening.map_err(|source| ServeError::Listen {
+            what: "peer protocol",
+            address: address.to_string(),
+            source,
+        })?;
+        let node = start(config, environment, control).await?;
+        tokio::task::spawn_local(peer_server::accept(Rc::clone(&node), listener));
+        tokio::task::spawn_local(sweep::run(Rc::clone(&node)));
+        tokio::task::spawn_local(lease::run(Rc::clone(&node)));
+        Ok(Self { node })
     }
-    Ok(node.store.close().await?)
+
+    /// Stops the registry and closes the store.
+    ///
+    /// # Errors
+    /// The store cannot be closed.
+    pub async fn stop(&self) -> Result<(), ServeError> {
+        if let Some(member) = self.node.member() {
+            member.registry.shutdown().await;
+        }
+        Ok(self.node.store.close().await?)
+    }
 }
 
 fn nbd_listeners(config: &Config) -> Result<Vec<Listener>, ServeError> {
@@ -148,50 +176,38 @@ async fn stop_signal() {
     }
 }
 
-async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, ServeError> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|source| ServeError::Listen {
-            what,
-            address: address.to_string(),
-            source,
-        })
-}
-
 /// Opens the state directory and, if the server is a member, its registry.
-async fn start(config: Config, control: Handle) -> Result<Rc<Node>, ServeError> {
-    let state = config.state.clone();
-    let store_dir = state.join("store");
-    fs::create_dir_all(&store_dir).map_err(|source| ServeError::Path {
-        action: "create",
-        path: store_dir.clone(),
-        source,
-    })?;
+async fn start(
+    config: Config,
+    environment: Environment,
+    control: Handle,
+) -> Result<Rc<Node>, ServeError> {
+    let state = &*environment.state;
     let mut options = StoreOptions::default();
     options.log_bytes = config.log_bytes.unwrap_or(options.log_bytes);
     options.free_bytes_min = config.reserve_bytes.unwrap_or(options.free_bytes_min);
-    let store = PageStore::open(&store_dir, options)?;
-    let identity = Identity::open(&state)?;
-    claim(&store_dir, &format!("server {}", identity.unique_id))?;
+    let path = state.path().join("store");
+    let store = PageStore::open_on(&path, || state.store(), &state.device(), options)?;
+    let identity = Identity::open(state)?;
+    claim(state, "store", &format!("server {}", identity.unique_id))?;
     let membership = identity.cluster.clone();
-    let peers = Peers::new(
-        host::random_u64().map_err(ServeError::Random)?,
+    let number = membership.as_ref().map(|cluster| cluster.number);
+    let peers = peers(
+        &environment,
         membership.as_ref().map(|cluster| cluster.id.clone()),
-        membership
-            .as_ref()
-            .map(|cluster| cluster.number)
-            .unwrap_or_default(),
-    );
+        number.unwrap_or_default(),
+    )?;
     let node = Rc::new(Node {
-        verifier: verifier(&identity.unique_id),
+        verifier: verifier(&state.boot_id(), &identity.unique_id),
         identity: RefCell::new(identity),
         store,
-        peers: Arc::new(peers),
+        peers,
         control,
         connections: peer_server::Connections::default(),
         member: OnceCell::new(),
         joining: tokio::sync::Mutex::new(()),
         config,
+        environment: environment.clone(),
     });
     if let Some(membership) = membership {
         node.start_member(membership).await?;
@@ -199,10 +215,20 @@ async fn start(config: Config, control: Handle) -> Result<Rc<Node>, ServeError> 
     Ok(node)
 }
 
+/// Connections of a new requester.
+fn peers(
+    environment: &Environment,
+    cluster_id: Option<String>,
+    number: NodeNo,
+) -> Result<Arc<Peers>, ServeError> {
+    let requester = host::random_u64().map_err(ServeError::Random)?;
+    let network = Arc::clone(&environment.network);
+    Ok(Arc::new(Peers::new(network, requester, cluster_id, number)))
+}
+
 /// The write verifier (promise 3, after NFSv3 COMMIT): an acknowledged write is in the page cache
 /// or on disk, so it is lost only if the machine stops. The verifier is one of the machine's boot.
-fn verifier(unique_id: &str) -> u64 {
-    let boot = host::boot_id();
+fn verifier(boot: &str, unique_id: &str) -> u64 {
     let crc = |text: &str| u64::from(crc32fast::hash(text.as_bytes()));
     crc(&format!("{boot}{unique_id}")) << 32 | crc(&format!("{unique_id}{boot}"))
 }
@@ -215,7 +241,7 @@ impl Node {
     ) -> Result<Rc<Member>, ServeError> {
         let mut identity = self.identity.borrow().clone();
         identity.cluster = Some(membership.clone());
-        identity.save(&self.config.state)?;
+        identity.save(&*self.environment.state)?;
         *self.identity.borrow_mut() = identity;
         self.peers
             .set_identity(membership.id.clone(), membership.number);
@@ -227,26 +253,26 @@ impl Node {
         membership: Membership,
     ) -> Result<Rc<Member>, ServeError> {
         let registry = self.open_registry(&membership).await?;
-        let confirmed = LeaseFile::open(&self.config.state)?;
+        let confirmed = LeaseFile::open(&*self.environment.state)?;
         let owner = Rc::new(Owner::new(
             membership.number,
             self.store.clone(),
             self.verifier,
             confirmed.epochs().clone(),
         ));
-        let requester = host::random_u64().map_err(ServeError::Random)?;
         let cluster_id = Some(membership.id.clone());
-        let forwarding = Arc::new(Peers::new(requester, cluster_id, membership.number));
+        let forwarding = peers(&self.environment, cluster_id, membership.number)?;
         let group = Rc::new(Group::new(owner, forwarding));
         let incarnation = host::random_u64().map_err(ServeError::Random)?;
         let participant = participant::Participants::new(self.store.clone(), incarnation);
         let member = Rc::new(Member {
             membership,
             registry,
+            clock: Arc::clone(&self.environment.clock),
             peers: Arc::clone(&self.peers),
             group,
             participant,
-            leases: Leases::new(confirmed),
+            leases: Leases::new(confirmed, Arc::clone(&self.environment.state)),
         });
         member.publish();
         tokio::task::spawn_local(follow(Rc::clone(&member)));
@@ -255,39 +281,25 @@ impl Node {
 
     /// Opens the registry on the control thread.
     async fn open_registry(&self, membership: &Membership) -> Result<Registry, ServeError> {
-        let directory = self.config.state.join("registry");
-        fs::create_dir_all(&directory).map_err(|source| ServeError::Path {
-            action: "create",
-            path: directory.clone(),
-            source,
-        })?;
-        claim(&directory, &format!("cluster {}", membership.id))?;
-        let requester = host::random_u64().map_err(ServeError::Random)?;
-        let peers = Peers::new(requester, Some(membership.id.clone()), membership.number);
-        let transport = transport(Arc::new(peers));
+        let state = Arc::clone(&self.environment.state);
+        claim(&*state, "registry", &format!("cluster {}", membership.id))?;
+        let cluster_id = Some(membership.id.clone());
+        let peers = peers(&self.environment, cluster_id, membership.number)?;
+        let transport = transport(peers);
         let (number, address) = (membership.number, membership.address.clone());
-        let opened = self
-            .control
-            .spawn(async move { open(&directory, number, address, transport).await });
+        let opened = self.control.spawn(async move {
+            Registry::open_in(
+                state,
+                number,
+                address,
+                transport,
+                RegistryOptions::default(),
+            )
+            .await
+        });
         let stopped = |_| RegistryError::Stopped("the control thread has ended".to_owned());
         Ok(opened.await.map_err(stopped)??)
     }
-}
-
-async fn open(
-    directory: &Path,
-    number: crate::id::NodeNo,
-    address: String,
-    transport: RaftTransport,
-) -> Result<Registry, RegistryError> {
-    Registry::open(
-        directory,
-        number,
-        address,
-        transport,
-        RegistryOptions::default(),
-    )
-    .await
 }
 
 /// Registry messages travel in frames of the peer protocol.

@@ -14,7 +14,7 @@ use crate::control::snapshot::{
     Action, Answer, CommitResult, Coordinator, CoordinatorEvent, Order, Part, Plan, Verdict,
 };
 use crate::id::{SnapshotId, TicketId, VolumeId};
-use crate::io::host::{random_u64, unix_ms};
+use crate::io::host::random_u64;
 use crate::io::link::{decode_control, encode_control};
 use crate::io::wire::{Frame, Kind};
 use crate::limits::{SNAPSHOT_RELEASE_MS, SNAPSHOT_RETRY_MS, SNAPSHOT_TAKEN_MS};
@@ -91,7 +91,12 @@ async fn run(
             Ok((volume.id, target.snapshot.clone()))
         });
         let wanted: Vec<_> = wanted.collect::<Result<_, AdminError>>()?;
-        Ok(begin_snapshots(state, &wanted, ticket, unix_ms())?)
+        Ok(begin_snapshots(
+            state,
+            &wanted,
+            ticket,
+            member.clock.unix_ms(),
+        )?)
     };
     let records = member.registry.update(build).await?;
     let verdict = coordinate(node, member, ticket, &records).await;
@@ -296,7 +301,7 @@ pub(super) async fn forget(member: &Member, volume: VolumeId, id: SnapshotId) {
 /// Ends snapshots whose coordinator died: pending too long, or deleted and not forgotten.
 pub(super) async fn sweep_records(member: &Member, pending_max_ms: u64) {
     let state = member.registry.state();
-    let now = unix_ms();
+    let now = member.clock.unix_ms();
     for volume in state.volumes() {
         for record in state.snapshots(volume.id) {
             let old = now.saturating_sub(record.created_unix_ms) > pending_max_ms;

@@ -10,7 +10,8 @@ use super::lanes::{Lanes, Outcome};
 use super::place::Placement;
 use super::types::{PageAt, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage};
 use crate::id::{Epoch, LayerRun, PageNo, SnapshotId, VolumeId};
-use crate::io::disk::FileDisk;
+use crate::io::device::Device;
+use crate::io::disk::{Disk, FileDisk};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -35,8 +36,10 @@ pub struct PageStore {
     inner: Rc<Inner>,
 }
 
+type StoreEngine = Engine<Arc<dyn Disk>>;
+
 struct Inner {
-    engine: RefCell<Engine<FileDisk>>,
+    engine: RefCell<StoreEngine>,
     lanes: RefCell<Option<Lanes>>,
     /// Some job has ended.
     progress: Notify,
@@ -53,25 +56,34 @@ impl PageStore {
     ///
     /// Errors: `InUse`, `NewerVersion`, `Corrupt`, `Directory` (not readable or writable), `BadOption`.
     pub fn open(dir: &Path, options: StoreOptions) -> Result<PageStore, StoreError> {
-        let path = dir.to_path_buf();
-        let disk = FileDisk::open(dir).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock => StoreError::InUse { path: path.clone() },
-            _ => StoreError::Directory {
-                path: path.clone(),
-                action: "open the files in it",
-                source: Arc::new(error),
+        let open = || FileDisk::open(dir).map(|disk| Arc::new(disk) as Arc<dyn Disk>);
+        PageStore::open_on(dir, open, &Device::Blocking, options)
+    }
+
+    /// As [`Self::open`], on the disk that `open` gives; `path` is for messages.
+    pub fn open_on(
+        path: &Path,
+        open: impl FnOnce() -> io::Result<Arc<dyn Disk>>,
+        device: &Device,
+        options: StoreOptions,
+    ) -> Result<PageStore, StoreError> {
+        let failed = |action, error| StoreError::Directory {
+            path: path.to_owned(),
+            action,
+            source: Arc::new(error),
+        };
+        let disk = open().map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => StoreError::InUse {
+                path: path.to_owned(),
             },
+            _ => failed("open the files in it", error),
         })?;
-        let disk = Arc::new(disk);
         let sync_interval = options.sync_interval;
         let new_id = RandomState::new().build_hasher().finish();
-        let engine = Engine::open(Arc::clone(&disk), options, new_id)?;
+        let engine = Engine::open(Arc::new(Arc::clone(&disk)), options, new_id)?;
         let (sender, receiver) = mpsc::unbounded_channel();
-        let lanes = Lanes::start(&disk, &sender).map_err(|error| StoreError::Directory {
-            path,
-            action: "start worker threads",
-            source: Arc::new(error),
-        })?;
+        let lanes = Lanes::start(&disk, device, &sender)
+            .map_err(|error| failed("start worker threads", error))?;
         let inner = Rc::new(Inner {
             engine: RefCell::new(engine),
             lanes: RefCell::new(Some(lanes)),
@@ -320,7 +332,7 @@ impl PageStore {
         let inner = &self.inner;
         inner.engine.borrow_mut().stop_writes();
         inner.flush().await?;
-        let is_idle = |engine: &Engine<FileDisk>| engine.is_applied() && !engine.is_checkpointing();
+        let is_idle = |engine: &StoreEngine| engine.is_applied() && !engine.is_checkpointing();
         while !is_idle(&inner.engine.borrow()) {
             inner.engine.borrow_mut().request_apply();
             inner.wait_for_progress().await?;
@@ -486,7 +498,7 @@ impl Inner {
     /// Makes a request until it is done.
     async fn attempt<T>(
         &self,
-        mut request: impl FnMut(&mut Engine<FileDisk>, &[Fetched]) -> Result<Step<T>, StoreError>,
+        mut request: impl FnMut(&mut StoreEngine, &[Fetched]) -> Result<Step<T>, StoreError>,
     ) -> Result<T, StoreError> {
         let mut fetched = Vec::new();
         let mut rounds = 0;

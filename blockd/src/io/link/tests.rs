@@ -2,7 +2,7 @@ use super::*;
 use crate::id::PageNo;
 use crate::io::framed::serve;
 use std::pin::Pin;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 
 /// A server that welcomes everyone, answers reads, never answers flushes, and ends at a write.
 async fn server() -> String {
@@ -53,7 +53,7 @@ async fn one_connection(stream: TcpStream) {
 }
 
 fn peers(cluster_id: Option<String>) -> Arc<Peers> {
-    Arc::new(Peers::new(1, cluster_id, NodeNo(0)))
+    Arc::new(Peers::new(Arc::new(Tcp), 1, cluster_id, NodeNo(0)))
 }
 
 fn request(kind: Kind) -> Frame {

@@ -29,15 +29,15 @@ impl LogStore {
     }
 }
 
-/// Runs file work on a thread that may block.
+/// Runs file work where it may block.
 pub(super) async fn on_disk<T: Send + 'static>(
     store: &Arc<Store>,
     subject: ErrorSubject<u64>,
     verb: ErrorVerb,
     work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, StorageError<u64>> {
-    let store = Arc::clone(store);
-    let done = tokio::task::spawn_blocking(move || {
+    let (store, device) = (Arc::clone(store), store.device().clone());
+    let done = device.run(move || {
         work(&store).map_err(|e| format!("registry file {}: {e}", store.path().display()))
     });
     let done = done.await.unwrap_or_else(|e| Err(e.to_string()));

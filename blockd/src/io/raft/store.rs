@@ -15,6 +15,7 @@
 
 use super::codec::{CodecError, decode, encode};
 use crate::id::NodeNo;
+use crate::io::device::Device;
 use redb::{
     Database, Durability, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition,
     WriteTransaction,
@@ -75,6 +76,7 @@ impl<E: Into<redb::Error>> From<E> for StoreError {
 /// The open file.
 pub struct Store {
     path: PathBuf,
+    device: Device,
     database: RwLock<Option<Database>>,
 }
 
@@ -85,16 +87,37 @@ impl Store {
     /// It is in use, damaged, of another node or of a newer program.
     pub fn open(path: &Path, me: NodeNo) -> Result<Arc<Self>, StoreError> {
         let database = Database::create(path)?;
+        let store = Self::of(database, path, Device::Blocking, me)?;
+        sync_directory(path)?;
+        Ok(store)
+    }
+
+    /// Takes an open file, new or of node `me`; `path` is for messages.
+    ///
+    /// # Errors
+    /// It is damaged, of another node or of a newer program.
+    pub fn of(
+        database: Database,
+        path: &Path,
+        device: Device,
+        me: NodeNo,
+    ) -> Result<Arc<Self>, StoreError> {
         let store = Self {
             path: path.to_owned(),
+            device,
             database: RwLock::new(Some(database)),
         };
         store.write(Durability::Immediate, |transaction| {
             transaction.open_table(LOG)?;
             check_identity(transaction, me)
         })?;
-        sync_directory(path)?;
         Ok(Arc::new(store))
+    }
+
+    /// How work on the file is done.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// Where the file is.

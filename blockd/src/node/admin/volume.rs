@@ -12,7 +12,6 @@ use crate::control::registry::routes::owners;
 use crate::control::registry::{RegistryState, SnapshotState, VolumeRecord};
 use crate::data::router::RoutingTable;
 use crate::id::{BLOCK_BYTES, Epoch, NodeNo, PageNo, SnapshotId, VolumeId, locate, page_count};
-use crate::io::host::unix_ms;
 use crate::io::link::decode_control;
 use crate::io::wire::{Frame, Kind, Status};
 use crate::node::Member;
@@ -53,7 +52,7 @@ pub(super) async fn create(member: &Member, create: VolumeCreate) -> Answer {
                 false => create.servers.clone(),
             },
             format: create.format.clone(),
-            created_unix_s: unix_ms() / 1000,
+            created_unix_s: member.clock.unix_ms() / 1000,
         };
         create_volume(state, &spec)
     };
