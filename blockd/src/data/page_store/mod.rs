@@ -1,8 +1,8 @@
 //! The page store: pages of many volumes, with snapshots, in one directory of one server.
 //!
 //! Read in this order: `types` and `shell` (what callers see), `version` and `tables` (what is
-//! stored), `record` and `log` (how a change is made), `engine`, `read`, `layers`, `place`, `write`, `sweep`
-//! (requests), `maintain` (syncs, applying, checkpoints), `recover` (opening).
+//! stored), `record` and `log` (how a change is made), `engine`, `read`, `layers`, `place`, `write`, `sweep`,
+//! `transfer` (requests), `maintain` (syncs, applying, checkpoints), `recover` (opening).
 //!
 //! Files of a store: `super` (superblock), `log` (write-ahead ring), `slab` (64 KiB slots), `meta` (what
 //! each slot holds), `catalog-a` and `catalog-b` (volumes and snapshots). Each format is described at
@@ -28,6 +28,7 @@ mod slots;
 mod superblock;
 mod sweep;
 mod tables;
+mod transfer;
 mod types;
 mod usage;
 mod version;
@@ -38,4 +39,5 @@ pub use error::StoreError;
 pub use maintain::{ApplyJob, CommitJob, Job, JobDone, MetaJob, SyncJob};
 pub use place::Placement;
 pub use shell::PageStore;
+pub use transfer::{Exported, MovedChunk, MovedVersion};
 pub use types::{PageAt, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage};

@@ -137,6 +137,7 @@ impl<D: Disk> Engine<D> {
             at,
             slot,
             epoch,
+            era: None,
             crcs,
         };
         let logged = self.commit(&change, &[]);

@@ -13,8 +13,9 @@
 //!     36    2  chunk of the page
 //!     38    2  zero: sub-blocks that become zeros
 //!     40    4  slot
-//!     44    4  argument: snapshot, slot to drop, chunks of a pointer, bytes of a pad
-//!     48    4  epoch
+//!     44    4  argument: snapshot, slot to drop, chunks of a pointer, bytes of a pad; of moved
+//!              data: sub-blocks that are copied
+//!     48    4  epoch; of moved data and pointers: era
 //!     52    4  length of the body in bytes, a multiple of 64
 //!     56    4  checksum field of the record before
 //!     60    4  CRC-32 (seeded by the store's id) of bytes 0..60 and of the checksum table
@@ -22,7 +23,7 @@
 //!              data: 4096 bytes for each set bit of mask
 //! ```
 //! A pointer has 16 checksums for each of its chunks, mask 0 and no data. The seed is secret, so that
-//! a guest cannot forge records inside its data.
+//! a guest cannot forge records inside its data. Kinds 20 to 23 came with page moves.
 
 use super::codec::{put, u16_at, u32_at, u64_at};
 use super::version::{SUBS, bits};
@@ -58,6 +59,12 @@ pub(super) enum DataKind {
         /// Slot to free.
         drop: u32,
     },
+    /// Content of the version of an era, which came from another store.
+    Moved {
+        era: u32,
+        /// Which of its sub-blocks count as copied.
+        copied: u16,
+    },
 }
 
 /// A change of the store, as logged.
@@ -82,6 +89,8 @@ pub(super) enum Change {
         at: ChunkAt,
         slot: u32,
         epoch: u32,
+        /// Of chunks that came from another store; otherwise the era of the volume.
+        era: Option<u32>,
         crcs: Vec<[u32; SUBS]>,
     },
     /// A snapshot taken at this point of the log.
@@ -92,6 +101,10 @@ pub(super) enum Change {
     DropVolume(VolumeId),
     /// All versions of a group of chunks freed (`chunk` is its first).
     DropGroup(ChunkAt),
+    /// All versions of a chunk freed.
+    DropChunk(ChunkAt),
+    /// The group of a chunk belongs to this server since an epoch.
+    Adopt(ChunkAt, u32),
 }
 
 /// A record as found in the log.
@@ -167,11 +180,21 @@ fn encode_fields(change: &Change, buf: &mut [u8]) -> usize {
             at,
             ..
         } => (5, at.volume, *drop),
-        Change::Pointer { at, crcs, .. } => (6, at.volume, u32::try_from(crcs.len()).unwrap_or(0)),
+        Change::Data {
+            kind: DataKind::Moved { copied, .. },
+            at,
+            ..
+        } => (20, at.volume, u32::from(*copied)),
+        Change::Pointer { at, crcs, era, .. } => {
+            let kind = if era.is_some() { 21 } else { 6 };
+            (kind, at.volume, u32::try_from(crcs.len()).unwrap_or(0))
+        }
         Change::TakeSnapshot(volume, snapshot) => (7, *volume, snapshot.0),
         Change::DropSnapshot(volume, snapshot) => (8, *volume, snapshot.0),
         Change::DropVolume(volume) => (9, *volume, 0),
         Change::DropGroup(at) => (10, at.volume, 0),
+        Change::DropChunk(at) => (22, at.volume, 0),
+        Change::Adopt(at, _) => (23, at.volume, 0),
     };
     buf[4] = kind;
     put(buf, 24, &volume.0.to_le_bytes());
@@ -189,14 +212,18 @@ fn encode_fields(change: &Change, buf: &mut [u8]) -> usize {
     };
     match change {
         Change::Data {
+            kind,
             at,
             slot,
             mask,
             zero,
             epoch,
             crcs,
-            ..
         } => {
+            let epoch = match kind {
+                DataKind::Moved { era, .. } => era,
+                _ => epoch,
+            };
             put_place(buf, at, *slot, *epoch);
             put(buf, 6, &mask.to_le_bytes());
             put(buf, 38, &zero.to_le_bytes());
@@ -206,12 +233,14 @@ fn encode_fields(change: &Change, buf: &mut [u8]) -> usize {
             at,
             slot,
             epoch,
+            era,
             crcs,
         } => {
-            put_place(buf, at, *slot, *epoch);
+            put_place(buf, at, *slot, era.unwrap_or(*epoch));
             crcs.iter().flatten().for_each(|crc| put_crc(buf, *crc));
         }
-        Change::DropGroup(at) => put_place(buf, at, 0, 0),
+        Change::DropGroup(at) | Change::DropChunk(at) => put_place(buf, at, 0, 0),
+        Change::Adopt(at, epoch) => put_place(buf, at, 0, *epoch),
         _ => {}
     }
     table
@@ -229,6 +258,11 @@ pub(super) fn has_magic(bytes: &[u8]) -> bool {
     bytes.len() >= RECORD_ALIGN && u32_at(bytes, 0) == MAGIC
 }
 
+/// True for the kinds whose checksum table may be longer than 64 bytes.
+pub(super) fn has_long_table(bytes: &[u8]) -> bool {
+    matches!(bytes[4], 6 | 21)
+}
+
 /// Reads header and table; `None` if they are not a whole valid record head.
 pub(super) fn decode(bytes: &[u8], seed: u32) -> Option<Record> {
     if !has_magic(bytes) {
@@ -236,9 +270,9 @@ pub(super) fn decode(bytes: &[u8], seed: u32) -> Option<Record> {
     }
     let (mask, argument) = (u16_at(bytes, 6), u32_at(bytes, 44));
     let table = match bytes[4] {
-        3..=5 => mask.count_ones() as usize,
-        6 if (1..=POINTER_CHUNKS).contains(&(argument as usize)) => argument as usize * SUBS,
-        1 | 2 | 7..=10 => 0,
+        3..=5 | 20 => mask.count_ones() as usize,
+        6 | 21 if (1..=POINTER_CHUNKS).contains(&(argument as usize)) => argument as usize * SUBS,
+        1 | 2 | 7..=10 | 22 | 23 => 0,
         _ => return None,
     };
     let head_bytes = RECORD_ALIGN + (4 * table).next_multiple_of(RECORD_ALIGN);
@@ -267,7 +301,7 @@ fn decode_change(bytes: &[u8], mask: u16, argument: u32) -> Option<Change> {
         chunk: u16_at(bytes, 36),
     };
     let (slot, epoch, zero) = (u32_at(bytes, 40), u32_at(bytes, 48), u16_at(bytes, 38));
-    let data = |kind| {
+    let data = |kind, epoch| {
         let mut crcs = [0; SUBS];
         for (index, sub) in bits(mask).enumerate() {
             crcs[sub] = u32_at(bytes, RECORD_ALIGN + 4 * index);
@@ -285,15 +319,17 @@ fn decode_change(bytes: &[u8], mask: u16, argument: u32) -> Option<Change> {
     Some(match bytes[4] {
         1 => Change::Mark { in_slab: volume.0 },
         2 => Change::Pad(argument),
-        3 => data(DataKind::Put),
-        4 => data(DataKind::Fill),
-        5 => data(DataKind::Merge { drop: argument }),
-        6 => {
+        3 => data(DataKind::Put, epoch),
+        4 => data(DataKind::Fill, epoch),
+        5 => data(DataKind::Merge { drop: argument }, epoch),
+        6 | 21 => {
             let crc = |i: usize| super::codec::crcs_at(bytes, RECORD_ALIGN + i * SUBS * 4);
+            let is_moved = bytes[4] == 21;
             Change::Pointer {
                 at,
                 slot,
-                epoch,
+                epoch: if is_moved { 0 } else { epoch },
+                era: is_moved.then_some(epoch),
                 crcs: (0..argument as usize).map(crc).collect(),
             }
         }
@@ -301,6 +337,12 @@ fn decode_change(bytes: &[u8], mask: u16, argument: u32) -> Option<Change> {
         8 => Change::DropSnapshot(volume, SnapshotId(argument)),
         9 => Change::DropVolume(volume),
         10 => Change::DropGroup(at),
+        20 => {
+            let copied = u16::try_from(argument).ok()?;
+            data(DataKind::Moved { era: epoch, copied }, 0)
+        }
+        22 => Change::DropChunk(at),
+        23 => Change::Adopt(at, epoch),
         _ => return None,
     })
 }
@@ -368,12 +410,29 @@ mod tests {
         };
         let crcs = vec![[1; SUBS], [2; SUBS], [u32::MAX; SUBS]];
         round_trip(sample());
-        round_trip(Change::Pointer {
+        for (epoch, era) in [(1, None), (0, Some(9))] {
+            round_trip(Change::Pointer {
+                at,
+                slot: 77,
+                epoch,
+                era,
+                crcs: crcs.clone(),
+            });
+        }
+        let Change::Data { at, mask, crcs, .. } = sample() else {
+            panic!("the sample is data");
+        };
+        round_trip(Change::Data {
+            kind: DataKind::Moved { era: 4, copied: 5 },
             at,
-            slot: 77,
-            epoch: 1,
+            slot: 1,
+            mask,
+            zero: 0b10,
+            epoch: 0,
             crcs,
         });
+        round_trip(Change::DropChunk(at));
+        round_trip(Change::Adopt(at, 17));
         round_trip(Change::TakeSnapshot(VolumeId(1), SnapshotId(2)));
         round_trip(Change::DropSnapshot(VolumeId(1), SnapshotId(2)));
         round_trip(Change::DropVolume(VolumeId(3)));

@@ -14,7 +14,9 @@ use super::hash::FastMap;
 use super::log::{Log, LogPoint};
 use super::maintain::{Upkeep, catalog_file};
 use super::meta::{META_PAGE_BYTES, META_SLOTS, MetaCopy, MetaPage};
-use super::record::{Change, HEAD_BYTES_MAX, RECORD_ALIGN, Record, decode, has_magic};
+use super::record::{
+    Change, HEAD_BYTES_MAX, RECORD_ALIGN, Record, decode, has_long_table, has_magic,
+};
 use super::superblock::Superblock;
 use super::tables::{Redo, Tables};
 use super::types::StoreOptions;
@@ -260,7 +262,7 @@ fn head_at<D: Disk>(
     let first = buf.len().min(2 * RECORD_ALIGN);
     disk.read_at(DiskFile::Log, at, &mut buf[..first])
         .map_err(read_error(DiskFile::Log))?;
-    if has_magic(buf) && first < buf.len() && buf[4] == 6 {
+    if has_magic(buf) && first < buf.len() && has_long_table(buf) {
         disk.read_at(DiskFile::Log, at, buf)
             .map_err(read_error(DiskFile::Log))?;
     }

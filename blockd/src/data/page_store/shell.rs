@@ -8,12 +8,14 @@ use super::engine::{ColdRead, Engine, Fetched, Step};
 use super::error::StoreError;
 use super::lanes::{Lanes, Outcome};
 use super::place::Placement;
+use super::transfer::{Exported, MovedChunk};
 use super::types::{PageAt, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage};
 use crate::id::{Epoch, LayerRun, PageNo, SnapshotId, VolumeId};
 use crate::io::device::Device;
 use crate::io::disk::{Disk, FileDisk};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::path::Path;
@@ -260,6 +262,102 @@ impl PageStore {
                 tokio::task::yield_now().await;
             }
         }
+        self.inner.after_change();
+        Ok(())
+    }
+
+    /// Pages that hold versions, with the bytes of their data.
+    #[must_use]
+    pub fn held_pages(&self, volume: VolumeId) -> BTreeMap<PageNo, u64> {
+        self.inner.engine.borrow().held_pages(volume)
+    }
+
+    /// Chunks of a page that have versions, in order.
+    #[must_use]
+    pub fn page_chunks(&self, volume: VolumeId, page: PageNo) -> Vec<u16> {
+        self.inner.engine.borrow().page_chunks(volume, page)
+    }
+
+    /// See [`Engine::export_chunk`].
+    pub async fn export_chunk(
+        &self,
+        volume: VolumeId,
+        at: (PageNo, u16),
+        from: Option<u32>,
+    ) -> Result<Exported, StoreError> {
+        let export = |engine: &mut Engine<_>, fetched: &[Fetched]| {
+            engine.export_chunk(volume, at, from, fetched)
+        };
+        self.inner.attempt(export).await
+    }
+
+    /// Takes in a piece of a chunk; `order` are the sender's snapshots, oldest first. The page
+    /// must not be served meanwhile.
+    pub async fn take_in(
+        &self,
+        volume: VolumeId,
+        order: &[SnapshotId],
+        moved: &MovedChunk,
+        mut data: &[u8],
+    ) -> Result<(), StoreError> {
+        let at @ (page, chunk) = (moved.page, moved.chunk);
+        if moved.is_first {
+            let dropped =
+                |engine: &mut Engine<_>, _: &[Fetched]| engine.drop_chunk(volume, page, chunk);
+            self.inner.attempt(dropped).await?;
+        }
+        for version in &moved.versions {
+            let (bytes, rest) = data.split_at(version.data_bytes().min(data.len()));
+            data = rest;
+            self.inner
+                .attempt(|engine, _| engine.take_in(volume, at, order, version, bytes))
+                .await?;
+        }
+        self.inner.after_change();
+        Ok(())
+    }
+
+    /// Frees a page with all its versions, if `wanted` still says so at that moment.
+    pub async fn drop_page(
+        &self,
+        volume: VolumeId,
+        page: PageNo,
+        wanted: impl Fn() -> bool,
+    ) -> Result<(), StoreError> {
+        let dropped = |engine: &mut Engine<_>, _: &[Fetched]| match wanted() {
+            true => engine.drop_page(volume, page),
+            false => Ok(Step::Done(())),
+        };
+        self.inner.attempt(dropped).await?;
+        self.inner.after_change();
+        Ok(())
+    }
+
+    /// Says that a page belongs to this server since an epoch, for a scan of all stores.
+    pub async fn adopt_page(
+        &self,
+        volume: VolumeId,
+        page: PageNo,
+        epoch: Epoch,
+    ) -> Result<(), StoreError> {
+        self.inner
+            .attempt(|engine, _| engine.adopt_page(volume, page, epoch))
+            .await?;
+        self.inner.after_change();
+        Ok(())
+    }
+
+    /// Forgets a volume of which nothing is held but names of snapshots, if `wanted` still says so.
+    pub async fn forget_empty_volume(
+        &self,
+        volume: VolumeId,
+        wanted: impl Fn() -> bool,
+    ) -> Result<(), StoreError> {
+        let forgot = |engine: &mut Engine<_>, _: &[Fetched]| match wanted() {
+            true => engine.forget_empty_volume(volume),
+            false => Ok(Step::Done(())),
+        };
+        self.inner.attempt(forgot).await?;
         self.inner.after_change();
         Ok(())
     }

@@ -230,12 +230,17 @@ impl Tables {
                     DataKind::Put => self.put(lsn, *at, *slot, *epoch, &content)?,
                     DataKind::Fill => self.fill(lsn, *at, *slot, content)?,
                     DataKind::Merge { drop } => self.merge(lsn, *at, *slot, *drop, content)?,
+                    DataKind::Moved { era, copied } => {
+                        let (era, copied) = (*era, *copied);
+                        self.take_in(lsn, *at, *slot, era, &Content { copied, ..content })?;
+                    }
                 }
             }
             Change::Pointer {
                 at,
                 slot,
                 epoch,
+                era,
                 crcs,
             } => {
                 for (index, crcs) in (0u16..).zip(crcs) {
@@ -247,7 +252,7 @@ impl Tables {
                         lsn,
                         ChunkAt { chunk, ..*at },
                         slot + u32::from(index),
-                        *epoch,
+                        (*epoch, *era),
                         crcs,
                     );
                 }
@@ -274,6 +279,8 @@ impl Tables {
                 self.forget_if_gone(*id);
             }
             Change::DropGroup(at) => self.drop_group(lsn, *at)?,
+            Change::DropChunk(at) => self.drop_chunk(lsn, *at)?,
+            Change::Adopt(at, epoch) => self.adopt(*at, *epoch),
         }
         Ok(())
     }
@@ -296,20 +303,37 @@ impl Tables {
         let newest = group.chunk(chunk).first();
         if newest.is_none_or(|v| v.era < volume.era) {
             self.changes.touch(slot, Some(at), || None);
-            let (era, crcs) = (volume.era, [0; SUBS]);
-            group.insert(Version {
-                crcs,
-                slot,
-                era,
-                present: 0,
-                zero: 0,
-                copied: 0,
-                chunk,
-            });
+            group.insert(Version::empty(slot, volume.era, chunk));
             self.slots.extend_to(slot.saturating_add(1));
             self.slots_used += 1;
         } else if newest.is_some_and(|v| v.slot != slot) {
             return Err(Misfit("write to a slot that is not the newest"));
+        }
+        self.set(lsn, at, slot, content)
+    }
+
+    /// Content of the version of an era, which is made if there is none.
+    fn take_in(
+        &mut self,
+        lsn: u64,
+        at: ChunkAt,
+        slot: u32,
+        era: u32,
+        content: &Content<'_>,
+    ) -> Result<(), Misfit> {
+        let volume = self.volumes.entry(at.volume.0).or_default();
+        let key = group_key(at.page, at.chunk / GROUP_CHUNKS);
+        let group = volume.groups.entry(key).or_default();
+        let chunk = chunk_in_group(at.chunk);
+        match group.era_mut(chunk, era) {
+            Some(version) if version.slot == slot => {}
+            Some(_) => return Err(Misfit("moved data for a slot of another version")),
+            None => {
+                self.changes.touch(slot, Some(at), || None);
+                group.insert(Version::empty(slot, era, chunk));
+                self.slots.extend_to(slot.saturating_add(1));
+                self.slots_used += 1;
+            }
         }
         self.set(lsn, at, slot, content)
     }
@@ -444,9 +468,16 @@ impl Tables {
         self.set(lsn, at, keep, &Content { copied, ..content })
     }
 
-    fn point(&mut self, lsn: u64, at: ChunkAt, slot: u32, epoch: u32, crcs: &[u32; SUBS]) {
+    fn point(
+        &mut self,
+        lsn: u64,
+        at: ChunkAt,
+        slot: u32,
+        (epoch, era): (u32, Option<u32>),
+        crcs: &[u32; SUBS],
+    ) {
         let volume = self.volumes.entry(at.volume.0).or_default();
-        let era = volume.era;
+        let era = era.unwrap_or(volume.era);
         let group = volume
             .groups
             .entry(group_key(at.page, at.chunk / GROUP_CHUNKS))
@@ -465,9 +496,9 @@ impl Tables {
             copied: 0,
             chunk,
         };
-        match group.newest_mut(chunk) {
-            Some(newest) if newest.era == era => {
-                let old = std::mem::replace(newest, whole);
+        match group.era_mut(chunk, era) {
+            Some(found) => {
+                let old = std::mem::replace(found, whole);
                 volume.data_subs -= u64::from(old.data().count_ones());
                 let before = old.clone();
                 self.changes.touch(old.slot, None, || {
@@ -479,7 +510,7 @@ impl Tables {
                 });
                 self.free(lsn, old.slot, true);
             }
-            _ => {
+            None => {
                 group.insert(whole);
                 self.slots_used += 1;
             }
@@ -554,6 +585,40 @@ impl Tables {
         Ok(())
     }
 
+    fn drop_chunk(&mut self, lsn: u64, at: ChunkAt) -> Result<(), Misfit> {
+        let volume = self.volumes.get(&at.volume.0);
+        let versions = volume.map_or(&[][..], |v| v.chunk(at.page, at.chunk));
+        let slots: Vec<u32> = versions.iter().map(|version| version.slot).collect();
+        slots
+            .into_iter()
+            .try_for_each(|slot| self.remove_version(lsn, at, slot, false))
+    }
+
+    /// One slot record carries the epoch of its group.
+    fn adopt(&mut self, at: ChunkAt, epoch: u32) {
+        let volume = self.volumes.get_mut(&at.volume.0);
+        let key = group_key(at.page, at.chunk / GROUP_CHUNKS);
+        let Some(group) = volume.and_then(|v| v.groups.get_mut(&key)) else {
+            return;
+        };
+        let before = group.epoch;
+        group.epoch = before.max(epoch);
+        if let Some(version) = group.all().first() {
+            let first = at.chunk / GROUP_CHUNKS * GROUP_CHUNKS;
+            let at = ChunkAt {
+                chunk: first + u16::from(version.chunk),
+                ..at
+            };
+            self.changes.touch(version.slot, Some(at), || {
+                Some(SlotContent {
+                    at,
+                    epoch: before,
+                    version: version.clone(),
+                })
+            });
+        }
+    }
+
     fn forget_if_gone(&mut self, volume: VolumeId) {
         if self
             .volumes
@@ -579,6 +644,19 @@ impl Tables {
                 let volume = self.volumes.get(&at.volume.0);
                 let newest = volume.and_then(|v| v.chunk(at.page, at.chunk).first());
                 let is_known = newest.is_some_and(|v| v.slot == *slot);
+                *slot..slot.saturating_add(u32::from(!is_known))
+            }
+            Change::Data {
+                kind: DataKind::Moved { .. },
+                at,
+                slot,
+                ..
+            } => {
+                let volume = self.volumes.get(&at.volume.0);
+                let mut known = volume
+                    .map_or(&[][..], |v| v.chunk(at.page, at.chunk))
+                    .iter();
+                let is_known = known.any(|v| v.slot == *slot);
                 *slot..slot.saturating_add(u32::from(!is_known))
             }
             _ => 0..0,

@@ -41,6 +41,19 @@ const _: () = assert!(
 );
 
 impl Version {
+    /// A version that decides nothing yet.
+    pub(super) fn empty(slot: u32, era: u32, chunk: u8) -> Self {
+        Self {
+            crcs: [0; SUBS],
+            slot,
+            era,
+            present: 0,
+            zero: 0,
+            copied: 0,
+            chunk,
+        }
+    }
+
     /// Sub-blocks with stored bytes.
     pub(super) fn data(&self) -> u16 {
         self.present & !self.zero
@@ -106,10 +119,10 @@ impl Group {
             .find(|v| v.slot == slot)
     }
 
-    /// The newest version of a chunk.
-    pub(super) fn newest_mut(&mut self, chunk: u8) -> Option<&mut Version> {
+    /// The version of a chunk that began in an era.
+    pub(super) fn era_mut(&mut self, chunk: u8, era: u32) -> Option<&mut Version> {
         let (start, end) = self.range(chunk);
-        self.versions[start..end].first_mut()
+        self.versions[start..end].iter_mut().find(|v| v.era == era)
     }
 
     /// Adds a version at its place. Grows in small steps: memory is the budget, not time.

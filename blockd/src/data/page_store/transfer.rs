@@ -1,0 +1,403 @@
+//! Pages on their way between stores: the versions of a chunk out of one, and into another (S003-19).
+//!
+//! Eras count differently in every store. What stores agree on is the order of the snapshots, so a
+//! version is placed by the newest snapshot that does *not* see it. That place stays right whatever
+//! snapshots are taken on either side before the page belongs to the other one.
+//!
+//! A page that is moving in belongs to nobody here: it is taken in chunk by chunk, and a crash in
+//! between leaves a part that is dropped or taken in again. Moved data counts as of epoch 0 until the
+//! page is adopted, so that a scan of all stores never prefers it to the owner's.
+
+use super::engine::{ColdRead, Engine, Fetched, Step};
+use super::error::StoreError;
+use super::read::{Origin, SUB};
+use super::record::{Change, ChunkAt, DataKind};
+use super::tables::{Volume, group_at, group_key};
+use super::version::{ALL, GROUP_CHUNKS, SUBS, Version, bits};
+use crate::id::{CHUNK_BYTES, Epoch, PageNo, SUB_BLOCK_BYTES, SnapshotId, VolumeId};
+use crate::io::disk::{Disk, DiskFile};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::io::IoSlice;
+
+/// Bytes of data after which an export ends a piece.
+const PIECE_BYTES: usize = 1 << 20;
+/// Groups of the largest page.
+const PAGE_GROUPS: u16 = 128;
+
+/// One version of a chunk, without its data.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MovedVersion {
+    /// The newest snapshot that does not see it; `None`: all see it.
+    pub after: Option<SnapshotId>,
+    /// Sub-blocks that it decides; of these: zeros, and those that were copied and not written.
+    pub present: u16,
+    pub zero: u16,
+    pub copied: u16,
+    /// CRC-32 of each sub-block with data, lowest first.
+    pub crcs: Vec<u32>,
+}
+
+/// Versions of a chunk, oldest first: all of them, or a piece of a long chain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MovedChunk {
+    pub page: PageNo,
+    pub chunk: u16,
+    /// The first piece: what the receiver has of the chunk goes first.
+    pub is_first: bool,
+    pub versions: Vec<MovedVersion>,
+}
+
+/// A piece of a chunk with the data of its versions, one behind the other.
+#[derive(Clone, Debug)]
+pub struct Exported {
+    pub moved: MovedChunk,
+    pub data: Vec<u8>,
+    /// Where the next piece begins; `None`: this was the last.
+    pub next: Option<u32>,
+}
+
+impl MovedVersion {
+    fn data(&self) -> u16 {
+        self.present & !self.zero
+    }
+
+    /// Bytes of its data.
+    #[must_use]
+    pub fn data_bytes(&self) -> usize {
+        self.data().count_ones() as usize * SUB
+    }
+
+    fn is_sound(&self, data: &[u8]) -> bool {
+        (self.zero | self.copied) & !self.present == 0
+            && self.crcs.len() == self.data().count_ones() as usize
+            && data.len() == self.data_bytes()
+    }
+}
+
+impl Volume {
+    /// The newest snapshot that does not see a version of this era.
+    fn after(&self, era: u32) -> Option<SnapshotId> {
+        let older = self.snapshots.partition_point(|(_, last)| *last < era);
+        older.checked_sub(1).map(|at| self.snapshots[at].0)
+    }
+
+    /// The era that begins behind a snapshot of the sender, whose snapshots are `order`. One that
+    /// was dropped here already counts as the one before it.
+    fn era_behind(&self, order: &[SnapshotId], after: Option<SnapshotId>) -> Option<u32> {
+        let Some(after) = after else { return Some(0) };
+        let at = order.iter().position(|id| *id == after)?;
+        let known = order[..=at].iter().rev();
+        let last = known.filter_map(|id| self.view(Some(*id))).next();
+        Some(last.map_or(0, |last| last + 1))
+    }
+}
+
+impl<D: Disk> Engine<D> {
+    /// Chunks of a page that have versions, in order.
+    pub fn page_chunks(&self, volume: VolumeId, page: PageNo) -> Vec<u16> {
+        let Some(found) = self.tables.volumes.get(&volume.0) else {
+            return Vec::new();
+        };
+        let groups = (0..PAGE_GROUPS).filter_map(|number| {
+            let group = found.groups.get(&group_key(page, number))?;
+            Some((number * GROUP_CHUNKS, group))
+        });
+        groups
+            .flat_map(|(first, group)| {
+                let chunks = group.all().chunk_by(|a, b| a.chunk == b.chunk);
+                chunks.map(move |versions| first + u16::from(versions[0].chunk))
+            })
+            .collect()
+    }
+
+    /// Pages that hold versions, with the bytes of their data, in order.
+    pub fn held_pages(&self, volume: VolumeId) -> BTreeMap<PageNo, u64> {
+        let mut pages = BTreeMap::new();
+        let found = self.tables.volumes.get(&volume.0).filter(|v| !v.deleted);
+        for (key, group) in found.into_iter().flat_map(|v| &v.groups) {
+            let subs: u32 = group.all().iter().map(|v| v.data().count_ones()).sum();
+            *pages.entry(group_at(volume, *key).page).or_default() +=
+                u64::from(subs) * u64::from(SUB_BLOCK_BYTES);
+        }
+        pages
+    }
+
+    /// The versions of a chunk of eras from `from` on, verified, up to a bounded size.
+    pub fn export_chunk(
+        &self,
+        volume: VolumeId,
+        (page, chunk): (PageNo, u16),
+        from: Option<u32>,
+        fetched: &[Fetched],
+    ) -> Result<Step<Exported>, StoreError> {
+        self.check_volume(volume)?;
+        let mut exported = Exported {
+            moved: MovedChunk {
+                page,
+                chunk,
+                is_first: from.is_none(),
+                versions: Vec::new(),
+            },
+            data: Vec::new(),
+            next: None,
+        };
+        let mut cold = Vec::new();
+        let Some(found) = self.tables.volumes.get(&volume.0) else {
+            return Ok(Step::Done(exported));
+        };
+        let versions = found.chunk(page, chunk).iter().rev();
+        for version in versions.filter(|v| from.is_none_or(|from| from <= v.era)) {
+            if exported.data.len() >= PIECE_BYTES {
+                exported.next = Some(version.era);
+                break;
+            }
+            let at = ChunkAt {
+                volume,
+                page,
+                chunk,
+            };
+            let data = self.version_data(at, version, fetched, &mut cold)?;
+            exported.data.extend(data);
+            exported.moved.versions.push(MovedVersion {
+                after: found.after(version.era),
+                present: version.present,
+                zero: version.zero,
+                copied: version.copied,
+                crcs: bits(version.data()).map(|sub| version.crcs[sub]).collect(),
+            });
+        }
+        Ok(match cold.is_empty() {
+            true => Step::Done(exported),
+            false => Step::Cold(cold),
+        })
+    }
+
+    /// The sub-blocks that a version stores, one behind the other.
+    fn version_data(
+        &self,
+        at: ChunkAt,
+        version: &Version,
+        fetched: &[Fetched],
+        cold: &mut Vec<ColdRead>,
+    ) -> Result<Vec<u8>, StoreError> {
+        let want = version.data();
+        let sources = self
+            .tables
+            .sources(std::slice::from_ref(version), u32::MAX, want);
+        let mut buf = vec![0; CHUNK_BYTES as usize];
+        let origin = Origin {
+            volume: at.volume,
+            page: at.page,
+            sub: u32::from(at.chunk) * (CHUNK_BYTES / SUB_BLOCK_BYTES),
+        };
+        self.gather(&sources, origin, &mut buf, fetched, cold)?;
+        if want == ALL {
+            return Ok(buf);
+        }
+        let subs = bits(want).map(|sub| &buf[sub * SUB..(sub + 1) * SUB]);
+        Ok(subs.collect::<Vec<_>>().concat())
+    }
+
+    /// Takes in one version of a chunk. `order` are the sender's snapshots, oldest first.
+    pub fn take_in(
+        &mut self,
+        volume: VolumeId,
+        (page, chunk): (PageNo, u16),
+        order: &[SnapshotId],
+        moved: &MovedVersion,
+        data: &[u8],
+    ) -> Result<Step<()>, StoreError> {
+        self.check_writable()?;
+        self.check_volume(volume)?;
+        if !moved.is_sound(data) {
+            return Err(bad_move(
+                chunk,
+                data.len(),
+                "a moved version without its data",
+            ));
+        }
+        let known = self.tables.volumes.get(&volume.0);
+        let era = known.map_or(Some(0), |known| known.era_behind(order, moved.after));
+        let era = era.ok_or_else(|| bad_move(chunk, 0, "a version behind an unknown snapshot"))?;
+        let at = ChunkAt {
+            volume,
+            page,
+            chunk,
+        };
+        if !self.has_room(256 + data.len() as u64) {
+            return Ok(Step::Full);
+        }
+        self.claim_space(data.len() as u64)?;
+        let crcs = verified(moved, chunk, data)?;
+        self.log_version(at, era, moved, crcs, data)?;
+        Ok(Step::Done(()))
+    }
+
+    fn log_version(
+        &mut self,
+        at: ChunkAt,
+        era: u32,
+        moved: &MovedVersion,
+        crcs: [u32; SUBS],
+        data: &[u8],
+    ) -> Result<(), StoreError> {
+        let versions = self.tables.volumes.get(&at.volume.0);
+        let mut versions = versions
+            .map_or(&[][..], |v| v.chunk(at.page, at.chunk))
+            .iter();
+        let known = versions.find(|v| v.era == era).map(|v| (v.slot, v.own()));
+        if moved.data() == ALL && moved.copied == 0 {
+            return self.place_version(at, era, crcs, data);
+        }
+        let (slot, own) = match known {
+            Some(known) => known,
+            None => (self.tables.slots.allocate(1).ok_or(StoreError::NoSpace)?, 0),
+        };
+        let copied = moved.copied & !own;
+        let change = Change::Data {
+            kind: DataKind::Moved { era, copied },
+            at,
+            slot,
+            mask: moved.data(),
+            zero: moved.zero,
+            epoch: 0,
+            crcs,
+        };
+        let committed = self.commit(&change, &data.chunks(SUB).collect::<Vec<_>>());
+        if committed.is_err() && known.is_none() {
+            self.tables.slots.release(slot, true);
+        }
+        committed
+    }
+
+    /// A whole chunk goes to its slot at once.
+    fn place_version(
+        &mut self,
+        at: ChunkAt,
+        era: u32,
+        crcs: [u32; SUBS],
+        data: &[u8],
+    ) -> Result<(), StoreError> {
+        let slot = self.tables.slots.allocate(1).ok_or(StoreError::NoSpace)?;
+        let pos = u64::from(slot) * u64::from(CHUNK_BYTES);
+        let written = self
+            .disk
+            .write_at(DiskFile::Slab, pos, &[IoSlice::new(data)])
+            .map_err(|e| self.write_failed("slab write", e));
+        let change = Change::Pointer {
+            at,
+            slot,
+            epoch: 0,
+            era: Some(era),
+            crcs: vec![crcs],
+        };
+        let logged = written.and_then(|()| self.commit(&change, &[]));
+        if logged.is_err() {
+            self.tables.slots.release(slot, true);
+        }
+        logged
+    }
+
+    /// Frees all versions of a chunk.
+    pub fn drop_chunk(
+        &mut self,
+        volume: VolumeId,
+        page: PageNo,
+        chunk: u16,
+    ) -> Result<Step<()>, StoreError> {
+        self.check_writable()?;
+        let at = ChunkAt {
+            volume,
+            page,
+            chunk,
+        };
+        let found = self.tables.volumes.get(&volume.0).filter(|v| !v.deleted);
+        if found.is_none_or(|v| v.chunk(page, chunk).is_empty()) {
+            return Ok(Step::Done(()));
+        }
+        if !self.has_room(64) {
+            return Ok(Step::Full);
+        }
+        self.commit(&Change::DropChunk(at), &[])?;
+        Ok(Step::Done(()))
+    }
+
+    /// Frees a page with all its versions.
+    pub fn drop_page(&mut self, volume: VolumeId, page: PageNo) -> Result<Step<()>, StoreError> {
+        self.for_groups(volume, page, Change::DropGroup)
+    }
+
+    /// Says that a page belongs to this server since an epoch.
+    pub fn adopt_page(
+        &mut self,
+        volume: VolumeId,
+        page: PageNo,
+        epoch: Epoch,
+    ) -> Result<Step<()>, StoreError> {
+        self.for_groups(volume, page, |at| Change::Adopt(at, epoch.0))
+    }
+
+    fn for_groups(
+        &mut self,
+        volume: VolumeId,
+        page: PageNo,
+        change: impl Fn(ChunkAt) -> Change,
+    ) -> Result<Step<()>, StoreError> {
+        self.check_writable()?;
+        let found = self.tables.volumes.get(&volume.0).filter(|v| !v.deleted);
+        let Some(found) = found else {
+            return Ok(Step::Done(()));
+        };
+        let keys = (0..PAGE_GROUPS).map(|group| group_key(page, group));
+        let keys: Vec<u64> = keys.filter(|key| found.groups.contains_key(key)).collect();
+        if !self.has_room(64 * keys.len() as u64) {
+            return Ok(Step::Full);
+        }
+        let mut groups = keys.into_iter().map(|key| change(group_at(volume, key)));
+        groups.try_for_each(|change| self.commit(&change, &[]))?;
+        Ok(Step::Done(()))
+    }
+
+    /// Forgets a volume of which nothing is held but names of snapshots.
+    pub fn forget_empty_volume(&mut self, volume: VolumeId) -> Result<Step<()>, StoreError> {
+        self.check_writable()?;
+        let found = self.tables.volumes.get(&volume.0);
+        if found.is_none_or(|found| !found.groups.is_empty()) {
+            return Ok(Step::Done(()));
+        }
+        if !self.has_room(64) {
+            return Ok(Step::Full);
+        }
+        self.commit(&Change::DropVolume(volume), &[])?;
+        Ok(Step::Done(()))
+    }
+}
+
+/// The checksums of received data by sub-block, if they are those that its sender verified.
+fn verified(moved: &MovedVersion, chunk: u16, data: &[u8]) -> Result<[u32; SUBS], StoreError> {
+    let mut crcs = [0; SUBS];
+    let received = bits(moved.data()).zip(&moved.crcs).zip(data.chunks(SUB));
+    for ((sub, crc), bytes) in received {
+        if crc32fast::hash(bytes) != *crc {
+            return Err(bad_move(
+                chunk,
+                data.len(),
+                "moved data of another checksum",
+            ));
+        }
+        crcs[sub] = *crc;
+    }
+    Ok(crcs)
+}
+
+fn bad_move(chunk: u16, len: usize, problem: &'static str) -> StoreError {
+    StoreError::BadRequest {
+        offset_bytes: u32::from(chunk) * CHUNK_BYTES,
+        len_bytes: u32::try_from(len).unwrap_or(u32::MAX),
+        problem,
+    }
+}
+
+const _: () =
+    assert!(PAGE_GROUPS as u32 * GROUP_CHUNKS as u32 * CHUNK_BYTES == super::PAGE_BYTES_MAX);
