@@ -27,7 +27,7 @@ packages_of() {
         test) printf '%s\n' 'fio fio' 'nbdkit nbdkit' 'libnbd-bin nbdinfo' 'nbd-client nbd-client' \
             'python3-libnbd python:nbd' 'qemu-utils qemu-nbd' 'fuse3 fusermount3' \
             'gnutls-bin certtool' 'xfsprogs mkfs.xfs' 'e2fsprogs mkfs.ext4' 'util-linux losetup' 'mount mount' \
-            'jq jq' 'python3 python3' 'shellcheck shellcheck' \
+            'jq jq' 'python3 python3' 'shellcheck shellcheck' 'ceph-common rbd' \
             'qemu-system-x86 qemu-system-x86_64' 'busybox-static busybox' 'cpio cpio' ;;
         bench) printf '%s\n' 'fio fio' 'nbdkit nbdkit' 'qemu-utils qemu-nbd' 'python3 python3' ;;
         *)

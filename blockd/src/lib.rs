@@ -13,6 +13,7 @@
 //! | [`node`] | one server: the only place that sees the three above together |
 //! | [`client`] | a volume for programs on other hosts: direct to the owner, retry, replay |
 //! | [`attach`] | a volume as `/dev/nbdX` or as a unix socket of this host |
+//! | [`backup`] | snapshots to streams and archives, and back |
 //! | [`admin`] | what `blockctl` asks and what a server answers |
 //!
 //! Directions: `data` and `control` do not know each other; both know `id` and `limits`; `node` and
@@ -22,6 +23,7 @@
 
 pub mod admin;
 pub mod attach;
+pub mod backup;
 pub mod client;
 pub mod control;
 pub mod data;

@@ -18,6 +18,8 @@ mod chains;
 mod crash;
 #[path = "system/dirty_bitmaps.rs"]
 mod dirty_bitmaps;
+#[path = "system/exports.rs"]
+mod exports;
 #[path = "system/files_view.rs"]
 mod files_view;
 #[path = "system/full_disk.rs"]

@@ -1,6 +1,7 @@
 //! The command line of `blockctl`.
 
 use crate::attach::{Attach, AttachmentVerb, Detach};
+use crate::backup::{Diff, Export, Import};
 use crate::size::{parse_duration, parse_volume_size};
 use blockd::admin::SnapshotName;
 use blockd::id::{DEFAULT_PAGE_BLOCKS, NodeNo};
@@ -202,6 +203,12 @@ pub(crate) enum SnapshotVerb {
         #[arg(value_name = "VOL")]
         volume: Option<String>,
     },
+    /// What changed between two snapshots, or from one to the volume; of one, what has data
+    Diff(Diff),
+    /// Write a snapshot, or what changed since another, as an RBD diff
+    Export(Export),
+    /// Read an RBD diff into the volume that has what it rests on, or into a new one
+    Import(Import),
     /// Delete a snapshot and free what only it holds
     Delete {
         #[arg(value_name = "VOL@SNAP", value_parser = parse_snapshot)]
@@ -267,7 +274,7 @@ fn parse_node(text: &str) -> Result<NodeNo, String> {
 }
 
 /// Splits `VOL@SNAP`; what makes a good name is for the server to say.
-fn parse_snapshot(text: &str) -> Result<SnapshotName, String> {
+pub(crate) fn parse_snapshot(text: &str) -> Result<SnapshotName, String> {
     match text.split_once('@') {
         Some((volume, snapshot))
             if !volume.is_empty() && !snapshot.is_empty() && !snapshot.contains('@') =>

@@ -8,7 +8,7 @@ use crate::format::{Mkfs, copy_data};
 use crate::interrupt::Interrupt;
 use crate::output::{print, reply_json, reply_text};
 use crate::session::Session;
-use crate::{attach, documents, lease, mount, progress, settings};
+use crate::{attach, backup, documents, lease, mount, progress, settings};
 use blockd::admin::{AdminReply, AdminRequest, SnapshotInfo, SnapshotName, VolumeCreate};
 use serde_json::json;
 use std::fs::File;
@@ -71,6 +71,9 @@ async fn run_snapshot(cli: &Cli, verb: &SnapshotVerb) -> Result<(), Failure> {
             let volume = volume.clone();
             ask_and_print(cli, AdminRequest::SnapshotList { volume }).await
         }
+        SnapshotVerb::Diff(args) => backup::diff(cli, args).await,
+        SnapshotVerb::Export(args) => backup::export(cli, args).await,
+        SnapshotVerb::Import(args) => backup::import(cli, args).await,
         SnapshotVerb::Delete { target } => {
             let busy = progress::spinner("deleting the snapshot");
             let target = target.clone();

@@ -45,6 +45,15 @@ pub(crate) enum Failure {
     Tab(#[from] TabError),
     #[error("interrupted")]
     Interrupted,
+    /// A stream or an archive is not as it must be.
+    #[error("{0}")]
+    Stream(String),
+    /// It went wrong after something was changed.
+    #[error("{source}; {aftermath}")]
+    Partly {
+        source: Box<Failure>,
+        aftermath: String,
+    },
     /// `volume create --format` went wrong after the volume existed.
     #[error("no {format} filesystem on volume {volume}: {source}; {aftermath}")]
     Format {
@@ -65,6 +74,7 @@ impl Failure {
                 ..
             } => 3,
             Self::Attach(error) if error.kind.may_pass() => 3,
+            Self::Partly { source, .. } => source.exit_code(),
             _ => 1,
         }
     }
@@ -81,6 +91,8 @@ impl Failure {
             Self::MissingTool { .. } => "missing_tool",
             Self::Tool { .. } => "tool",
             Self::Interrupted => "interrupted",
+            Self::Stream(_) => "stream",
+            Self::Partly { source, .. } => source.kind(),
             Self::Format { .. } => "format",
         }
     }

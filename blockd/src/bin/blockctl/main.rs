@@ -4,6 +4,7 @@
 
 mod args;
 mod attach;
+mod backup;
 mod command;
 mod documents;
 mod failure;

@@ -1,7 +1,8 @@
-//! The only file of `blockctl` that knows the client library.
+//! Connections to the servers, and what their errors mean to `blockctl`.
 
 use crate::failure::Failure;
 use blockd::admin::{AdminErrorKind, AdminReply, AdminRequest};
+use blockd::backup::BackupError;
 use blockd::client::{Client, ClientError, ClientOptions, Volume};
 use bytes::Bytes;
 use std::time::Duration;
@@ -30,6 +31,10 @@ impl Session {
         }
     }
 
+    pub(crate) fn client(&self) -> &Client {
+        &self.client
+    }
+
     pub(crate) async fn open(&self, volume: &str) -> Result<Target, Failure> {
         let volume = self.client.open(volume).await?;
         Ok(Target { volume })
@@ -48,6 +53,23 @@ impl Target {
 
     pub(crate) async fn flush(&self) -> Result<(), Failure> {
         Ok(self.volume.flush().await?)
+    }
+}
+
+impl From<BackupError> for Failure {
+    fn from(error: BackupError) -> Self {
+        match error {
+            BackupError::Client(error) => error.into(),
+            BackupError::Refused(message) => Self::Refused {
+                kind: AdminErrorKind::Conflict,
+                message,
+            },
+            BackupError::Stream(_) | BackupError::Io { .. } => Self::Stream(error.to_string()),
+            BackupError::Partly { source, aftermath } => Self::Partly {
+                source: Box::new((*source).into()),
+                aftermath,
+            },
+        }
     }
 }
 
