@@ -4,8 +4,11 @@
 //! printed by `blockctl --json` as they are. Adding a variant at the end keeps older peers
 //! readable; anything else takes a new protocol version.
 
-use crate::control::registry::{LeaseHolder, LeaseState};
-use crate::id::{Epoch, LeaseEpoch, NodeNo, Revision, RouteRun, SnapshotId, VolumeId};
+use crate::control::registry::{LeaseHolder, LeaseState, ScrubRecord};
+use crate::data::page_store::DamagedRange;
+use crate::id::{
+    Epoch, LeaseEpoch, NodeNo, Revision, RouteRun, ScrubPosition, SnapshotId, VolumeId,
+};
 use serde::{Deserialize, Serialize};
 
 /// A request to any server of the group; each is carried out by the server that receives it.
@@ -95,6 +98,19 @@ pub enum AdminRequest {
     VolumeGet {
         name: String,
     },
+    /// Verifies what one node stores of a volume, from a position on, for about a second.
+    ScrubStep {
+        volume: VolumeId,
+        node: NodeNo,
+        from: ScrubPosition,
+        /// Bytes a second that the node reads at the most.
+        rate_bytes: u64,
+    },
+    /// Keeps what a scrub came to, to be shown.
+    ScrubKeep(ScrubRecord),
+    ScrubShow {
+        volume: String,
+    },
 }
 
 /// `VOL@SNAP`.
@@ -147,6 +163,18 @@ pub enum AdminReply {
     /// The lease was not acquired: this one holds it.
     LeaseConflict(LeaseInfo),
     Settings(SettingsInfo),
+    ScrubStep(ScrubStep),
+    /// The last scrub of a volume, if there was one.
+    Scrub(Option<ScrubRecord>),
+}
+
+/// What a step of a scrub found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubStep {
+    pub verified_bytes: u64,
+    pub damaged: Vec<DamagedRange>,
+    /// Where to go on; `None` if the node has nothing more of the volume.
+    pub next: Option<ScrubPosition>,
 }
 
 /// Why a request was refused: a kind for programs and a sentence for people.

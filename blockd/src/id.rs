@@ -122,6 +122,26 @@ impl LayerRun {
     }
 }
 
+/// Where a scrub of a store's part of a volume goes on: by group of chunks, chunk, then newest version
+/// first. The default is the beginning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ScrubPosition {
+    pub group: u64,
+    pub chunk: u8,
+    /// The version of this era and older ones of the chunk.
+    pub era: u32,
+}
+
+impl Default for ScrubPosition {
+    fn default() -> Self {
+        Self {
+            group: 0,
+            chunk: 0,
+            era: u32::MAX,
+        }
+    }
+}
+
 /// Where a byte of a volume lies: its page and the offset in that page (S003-03).
 #[must_use]
 pub fn locate(offset_bytes: u64, page_blocks: u32) -> (u64, u64) {

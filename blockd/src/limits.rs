@@ -43,6 +43,18 @@ pub const LEASE_TICK_MS: u64 = 500;
 /// Milliseconds after which a snapshot that is still pending belongs to a dead coordinator.
 pub const SNAPSHOT_PENDING_MAX_MS: u64 = 60_000;
 
+/// Bytes that a scrub reads at once: a few milliseconds of a disk.
+pub const SCRUB_PIECE_BYTES: u64 = 1 << 20;
+/// Milliseconds of one step of a scrub, after which whoever asked hears of it.
+pub const SCRUB_STEP_MS: u64 = 1_000;
+/// Bytes a second that a scrub reads at the least: a piece is read whole.
+pub const SCRUB_RATE_MIN_BYTES: u64 = SCRUB_PIECE_BYTES;
+/// Damaged ranges after which a step of a scrub ends.
+pub const SCRUB_DAMAGE_MAX: usize = 1_000;
+
+/// Milliseconds from a change of the registry to the facts beside the store: a burst is one write.
+pub const FACTS_DELAY_MS: u64 = 1_000;
+
 /// Milliseconds between two sweeps of what the registry does not have.
 pub const SWEEP_INTERVAL_MS: u64 = 10_000;
 

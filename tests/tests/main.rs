@@ -42,12 +42,18 @@ mod nbd_oracle;
 mod nbd_restarts;
 #[path = "system/nbd_tls.rs"]
 mod nbd_tls;
+#[path = "system/offline_check.rs"]
+mod offline_check;
+#[path = "system/recoveries.rs"]
+mod recoveries;
 #[path = "system/resizes.rs"]
 mod resizes;
 #[path = "system/restart.rs"]
 mod restart;
 #[path = "system/routing.rs"]
 mod routing;
+#[path = "system/scrubs.rs"]
+mod scrubs;
 #[path = "system/settings.rs"]
 mod settings;
 #[path = "system/snapshot_kills.rs"]

@@ -1,5 +1,6 @@
 //! The control plane: pure state machines. Nothing here does IO or reads a clock.
 
 pub mod lease;
+pub mod recovery;
 pub mod registry;
 pub mod snapshot;

@@ -10,6 +10,7 @@ mod machine;
 mod name;
 mod object;
 pub mod routes;
+pub mod scrub;
 pub mod settings;
 mod state;
 mod transaction;
@@ -22,6 +23,7 @@ pub use object::{
     ClusterRecord, Key, NodeRecord, Object, SnapshotRecord, SnapshotState, UniqueId, VolumeRecord,
 };
 pub use routes::{RouteError, RouteRun};
+pub use scrub::ScrubRecord;
 pub use settings::{Procedure, Setting, SettingError, VolumeSettings};
 pub use state::RegistryState;
 pub use transaction::{Outcome, Refusal, Transaction};

@@ -7,8 +7,10 @@ use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
 use rustix::io::{Errno, ReadWriteFlags};
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A file of the store.
@@ -59,6 +61,11 @@ pub trait Disk: Send + Sync {
     fn read_at(&self, file: DiskFile, pos: u64, buf: &mut [u8]) -> io::Result<()>;
     /// Fills `buf` if that needs no device; `false` says that it would block (`buf` is undefined).
     fn try_read_at(&self, file: DiskFile, pos: u64, buf: &mut [u8]) -> io::Result<bool>;
+    /// As `read_at`, but past the page cache, where the device allows that for this range: what is
+    /// only in memory does not count.
+    fn read_from_device(&self, file: DiskFile, pos: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.read_at(file, pos, buf)
+    }
     /// Writes all parts one after the other from `pos` on.
     fn write_at(&self, file: DiskFile, pos: u64, parts: &[IoSlice<'_>]) -> io::Result<()>;
     /// Makes all earlier writes to the file durable.
@@ -76,6 +83,8 @@ pub struct FileDisk {
     files: [File; DiskFile::ALL.len()],
     /// The file system knows no RWF_NOWAIT (tmpfs): its reads do not block.
     plain_reads: AtomicBool,
+    /// The slab once more, for reads past the page cache; `None` where there are none (tmpfs).
+    direct_slab: OnceLock<Option<File>>,
 }
 
 /// Bytes of one write call at most. The page cache makes folios as large as the write that first
@@ -127,10 +136,47 @@ impl FileDisk {
             open(DiskFile::CatalogB)?,
         ];
         File::open(dir)?.sync_all()?;
-        Ok(FileDisk {
+        Ok(FileDisk::of(files))
+    }
+
+    /// Opens the files for reading alone; every write fails. `WouldBlock` says that another process
+    /// holds the lock, `NotFound` that a file is missing.
+    pub fn open_read_only(dir: &Path) -> io::Result<FileDisk> {
+        let open = |file: DiskFile| {
+            let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", file.name()));
+            File::open(dir.join(file.name())).map_err(named)
+        };
+        let first = open(DiskFile::Super)?;
+        rustix::fs::flock(&first, FlockOperation::NonBlockingLockExclusive)?;
+        let files = [
+            first,
+            open(DiskFile::Log)?,
+            open(DiskFile::Slab)?,
+            open(DiskFile::Meta)?,
+            open(DiskFile::CatalogA)?,
+            open(DiskFile::CatalogB)?,
+        ];
+        Ok(FileDisk::of(files))
+    }
+
+    fn of(files: [File; DiskFile::ALL.len()]) -> FileDisk {
+        FileDisk {
             files,
             plain_reads: AtomicBool::new(false),
-        })
+            direct_slab: OnceLock::new(),
+        }
+    }
+
+    fn direct_slab(&self) -> Option<&File> {
+        let open = || {
+            let slab = self.file(DiskFile::Slab).as_raw_fd();
+            let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
+            let path = format!("/proc/self/fd/{slab}");
+            rustix::fs::open(path, flags, Mode::empty())
+                .map(File::from)
+                .ok()
+        };
+        self.direct_slab.get_or_init(open).as_ref()
     }
 
     fn file(&self, file: DiskFile) -> &File {
@@ -169,6 +215,25 @@ impl Disk for FileDisk {
                 self.read_at(file, pos, buf).map(|()| true)
             }
             Err(e) => Err(e.into()),
+        }
+    }
+
+    /// The alignment is the caller's; where it does not fit the device, the page cache answers.
+    fn read_from_device(&self, file: DiskFile, pos: u64, buf: &mut [u8]) -> io::Result<()> {
+        let direct = self.direct_slab().filter(|_| file == DiskFile::Slab);
+        let Some(direct) = direct else {
+            return self.read_at(file, pos, buf);
+        };
+        match direct.read_exact_at(buf, pos) {
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::InvalidInput | io::ErrorKind::UnexpectedEof
+                ) =>
+            {
+                self.read_at(file, pos, buf)
+            }
+            read => read,
         }
     }
 
@@ -222,6 +287,9 @@ impl<D: Disk + ?Sized> Disk for std::sync::Arc<D> {
     }
     fn try_read_at(&self, file: DiskFile, pos: u64, buf: &mut [u8]) -> io::Result<bool> {
         (**self).try_read_at(file, pos, buf)
+    }
+    fn read_from_device(&self, file: DiskFile, pos: u64, buf: &mut [u8]) -> io::Result<()> {
+        (**self).read_from_device(file, pos, buf)
     }
     fn write_at(&self, file: DiskFile, pos: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
         (**self).write_at(file, pos, parts)

@@ -65,6 +65,7 @@ impl StateDir for Directory {
 
     fn replace(&self, name: &str, text: &str) -> io::Result<()> {
         let (path, new) = (self.0.join(name), self.0.join(format!("{name}.new")));
+        fs::create_dir_all(path.parent().unwrap_or(&self.0))?;
         let mut file = File::create(&new)?;
         file.write_all(text.as_bytes())?;
         file.sync_data()?;

@@ -114,6 +114,9 @@ wire_enum! {
         Admin = 14,
         /// Exclusive writer lease of a volume. Payload `LeaseOrder`.
         Lease = 20,
+        /// Verify what is stored of a volume, for about a second. Payload `ScrubOrder`, reply
+        /// payload `ScrubStep`.
+        Scrub = 30,
     }
 }
 

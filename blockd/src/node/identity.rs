@@ -69,24 +69,30 @@ impl Identity {
     /// # Errors
     /// [`IdentityError`].
     pub(crate) fn open(state: &dyn StateDir) -> Result<Self, IdentityError> {
-        let path = state.path().join("node");
-        match state.read("node") {
-            Ok(Some(text)) => Self::parse(&path, &text),
-            Ok(None) => {
-                let unique_id = random_u128().map_err(|source| IdentityError::Io {
-                    action: "read",
-                    path: PathBuf::from("/dev/urandom"),
-                    source,
-                })?;
-                let identity = Self {
-                    unique_id: format!("{unique_id:032x}"),
-                    cluster: None,
-                };
-                identity.save(state)?;
-                Ok(identity)
-            }
-            Err(source) => Err(failed("read", path)(source)),
+        if let Some(identity) = Self::read(state)? {
+            return Ok(identity);
         }
+        let unique_id = random_u128().map_err(|source| IdentityError::Io {
+            action: "read",
+            path: PathBuf::from("/dev/urandom"),
+            source,
+        })?;
+        let identity = Self {
+            unique_id: format!("{unique_id:032x}"),
+            cluster: None,
+        };
+        identity.save(state)?;
+        Ok(identity)
+    }
+
+    /// Reads the identity; `None` if the directory has none.
+    ///
+    /// # Errors
+    /// [`IdentityError`].
+    pub(crate) fn read(state: &dyn StateDir) -> Result<Option<Self>, IdentityError> {
+        let path = state.path().join("node");
+        let text = state.read("node").map_err(failed("read", path.clone()))?;
+        text.map(|text| Self::parse(&path, &text)).transpose()
     }
 
     fn parse(path: &Path, text: &str) -> Result<Self, IdentityError> {

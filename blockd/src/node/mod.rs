@@ -6,17 +6,22 @@
 //! page store until it is defined in a cluster; then it is a `Member`.
 
 mod admin;
+pub mod check;
 pub mod config;
+mod facts;
 mod identity;
 mod lease;
 mod lease_file;
 mod nbd;
 mod participant;
 mod peer_server;
+pub mod recover;
 pub mod registry;
+mod scrub;
 mod serve;
 mod snapshot;
 mod sweep;
+pub mod text_file;
 
 pub use identity::IdentityError;
 pub use serve::{ServeError, Server, serve};
@@ -53,6 +58,8 @@ pub(crate) struct Node {
     member: OnceCell<Rc<Member>>,
     /// Held while the server becomes a member.
     pub(crate) joining: tokio::sync::Mutex<()>,
+    /// Held during a step of a scrub.
+    pub(crate) scrubbing: tokio::sync::Mutex<()>,
 }
 
 /// What a server has from the moment it belongs to a cluster.

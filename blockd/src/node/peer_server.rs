@@ -4,7 +4,7 @@
 //! that one has stopped executing. So a request that its requester sent again is not executed a
 //! second time behind the answer to the repetition.
 
-use super::{Member, Node, admin};
+use super::{Member, Node, admin, scrub};
 use crate::data::error::DataError;
 use crate::data::owner::{Executing, Target};
 use crate::id::{SnapshotId, VolumeId};
@@ -271,6 +271,7 @@ async fn execute(node: &Node, member: &Member, spans: &Spans, request: &Frame) -
         }
         Kind::VolumeDrop => drop_pages(member, request).await,
         Kind::Usage => Ok((0, encode_control(&usage(node, member, volume, snapshot)?))),
+        Kind::Scrub => Ok((0, scrub::answer(node, member, request).await?)),
         Kind::Hello | Kind::Admin | Kind::Registry | Kind::Snapshot | Kind::Lease => {
             Err(DataError::Malformed("not a request for an owner"))
         }

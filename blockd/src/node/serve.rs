@@ -1,6 +1,7 @@
 //! Starting and stopping a server.
 
 use super::config::Config;
+use super::facts::FactsFile;
 use super::identity::{Identity, IdentityError, Membership, claim};
 use super::lease::Leases;
 use super::lease_file::{LeaseFile, LeaseFileError};
@@ -142,6 +143,10 @@ impl Server {
     /// The store cannot be closed.
     pub async fn stop(&self) -> Result<(), ServeError> {
         if let Some(member) = self.node.member() {
+            let state = member.registry.state();
+            if let Err(error) = self.node.facts_file(&member.membership).save(&state) {
+                tracing::warn!(%error, "facts for a recovery are not written");
+            }
             member.registry.shutdown().await;
         }
         Ok(self.node.store.close().await?)
@@ -206,6 +211,7 @@ async fn start(
         connections: peer_server::Connections::default(),
         member: OnceCell::new(),
         joining: tokio::sync::Mutex::new(()),
+        scrubbing: tokio::sync::Mutex::new(()),
         config,
         environment: environment.clone(),
     });
@@ -276,7 +282,14 @@ impl Node {
         });
         member.publish();
         tokio::task::spawn_local(follow(Rc::clone(&member)));
+        let facts = self.facts_file(&member.membership);
+        tokio::task::spawn_local(facts.follow(member.registry.watch()));
         Ok(Rc::clone(self.member.get_or_init(|| member)))
+    }
+
+    fn facts_file(&self, membership: &Membership) -> FactsFile {
+        let unique_id = &self.identity.borrow().unique_id;
+        FactsFile::new(Arc::clone(&self.environment.state), unique_id, membership)
     }
 
     /// Opens the registry on the control thread.

@@ -7,6 +7,7 @@
     clippy::print_stdout
 )]
 
+mod checks;
 mod faults;
 mod harness;
 
@@ -49,7 +50,11 @@ fn recover(
     let disk = Arc::new(disk);
     let engine = Engine::open(Arc::clone(&disk), options(), STORE_ID).map_err(|e| e.to_string())?;
     history.check(&engine, done, survives, read)?;
-    Ok(disk)
+    let audit = engine.audit();
+    match audit.damage_count() {
+        0 => Ok(disk),
+        _ => Err(format!("tables: {:?}", audit.listed)),
+    }
 }
 
 /// After a recovery the store must go on working, close and open again.
@@ -98,6 +103,13 @@ fn every_device_operation_of_200_workloads_survives_a_crash() {
                     trace.len()
                 )
             });
+            if random.below(8) == 0 {
+                checks::assert_sound(
+                    &disk_after,
+                    true,
+                    &format!("seed {seed}, {done} operations"),
+                );
+            }
             if random.below(16) == 0 {
                 go_on(disk_after, seed + done as u64);
             }

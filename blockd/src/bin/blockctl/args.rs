@@ -141,6 +141,8 @@ pub(crate) enum VolumeVerb {
         key: String,
         value: String,
     },
+    /// Verify every checksum of volumes and their snapshots, on all servers
+    Scrub(Scrub),
     /// The settings of a volume, or one of them
     Get { name: String, key: Option<String> },
     /// Delete a volume and its data
@@ -150,6 +152,21 @@ pub(crate) enum VolumeVerb {
         #[arg(long)]
         force: bool,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Scrub {
+    #[arg(required_unless_present = "all", value_name = "VOL")]
+    pub(crate) volumes: Vec<String>,
+    /// All volumes
+    #[arg(long, conflicts_with = "volumes")]
+    pub(crate) all: bool,
+    /// Bytes a second that each server reads at the most: 200MiB, 1GiB
+    #[arg(long, value_parser = parse_volume_size, value_name = "BYTES", default_value = "200MiB")]
+    pub(crate) rate: u64,
+    /// Go on where ctrl-c or a lost server paused the last one
+    #[arg(long)]
+    pub(crate) resume: bool,
 }
 
 #[derive(Debug, Args)]

@@ -8,7 +8,7 @@ use crate::format::{Mkfs, copy_data};
 use crate::interrupt::Interrupt;
 use crate::output::{print, reply_json, reply_text};
 use crate::session::Session;
-use crate::{attach, backup, documents, lease, mount, progress, settings};
+use crate::{attach, backup, documents, lease, mount, progress, scrub, settings};
 use blockd::admin::{AdminReply, AdminRequest, SnapshotInfo, SnapshotName, VolumeCreate};
 use serde_json::json;
 use std::fs::File;
@@ -46,7 +46,8 @@ async fn run_volume(cli: &Cli, verb: &VolumeVerb) -> Result<(), Failure> {
         }
         VolumeVerb::Get { name, key } => return settings::get(cli, name, key.as_deref()).await,
         VolumeVerb::List => AdminRequest::VolumeList,
-        VolumeVerb::Show { name } => AdminRequest::VolumeShow { name: name.clone() },
+        VolumeVerb::Show { name } => return show_volume(cli, name).await,
+        VolumeVerb::Scrub(args) => return scrub::run(cli, args).await,
         VolumeVerb::Resize {
             name,
             size,
@@ -62,6 +63,24 @@ async fn run_volume(cli: &Cli, verb: &VolumeVerb) -> Result<(), Failure> {
         },
     };
     ask_and_print(cli, request).await
+}
+
+/// The volume with its last scrub.
+async fn show_volume(cli: &Cli, name: &str) -> Result<(), Failure> {
+    let session = connect(cli).await?;
+    let name = name.to_owned();
+    let reply = session.ask(AdminRequest::VolumeShow { name }).await?;
+    let AdminReply::Volume(volume) = &reply else {
+        return print_reply(cli, &reply);
+    };
+    let last = scrub::last(&session, &volume.name).await;
+    if !cli.json {
+        let text = reply_text(&reply);
+        return print(&format!("{text}\n{}", scrub::last_text(last.as_ref())));
+    }
+    let mut json = reply_json(&reply);
+    json["scrub"] = scrub::last_json(last.as_ref());
+    print(&json.to_string())
 }
 
 async fn run_snapshot(cli: &Cli, verb: &SnapshotVerb) -> Result<(), Failure> {

@@ -14,6 +14,7 @@ mod lease;
 mod mount;
 mod output;
 mod progress;
+mod scrub;
 mod session;
 mod settings;
 mod size;

@@ -45,6 +45,8 @@ pub(crate) fn reply_json(reply: &AdminReply) -> Value {
         AdminReply::Open(open) => json!(open),
         AdminReply::Identity(identity) => json!(identity),
         AdminReply::Refused(refusal) => json!(refusal),
+        AdminReply::ScrubStep(step) => json!(step),
+        AdminReply::Scrub(record) => json!(record),
         AdminReply::Leases(leases) => leases.iter().map(lease_json).collect(),
         AdminReply::Lease(lease) | AdminReply::LeaseConflict(lease) => lease_json(lease),
         AdminReply::Settings(settings) => settings_json(settings),
@@ -75,9 +77,11 @@ pub(crate) fn reply_text(reply: &AdminReply) -> String {
         AdminReply::Leases(leases) => leases_text(leases, now_unix_ms()),
         AdminReply::Lease(lease) | AdminReply::LeaseConflict(lease) => lease.to_string(),
         AdminReply::Settings(settings) => settings_text(settings),
-        AdminReply::Open(_) | AdminReply::Identity(_) | AdminReply::Refused(_) => {
-            reply_json(reply).to_string()
-        }
+        AdminReply::Open(_)
+        | AdminReply::Identity(_)
+        | AdminReply::Refused(_)
+        | AdminReply::ScrubStep(_)
+        | AdminReply::Scrub(_) => reply_json(reply).to_string(),
     }
 }
 
@@ -298,7 +302,7 @@ pub(crate) fn ago(then_unix_ms: u64, now_unix_ms: u64) -> String {
     )
 }
 
-fn now_unix_ms() -> u64 {
+pub(crate) fn now_unix_ms() -> u64 {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
     since_epoch.map_or(0, |age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX))
 }

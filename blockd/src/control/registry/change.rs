@@ -234,6 +234,7 @@ pub fn delete_volume(state: &RegistryState, id: VolumeId) -> Result<Transaction,
         Key::VolumeName(volume.name.clone()),
         Key::Lease(id),
         Key::VolumeSettings(id),
+        Key::Scrub(id),
     ];
     let transaction = reading(state, &keys);
     Ok(keys.into_iter().fold(transaction, Transaction::remove))

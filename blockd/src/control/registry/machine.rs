@@ -33,6 +33,15 @@ impl Machine {
         &self.state
     }
 
+    /// A machine that begins with a state.
+    #[must_use]
+    pub fn restored(state: RegistryState) -> Self {
+        Self {
+            state,
+            decided: VecDeque::new(),
+        }
+    }
+
     /// Executes a command, or repeats the outcome if it was executed of late.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 use super::lease::{LeaseRecord, LeaseState};
 use super::name::{NameError, check_name};
 use super::routes::{self, RouteError, RouteRun};
+use super::scrub::ScrubRecord;
 use super::settings::VolumeSettings;
 use super::transaction::Refusal;
 use crate::id::{Epoch, NodeNo, SnapshotId, TicketId, VolumeId, page_count};
@@ -64,6 +65,8 @@ pub enum Key {
     Lease(VolumeId),
     /// What the operator of a volume chose.
     VolumeSettings(VolumeId),
+    /// The last scrub of a volume.
+    Scrub(VolumeId),
 }
 
 impl fmt::Display for Key {
@@ -79,6 +82,7 @@ impl fmt::Display for Key {
             }
             Key::Lease(volume) => write!(f, "lease of volume {volume}"),
             Key::VolumeSettings(volume) => write!(f, "settings of volume {volume}"),
+            Key::Scrub(volume) => write!(f, "scrub of volume {volume}"),
         }
     }
 }
@@ -102,6 +106,8 @@ pub enum Object {
     Lease(LeaseRecord),
     /// Under [`Key::VolumeSettings`].
     VolumeSettings(VolumeSettings),
+    /// Under [`Key::Scrub`].
+    Scrub(ScrubRecord),
 }
 
 /// The cluster itself.
@@ -236,6 +242,12 @@ impl Object {
             }
             (Key::Lease(volume), Object::Lease(record)) if *volume == record.volume => {
                 check_lease(record)
+            }
+            (Key::Scrub(volume), Object::Scrub(record)) if *volume == record.volume => {
+                match record.paused_at.len() {
+                    0..=VOLUME_OWNERS_MAX => Ok(()),
+                    many => Err(Refusal::TooManyOwners(many)),
+                }
             }
             (Key::VolumeSettings(volume), Object::VolumeSettings(record))
                 if *volume == record.volume =>

@@ -16,6 +16,18 @@ pub struct RegistryState {
 }
 
 impl RegistryState {
+    /// A state with these objects, all changed last at this revision.
+    #[must_use]
+    pub fn restored(revision: Revision, objects: BTreeMap<Key, Object>) -> Self {
+        let objects = objects
+            .into_iter()
+            .map(|(key, object)| (key, (revision, Arc::new(object))));
+        Self {
+            revision,
+            objects: objects.collect(),
+        }
+    }
+
     /// The last revision; counts the transactions that changed something.
     #[must_use]
     pub fn revision(&self) -> Revision {

@@ -2,18 +2,23 @@
 //!
 //! Read in this order: `types` and `shell` (what callers see), `version` and `tables` (what is
 //! stored), `record` and `log` (how a change is made), `engine`, `read`, `layers`, `place`, `write`, `sweep`,
-//! `transfer` (requests), `maintain` (syncs, applying, checkpoints), `recover` (opening).
+//! `transfer` (requests), `maintain` (syncs, applying, checkpoints), `recover` (opening); `audit`, `check`,
+//! `scrub` (whether all is well), `image` (what a store that is not in use holds).
 //!
 //! Files of a store: `super` (superblock), `log` (write-ahead ring), `slab` (64 KiB slots), `meta` (what
 //! each slot holds), `catalog-a` and `catalog-b` (volumes and snapshots). Each format is described at
 //! the top of its module.
 
+mod audit;
 mod buffers;
 mod catalog;
+mod check;
 mod codec;
 mod engine;
 mod error;
+mod finding;
 mod hash;
+mod image;
 mod lanes;
 mod layers;
 mod log;
@@ -23,6 +28,7 @@ mod place;
 mod read;
 mod record;
 mod recover;
+mod scrub;
 mod shell;
 mod slots;
 mod superblock;
@@ -34,10 +40,14 @@ mod usage;
 mod version;
 mod write;
 
+pub use check::{CheckOptions, CheckProgress, StoreCheck, StoreSummary, check_store};
 pub use engine::{ColdRead, Engine, Fetched, PAGE_BYTES_MAX, Step};
 pub use error::StoreError;
+pub use finding::{DamagedRange, Finding, Findings, Place, Severity};
+pub use image::{PageImage, StoreImage};
 pub use maintain::{ApplyJob, CommitJob, Job, JobDone, MetaJob, SyncJob};
 pub use place::Placement;
+pub use scrub::{BadChunk, ChunkBuffer, Scrubbed, StoredChunk};
 pub use shell::PageStore;
 pub use transfer::{Exported, MovedChunk, MovedVersion};
 pub use types::{PageAt, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage};

@@ -32,7 +32,7 @@ pub(super) struct Origin {
 
 impl Tables {
     /// Source of a sub-block that this version decides.
-    fn source_in(&self, version: &Version, sub: usize) -> Source {
+    pub(super) fn source_in(&self, version: &Version, sub: usize) -> Source {
         if version.zero >> sub & 1 == 1 {
             return Source::Hole;
         }

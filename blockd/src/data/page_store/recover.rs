@@ -7,7 +7,7 @@
 //! Then the records are executed. Up to `proven` the data is not looked at: reads verify it; nor is
 //! that of pointers up to the lsn that a mark calls synced in the slab. Beyond, the first record whose data does not verify was never flushed, nor was anything after it: cut.
 
-use super::catalog;
+use super::catalog::{self, CatalogVolume};
 use super::engine::Engine;
 use super::error::StoreError;
 use super::hash::FastMap;
@@ -55,8 +55,10 @@ impl<D: Disk> Engine<D> {
         load_meta(&*disk, &superblock, &mut tables, &mut upkeep.copies)?;
         load_catalog(&*disk, &superblock, &mut tables)?;
         tables.slots.extend_to(superblock.slots);
-        let (records, proven) = walk(&*disk, &superblock)?;
-        let (head, last_pointer) = redo(&*disk, &superblock, records, proven, &mut tables)?;
+        let chain = Chain::walk(&*disk, &superblock)?;
+        chain.check(&superblock)?;
+        let proven = chain.proven;
+        let (head, last_pointer) = redo(&*disk, &superblock, chain, &mut tables)?;
         free_unowned(&mut tables, head.lsn);
         let log = Log {
             size_bytes: superblock.log_bytes,
@@ -175,7 +177,7 @@ fn format<D: Disk>(
 }
 
 /// Loads the newest copy of every meta page that belongs to the checkpoint.
-fn load_meta<D: Disk>(
+fn load_meta<D: Disk + ?Sized>(
     disk: &D,
     superblock: &Superblock,
     tables: &mut Tables,
@@ -219,11 +221,24 @@ fn load_meta<D: Disk>(
     Ok(())
 }
 
-fn load_catalog<D: Disk>(
+fn load_catalog<D: Disk + ?Sized>(
     disk: &D,
     superblock: &Superblock,
     tables: &mut Tables,
 ) -> Result<(), StoreError> {
+    for entry in read_catalog(disk, superblock)? {
+        let volume = tables.volumes.entry(entry.volume.0).or_default();
+        (volume.era, volume.deleted, volume.snapshots) =
+            (entry.era, entry.deleted, entry.snapshots);
+    }
+    Ok(())
+}
+
+/// The catalog of the checkpoint.
+pub(super) fn read_catalog<D: Disk + ?Sized>(
+    disk: &D,
+    superblock: &Superblock,
+) -> Result<Vec<CatalogVolume>, StoreError> {
     let file = catalog_file(superblock.checkpoint);
     let len = disk.len_bytes(file).map_err(read_error(file))?;
     let bytes = usize::try_from(superblock.catalog_bytes).unwrap_or(usize::MAX);
@@ -241,16 +256,11 @@ fn load_catalog<D: Disk>(
             format!("{} has another checksum than recorded", file.name()),
         ));
     }
-    for entry in catalog::decode(&buf).map_err(|e| corrupt("catalog", e.to_string()))? {
-        let volume = tables.volumes.entry(entry.volume.0).or_default();
-        (volume.era, volume.deleted, volume.snapshots) =
-            (entry.era, entry.deleted, entry.snapshots);
-    }
-    Ok(())
+    catalog::decode(&buf).map_err(|e| corrupt("catalog", e.to_string()))
 }
 
 /// Reads the head of the record at a position, if a valid one is there.
-fn head_at<D: Disk>(
+fn head_at<D: Disk + ?Sized>(
     disk: &D,
     superblock: &Superblock,
     pos: u64,
@@ -270,44 +280,66 @@ fn head_at<D: Disk>(
         .filter(|record| at + record.len_bytes as u64 <= superblock.log_bytes))
 }
 
-/// Follows the chain of records; gives them with their positions, and the highest lsn known durable.
-fn walk<D: Disk>(
-    disk: &D,
-    superblock: &Superblock,
-) -> Result<(Vec<(u64, Record)>, u64), StoreError> {
-    let (mut end, mut proven) = (superblock.start, superblock.durable);
-    let mut records = Vec::new();
-    let full = superblock.start.pos + superblock.log_bytes;
-    while let Some(record) = head_at(disk, superblock, end.pos)? {
-        let next = end.pos + record.len_bytes as u64;
-        if record.lsn != end.lsn + 1 || record.prev_crc != end.crc || full < next {
-            break;
+/// The records from the checkpoint on.
+pub(super) struct Chain {
+    /// With their positions.
+    pub(super) records: Vec<(u64, Record)>,
+    /// Where it ends.
+    pub(super) end: LogPoint,
+    /// The highest lsn known durable.
+    pub(super) proven: u64,
+}
+
+impl Chain {
+    /// Follows the chain of records.
+    pub(super) fn walk<D: Disk + ?Sized>(
+        disk: &D,
+        superblock: &Superblock,
+    ) -> Result<Chain, StoreError> {
+        let (mut end, mut proven) = (superblock.start, superblock.durable);
+        let mut records = Vec::new();
+        let full = superblock.start.pos + superblock.log_bytes;
+        while let Some(record) = head_at(disk, superblock, end.pos)? {
+            let next = end.pos + record.len_bytes as u64;
+            if record.lsn != end.lsn + 1 || record.prev_crc != end.crc || full < next {
+                break;
+            }
+            proven = proven.max(record.durable);
+            let pos = end.pos;
+            end = LogPoint {
+                pos: next,
+                lsn: record.lsn,
+                crc: record.crc,
+            };
+            records.push((pos, record));
         }
-        proven = proven.max(record.durable);
-        let pos = end.pos;
-        end = LogPoint {
-            pos: next,
-            lsn: record.lsn,
-            crc: record.crc,
-        };
-        records.push((pos, record));
+        if !superblock.clean || !records.is_empty() {
+            proven = proven.max(search_proof(disk, superblock, end)?);
+        }
+        Ok(Chain {
+            records,
+            end,
+            proven,
+        })
     }
-    if !superblock.clean || !records.is_empty() {
-        proven = proven.max(search_proof(disk, superblock, end)?);
-    }
-    if end.lsn < proven {
+
+    /// Fails if a record is missing that was durable.
+    pub(super) fn check(&self, superblock: &Superblock) -> Result<(), StoreError> {
+        if self.proven <= self.end.lsn {
+            return Ok(());
+        }
         let detail = format!(
-            "record {} at byte {} is damaged, but {proven} was durable",
-            end.lsn + 1,
-            end.pos % superblock.log_bytes
+            "record {} at byte {} is damaged, but {} was durable",
+            self.end.lsn + 1,
+            self.end.pos % superblock.log_bytes,
+            self.proven
         );
-        return Err(corrupt("log", detail));
+        Err(corrupt("log", detail))
     }
-    Ok((records, proven))
 }
 
 /// Highest lsn that any record beyond the end of the chain says is durable.
-fn search_proof<D: Disk>(
+fn search_proof<D: Disk + ?Sized>(
     disk: &D,
     superblock: &Superblock,
     end: LogPoint,
@@ -337,13 +369,15 @@ fn search_proof<D: Disk>(
 }
 
 /// Executes the records; gives the end of the log and the lsn of the last pointer.
-fn redo<D: Disk>(
+pub(super) fn redo<D: Disk + ?Sized>(
     disk: &D,
     superblock: &Superblock,
-    records: Vec<(u64, Record)>,
-    proven: u64,
+    chain: Chain,
     tables: &mut Tables,
 ) -> Result<(LogPoint, u64), StoreError> {
+    let Chain {
+        records, proven, ..
+    } = chain;
     let (mut head, mut last_pointer) = (superblock.start, 0);
     let in_slab = records.iter().map(|(_, record)| match record.change {
         Change::Mark { in_slab } => in_slab,
@@ -382,7 +416,11 @@ fn redo<D: Disk>(
 }
 
 /// True if the data of a record is there: behind it in the log, or in the slab for pointers.
-fn verifies<D: Disk>(disk: &D, change: &Change, data_pos: u64) -> Result<bool, StoreError> {
+fn verifies<D: Disk + ?Sized>(
+    disk: &D,
+    change: &Change,
+    data_pos: u64,
+) -> Result<bool, StoreError> {
     let (file, pos, crcs): (_, _, Vec<u32>) = match change {
         Change::Data { mask, crcs, .. } => (
             DiskFile::Log,
@@ -412,7 +450,7 @@ fn verifies<D: Disk>(disk: &D, change: &Change, data_pos: u64) -> Result<bool, S
 }
 
 /// Queues every slot that no version has and no record frees, so that its space is given back.
-fn free_unowned(tables: &mut Tables, lsn: u64) {
+pub(super) fn free_unowned(tables: &mut Tables, lsn: u64) {
     let owned = tables
         .volumes
         .values()

@@ -8,9 +8,10 @@ use super::engine::{ColdRead, Engine, Fetched, Step};
 use super::error::StoreError;
 use super::lanes::{Lanes, Outcome};
 use super::place::Placement;
+use super::scrub::{BadChunk, ChunkBuffer, Scrubbed, StoredChunk};
 use super::transfer::{Exported, MovedChunk};
 use super::types::{PageAt, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage};
-use crate::id::{Epoch, LayerRun, PageNo, SnapshotId, VolumeId};
+use crate::id::{Epoch, LayerRun, PageNo, ScrubPosition, SnapshotId, VolumeId};
 use crate::io::device::Device;
 use crate::io::disk::{Disk, FileDisk};
 use bytes::Bytes;
@@ -28,6 +29,8 @@ use tokio::sync::{Notify, mpsc};
 const PART_BYTES: u32 = 4 << 20;
 /// Groups swept before other tasks get a turn.
 const SWEEP_TURN: usize = 16;
+/// Times that a scrub looks at a chunk that changes under it.
+const SCRUB_TRIES: usize = 8;
 /// Rounds of upkeep to wait for when there is no space.
 const SPACE_ROUNDS: u32 = 8;
 
@@ -42,6 +45,7 @@ type StoreEngine = Engine<Arc<dyn Disk>>;
 
 struct Inner {
     engine: RefCell<StoreEngine>,
+    device: Device,
     lanes: RefCell<Option<Lanes>>,
     /// Some job has ended.
     progress: Notify,
@@ -88,6 +92,7 @@ impl PageStore {
             .map_err(|error| failed("start worker threads", error))?;
         let inner = Rc::new(Inner {
             engine: RefCell::new(engine),
+            device: device.clone(),
             lanes: RefCell::new(Some(lanes)),
             progress: Notify::new(),
             flush_wanted: Cell::new(0),
@@ -424,6 +429,44 @@ impl PageStore {
         self.inner.engine.borrow().page_epochs(volume)
     }
 
+    /// Verifies the next versions of a volume on the device, about so many bytes. Blocks nobody: the
+    /// reading and the checksums are done elsewhere.
+    pub async fn scrub(
+        &self,
+        volume: VolumeId,
+        from: ScrubPosition,
+        bytes_max: u64,
+    ) -> Result<Scrubbed, StoreError> {
+        let inner = &self.inner;
+        let (mut batch, next) = inner.engine.borrow().scrub_batch(volume, from, bytes_max);
+        let bytes = batch.iter().map(StoredChunk::len_bytes).sum();
+        let mut damaged = Vec::new();
+        let mut suspects: Vec<StoredChunk> = Vec::new();
+        for _ in 0..SCRUB_TRIES {
+            let bad = inner.verify(std::mem::take(&mut batch)).await?;
+            for bad in bad {
+                let judged = inner.engine.borrow().judge(&bad);
+                match judged {
+                    Err(moved) => batch.push(moved),
+                    Ok(ranges) if suspects.contains(bad.chunk()) => damaged.extend(ranges),
+                    // Once more: it may have been rewritten twice, back to what it was, meanwhile.
+                    Ok(_) => {
+                        suspects.push(bad.chunk().clone());
+                        batch.push(bad.chunk().clone());
+                    }
+                }
+            }
+            if batch.is_empty() {
+                break;
+            }
+        }
+        Ok(Scrubbed {
+            bytes,
+            damaged,
+            next,
+        })
+    }
+
     /// Makes everything durable, writes a checkpoint and stops the worker threads. Writes fail with
     /// `Closed` from the call on; reads go on while handles live.
     pub async fn close(&self) -> Result<(), StoreError> {
@@ -493,6 +536,19 @@ async fn take_outcomes(inner: Weak<Inner>, mut outcomes: mpsc::UnboundedReceiver
 }
 
 impl Inner {
+    /// Those of the chunks that do not verify.
+    async fn verify(&self, chunks: Vec<StoredChunk>) -> Result<Vec<BadChunk>, StoreError> {
+        let disk = self.engine.borrow().disk();
+        let work = move || {
+            let mut buffer = ChunkBuffer::default();
+            let bad = chunks
+                .iter()
+                .filter_map(|chunk| chunk.verify(&*disk, &mut buffer));
+            bad.collect()
+        };
+        self.device.run(work).await.map_err(|_| StoreError::Closed)
+    }
+
     /// Starts whatever can be started. An error is latched in the engine and met by the next request.
     fn kick(&self) {
         let lanes = self.lanes.borrow();

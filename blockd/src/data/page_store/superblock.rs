@@ -50,6 +50,16 @@ pub(super) struct Superblock {
     pub(super) meta_digest: u64,
 }
 
+/// One of the four copies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Copy {
+    Valid(Superblock),
+    /// Never written.
+    Empty,
+    /// Torn or damaged.
+    Damaged,
+}
+
 impl Superblock {
     /// Seed of the log's checksums.
     pub(super) fn seed(&self) -> u32 {
@@ -87,13 +97,16 @@ impl Superblock {
             return Ok(None);
         }
         let found = u32_at(buf, 8);
+        if crc32fast::hash(&buf[16..USED_BYTES]) != u32_at(buf, 12) {
+            return Ok(None);
+        }
         if VERSION < found {
             return Err(StoreError::NewerVersion {
                 found,
                 supported: VERSION,
             });
         }
-        if found != VERSION || crc32fast::hash(&buf[16..USED_BYTES]) != u32_at(buf, 12) {
+        if found != VERSION {
             return Ok(None);
         }
         Ok(Some(Superblock {
@@ -127,14 +140,25 @@ impl Superblock {
         disk.sync(DiskFile::Super)
     }
 
-    /// The newest valid copy; `None` if all four are empty.
-    pub(super) fn read<D: Disk + ?Sized>(disk: &D) -> Result<Option<Superblock>, StoreError> {
+    /// Each copy with its place in the file.
+    pub(super) fn copies<D: Disk + ?Sized>(disk: &D) -> Result<Vec<(u64, Copy)>, StoreError> {
         let mut buf = vec![0; 4 * COPY_BYTES];
         disk.read_at(DiskFile::Super, 0, &mut buf)
             .map_err(|e| StoreError::read(DiskFile::Super, e))?;
+        let copies = (0..).step_by(COPY_BYTES).zip(buf.chunks(COPY_BYTES));
+        let state = |copy: &[u8]| match Superblock::decode(copy)? {
+            Some(found) => Ok(Copy::Valid(found)),
+            None if copy.iter().all(|byte| *byte == 0) => Ok(Copy::Empty),
+            None => Ok(Copy::Damaged),
+        };
+        copies.map(|(pos, copy)| Ok((pos, state(copy)?))).collect()
+    }
+
+    /// The newest valid copy; `None` if all four are empty.
+    pub(super) fn read<D: Disk + ?Sized>(disk: &D) -> Result<Option<Superblock>, StoreError> {
         let mut newest: Option<Superblock> = None;
-        for copy in buf.chunks(COPY_BYTES) {
-            let Some(found) = Superblock::decode(copy)? else {
+        for (_, copy) in Superblock::copies(disk)? {
+            let Copy::Valid(found) = copy else {
                 continue;
             };
             if newest

@@ -1,12 +1,14 @@
 //! Agreement on the order of registry transactions: openraft over one redb file.
 //!
 //! `store` is the file, `log_store` and `state_machine` are what openraft asks for, `message` is
-//! what registry servers say to each other, `network` sends it and `server` answers it.
+//! what registry servers say to each other, `network` sends it and `server` answers it. `offline` is
+//! the file while no server uses it.
 
 mod codec;
 mod log_store;
 mod message;
 mod network;
+pub mod offline;
 mod server;
 mod state_machine;
 mod store;

@@ -9,7 +9,7 @@ mod volume;
 pub(super) use volume::find_snapshot;
 
 use super::registry::{RegistryError, UpdateError};
-use super::{Member, Node, snapshot};
+use super::{Member, Node, scrub, snapshot};
 use crate::admin::{AdminError, AdminErrorKind, AdminReply, AdminRequest, VersionInfo};
 use crate::control::registry::{ChangeError, NameError, SettingError};
 use crate::id::NodeNo;
@@ -82,6 +82,14 @@ async fn dispatch(node: &Rc<Node>, request: AdminRequest) -> Answer {
             settings::set(member, &name, &key, &value).await
         }
         AdminRequest::VolumeGet { name } => settings::get(member, &name).await,
+        AdminRequest::ScrubStep {
+            volume,
+            node,
+            from,
+            rate_bytes,
+        } => scrub::order(member, volume, node, from, rate_bytes).await,
+        AdminRequest::ScrubKeep(record) => scrub::keep(member, &record).await,
+        AdminRequest::ScrubShow { volume } => scrub::show(member, &volume),
         AdminRequest::Version
         | AdminRequest::Identify
         | AdminRequest::Join(_)

@@ -1,4 +1,8 @@
-//! The daemon: `blockd serve`.
+//! The daemon, `blockd serve`, and what is done to its state while it is stopped.
+
+mod check;
+mod outcome;
+mod recover;
 
 use anyhow::anyhow;
 use blockd::node::config::ConfigFile;
@@ -9,9 +13,16 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed; of `check`: something is damaged; of `recover plan`: it has doubts
+  2  wrong usage
+  3  of `check` and `recover`: it cannot be opened, or is not done";
+
 /// Serves partitioned block volumes: NBD to clients, the peer protocol to other servers.
 #[derive(Parser)]
-#[command(name = "blockd", version)]
+#[command(name = "blockd", version, after_help = EXIT_CODES)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -21,6 +32,11 @@ struct Arguments {
 enum Command {
     /// Runs a server until SIGTERM.
     Serve(Serve),
+    /// Checks the files of a server that is stopped; repairs nothing.
+    Check(check::Check),
+    /// Builds the registry of a cluster anew, from the stores of its servers.
+    #[command(subcommand)]
+    Recover(recover::Recover),
 }
 
 #[derive(clap::Args)]
@@ -55,6 +71,14 @@ struct Serve {
 }
 
 fn main() -> ExitCode {
+    match Arguments::parse().command {
+        Command::Serve(arguments) => serve_until_stopped(arguments),
+        Command::Check(arguments) => outcome::exit_code(check::run(&arguments)),
+        Command::Recover(command) => outcome::exit_code(recover::run(&command)),
+    }
+}
+
+fn serve_until_stopped(arguments: Serve) -> ExitCode {
     let filter = EnvFilter::try_from_env("BLOCKD_LOG")
         .unwrap_or_else(|_| EnvFilter::new("info,openraft=error"));
     tracing_subscriber::fmt()
@@ -62,7 +86,6 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let Command::Serve(arguments) = Arguments::parse().command;
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
