@@ -100,7 +100,7 @@ fn every_damaged_file_is_named() {
         ("store/belongs-to", 3),
         ("registry/belongs-to", 3),
         ("store/meta", 4096 + 80),
-        ("registry/registry.redb", 70),
+        ("registry/registry.redb", 3),
     ] {
         let path = state.join(file);
         let whole = fs::read(&path).unwrap();
@@ -116,6 +116,19 @@ fn every_damaged_file_is_named() {
             assert!(!ran.stderr.contains("panicked"), "{ran:?}");
         }
     }
+    let registry = state.join("registry/registry.redb");
+    let mut bytes = fs::read(&registry).unwrap();
+    let name: Vec<usize> = (0..bytes.len() - 4)
+        .filter(|at| &bytes[*at..at + 4] == b"test")
+        .collect();
+    assert!(!name.is_empty());
+    name.iter().for_each(|at| bytes[*at] ^= 1);
+    fs::write(&registry, bytes).unwrap();
+    let ran = check(&state, &[]);
+    assert!(
+        ran.code == Some(1) && ran.stdout.contains("registry.redb"),
+        "{ran:?}"
+    );
     fs::remove_file(state.join("store/slab")).unwrap();
     let ran = check(&state, &[]);
     assert!(
