@@ -174,7 +174,7 @@ fn await_hold(cluster: &Cluster, volume: &blockd::admin::VolumeInfo, at: u64) {
     }
 }
 
-/// Review on S003-33: owners are killed while writes over two of them go on through servers and the
+/// Review on S003-33 and U-09: owners are killed while writes over two of them go on through servers and the
 /// library, again and again; each write ends well, and every snapshot that came to be has both
 /// parts of a write or none.
 #[test]
