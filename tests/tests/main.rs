@@ -46,6 +46,8 @@ mod nbd_tls;
 mod offline_check;
 #[path = "system/paths.rs"]
 mod paths;
+#[path = "system/procedures.rs"]
+mod procedures;
 #[path = "system/recoveries.rs"]
 mod recoveries;
 #[path = "system/resizes.rs"]

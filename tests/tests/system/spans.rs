@@ -1,6 +1,7 @@
 //! Writes over pages of several owners: agreed before they are sent, whole in every snapshot.
 
 use super::chains::{Load, PAGE, PAGE_BLOCKS, write_spans};
+use blockd::control::snapshot::Procedure;
 use blockd::id::{Epoch, PageNo, VolumeId};
 use blockd::io::wire::{Frame, Kind, Status, flags};
 use blockd_tests::nbd_raw::{Address, Endpoint, Mode, RawNbd, wire};
@@ -131,8 +132,11 @@ fn held_writes_do_not_stand_in_the_way_of_the_snapshot() {
             volume: "v".to_owned(),
             snapshot: "s".to_owned(),
         };
-        let targets = vec![target];
-        client.admin(AdminRequest::SnapshotCreate { targets }).await
+        let request = AdminRequest::SnapshotCreateBy {
+            targets: vec![target],
+            procedure: Procedure::Hold,
+        };
+        client.admin(request).await
     });
     await_hold(&cluster, &volume, at);
     for (number, writer) in (0..).zip(&mut writers) {
