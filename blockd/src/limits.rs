@@ -54,6 +54,13 @@ pub const SCRUB_DAMAGE_MAX: usize = 1_000;
 
 /// Milliseconds from a change of the registry to the facts beside the store: a burst is one write.
 pub const FACTS_DELAY_MS: u64 = 1_000;
+/// Milliseconds between two looks of the registry's leader at the schedules of snapshots.
+pub const SCHEDULE_TICK_MS: u64 = 1_000;
+/// Seconds after which a scheduled snapshot that failed is tried again.
+pub const SCHEDULE_RETRY_S: u64 = 30;
+/// Rules of one volume, and snapshots that a rule keeps.
+pub const SCHEDULE_RULES_MAX: usize = 8;
+pub const SCHEDULE_KEEP_MAX: u32 = 1000;
 
 /// Milliseconds between two sweeps of what the registry does not have.
 pub const SWEEP_INTERVAL_MS: u64 = 10_000;
@@ -113,9 +120,6 @@ pub const REGISTRY_UPDATE_TRIES: u32 = 32;
 pub const SNAPSHOT_TICKETS_KEPT: usize = 64;
 /// Milliseconds for which a snapshot may hold the writes of a volume, unless the operator says otherwise (S003-28).
 pub const SNAPSHOT_HOLD_MAX_MS: u64 = 500;
-/// Milliseconds for which the completions of writes are parked while a `barrier` goes round, in its
-/// first and second try; a third one gets the time of a hold.
-pub const SNAPSHOT_PARK_MAX_MS: [u64; 2] = [50, 200];
 /// Milliseconds for which a participant holds writes at the most, whatever the coordinator asks;
 /// well below the 30 s after which Linux calls a block request lost.
 pub const SNAPSHOT_HOLD_CAP_MS: u64 = 10_000;

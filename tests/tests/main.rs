@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "system/archives.rs"]
+mod archives;
 #[path = "system/attach_guest.rs"]
 mod attach_guest;
 #[path = "system/attach_qemu.rs"]
@@ -44,10 +46,6 @@ mod nbd_restarts;
 mod nbd_tls;
 #[path = "system/offline_check.rs"]
 mod offline_check;
-#[path = "system/paths.rs"]
-mod paths;
-#[path = "system/procedures.rs"]
-mod procedures;
 #[path = "system/recoveries.rs"]
 mod recoveries;
 #[path = "system/resizes.rs"]
@@ -66,5 +64,3 @@ mod snapshot_kills;
 mod snapshots;
 #[path = "system/spans.rs"]
 mod spans;
-#[path = "system/stale_messages.rs"]
-mod stale_messages;

@@ -5,8 +5,8 @@ use crate::id::{BLOCK_BYTES, LayerRun};
 use futures_util::stream::{self, BoxStream, StreamExt};
 use std::collections::VecDeque;
 
-/// Bytes of a volume that one question covers, and the pages where they are small: so much is in
-/// memory at a time, twice [`WINDOWS_IN_FLIGHT`].
+/// Bytes of a volume that one question covers, and the pages where they are small; one page where
+/// they are large. The runs of so much, [`WINDOWS_IN_FLIGHT`] times, are in memory.
 const WINDOW_BYTES: u64 = 256 << 20;
 const WINDOW_PAGES: u64 = 1024;
 const WINDOWS_IN_FLIGHT: usize = 4;
@@ -45,7 +45,7 @@ impl<'a> Changes<'a> {
     #[must_use]
     pub fn between(volume: &'a Volume, since: Option<Since>, start: u64, end: u64) -> Self {
         let page_bytes = u64::from(volume.info().volume.page_blocks) * BLOCK_BYTES;
-        let window = WINDOW_BYTES.min(WINDOW_PAGES * page_bytes);
+        let window = WINDOW_BYTES.min(WINDOW_PAGES * page_bytes).max(page_bytes);
         let offsets = (start..end).step_by(usize::try_from(window).unwrap_or(usize::MAX));
         let windows = stream::iter(offsets)
             .map(move |offset| volume.layers(offset, window.min(end - offset), since))

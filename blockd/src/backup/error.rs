@@ -16,6 +16,12 @@ pub enum BackupError {
         what: &'static str,
         source: std::io::Error,
     },
+    /// Something of an archive is missing or not what it was; the text names the object.
+    #[error("{0}")]
+    Damaged(String),
+    /// The place of an archive cannot be read or written.
+    #[error("{0}")]
+    Archive(String),
     /// What was asked makes no sense for these snapshots.
     #[error("{0}")]
     Refused(String),

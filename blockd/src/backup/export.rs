@@ -66,6 +66,14 @@ pub(super) fn read_changes<'a>(
     let ranges = stream::try_unfold(changes, async |mut changes| {
         Ok::<_, ClientError>(changes.next().await?.map(|range| (range, changes)))
     });
+    read_ranges(volume, ranges)
+}
+
+/// Ranges with their data, read ahead, in order.
+pub(super) fn read_ranges<'a>(
+    volume: &'a Volume,
+    ranges: impl Stream<Item = Result<Changed, ClientError>> + 'a,
+) -> impl Stream<Item = Result<Piece, ClientError>> + 'a {
     let wanted = ranges.map_ok(|range| stream::iter(wanted(range).map(Ok)));
     let reads = wanted.try_flatten().map_ok(move |(range, len)| async move {
         if range.zero {
@@ -156,13 +164,13 @@ pub(super) async fn since(
 }
 
 /// A thread that writes: a slow reader of a pipe does not stop the connections to the servers.
-struct Sink {
+pub(super) struct Sink {
     bytes: mpsc::Sender<Bytes>,
     ended: oneshot::Receiver<std::io::Result<u64>>,
 }
 
 impl Sink {
-    fn start(mut out: impl Write + Send + 'static) -> Self {
+    pub(super) fn start(mut out: impl Write + Send + 'static) -> Self {
         let (bytes, mut taken) = mpsc::channel::<Bytes>(2 * PIECES_IN_FLIGHT);
         let (end, ended) = oneshot::channel();
         std::thread::spawn(move || {
@@ -181,7 +189,7 @@ impl Sink {
         Self { bytes, ended }
     }
 
-    async fn put(&mut self, bytes: Bytes) -> Result<(), BackupError> {
+    pub(super) async fn put(&mut self, bytes: Bytes) -> Result<(), BackupError> {
         if bytes.is_empty() || self.bytes.send(bytes).await.is_ok() {
             return Ok(());
         }
@@ -189,7 +197,7 @@ impl Sink {
     }
 
     /// Bytes written, once they all are.
-    async fn finish(self) -> Result<u64, BackupError> {
+    pub(super) async fn finish(self) -> Result<u64, BackupError> {
         drop(self.bytes);
         match self.ended.await {
             Ok(Ok(bytes)) => Ok(bytes),

@@ -5,22 +5,28 @@
 //! | `diff` | what changed between two views of a volume, as ranges |
 //! | `rbd` | the RBD diff format, v1 and v2: records from and to bytes |
 //! | `export`, `import` | a snapshot to a stream, and a stream to a volume |
+//! | `page_map` | pages and checksums of a snapshot, without its data |
+//! | `archive/` | snapshots as objects in a directory or a bucket |
 //!
 //! Everything here stands on `crate::client` and reads snapshots through their copy-on-write image,
 //! so writes go on meanwhile (S003-32). Memory is bounded by [`PIECE_BYTES`] and
 //! [`PIECES_IN_FLIGHT`], whatever the size of the volume.
 
+mod archive;
 mod base;
 mod diff;
 mod error;
 mod export;
 mod import;
+mod page_map;
 mod rbd;
 
+pub use archive::{ArchiveStore, Archived, Manifest, Restored, Verified, archive, restore, verify};
 pub use diff::{Changed, Changes};
 pub use error::BackupError;
 pub use export::{Exported, export};
 pub use import::{ImportTarget, Imported, import};
+pub use page_map::{PageMap, page_map};
 pub use rbd::{DiffFormat, Head, Reader, Record, StreamError, StreamErrorKind, check_file};
 
 /// Bytes of one read or write of a volume's data.

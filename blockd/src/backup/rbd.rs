@@ -390,8 +390,19 @@ pub fn check_file(file: &mut File) -> Result<(), StreamError> {
 
 impl<R: Read> Reader<R> {
     fn check_within(&self, offset_bytes: u64, len_bytes: u64, end: u64) -> Result<(), StreamError> {
+        self.check_between(0, end, offset_bytes, len_bytes)
+    }
+
+    /// Fails unless the range lies between `start` and `end`.
+    pub(super) fn check_between(
+        &self,
+        start: u64,
+        end: u64,
+        offset_bytes: u64,
+        len_bytes: u64,
+    ) -> Result<(), StreamError> {
         match offset_bytes.checked_add(len_bytes) {
-            Some(behind) if behind <= end => Ok(()),
+            Some(behind) if start <= offset_bytes && behind <= end => Ok(()),
             _ => Err(self.wrong(StreamErrorKind::Beyond {
                 offset_bytes,
                 len_bytes,

@@ -11,7 +11,7 @@ use crate::data::error::DataError;
 use crate::data::forward::{self, ForwardError, PartIo, Since};
 use crate::data::router::{Part, RoutingTable};
 use crate::data::span::zero_pieces;
-use crate::id::{LayerRun, NodeNo};
+use crate::id::{LayerRun, NodeNo, PageNo};
 use crate::io::link::Link;
 use crate::io::wire::{Frame, Kind, Run, decode_extents, decode_runs};
 use crate::limits::REQUEST_PART_BYTES;
@@ -117,6 +117,12 @@ impl Volume {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.shared.name
+    }
+
+    /// The server that owns a page.
+    #[must_use]
+    pub fn owner_of(&self, page: PageNo) -> Option<NodeNo> {
+        self.opened().table.owner(page)
     }
 
     /// The servers that own pages, and how the connections to them are.

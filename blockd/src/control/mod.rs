@@ -1,6 +1,8 @@
 //! The control plane: pure state machines. Nothing here does IO or reads a clock.
 
+pub mod calendar;
 pub mod lease;
 pub mod recovery;
 pub mod registry;
+pub mod schedule;
 pub mod snapshot;

@@ -10,6 +10,7 @@ mod machine;
 mod name;
 mod object;
 pub mod routes;
+pub mod schedule;
 pub mod scrub;
 pub mod settings;
 mod state;

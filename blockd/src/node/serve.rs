@@ -6,13 +6,12 @@ use super::identity::{Identity, IdentityError, Membership, claim};
 use super::lease::Leases;
 use super::lease_file::{LeaseFile, LeaseFileError};
 use super::registry::{RaftTransport, Registry, RegistryError, RegistryOptions};
-use super::{Member, Node, lease, nbd, participant, peer_server, sweep};
+use super::{Member, Node, lease, nbd, participant, peer_server, schedule, sweep};
 use crate::data::owner::Owner;
 use crate::data::page_store::{PageStore, StoreError, StoreOptions};
 use crate::data::volume::Group;
 use crate::id::{NodeNo, VolumeId};
 use crate::io::environment::Environment;
-use crate::io::hlc::Hlc;
 use crate::io::host;
 use crate::io::link::Peers;
 use crate::io::wire::{Frame, Kind, Status};
@@ -83,10 +82,7 @@ fn start_control() -> Result<(Handle, oneshot::Sender<()>), ServeError> {
 async fn run(config: Config, control: Handle) -> Result<(), ServeError> {
     let nbd_listeners = nbd_listeners(&config)?;
     let tls = config.nbd_tls.load()?;
-    let mut environment = Environment::real(&config.state);
-    if let Some(skew) = config.clock_skew {
-        environment.clock = Arc::new(skew);
-    }
+    let environment = Environment::real(&config.state);
     let server = Server::start(config, environment, control).await?;
     let node = &server.node;
     let (stop, stopped) = Shutdown::new();
@@ -138,6 +134,7 @@ impl Server {
         tokio::task::spawn_local(peer_server::accept(Rc::clone(&node), listener));
         tokio::task::spawn_local(sweep::run(Rc::clone(&node)));
         tokio::task::spawn_local(lease::run(Rc::clone(&node)));
+        tokio::task::spawn_local(schedule::run(Rc::clone(&node)));
         Ok(Self { node })
     }
 
@@ -201,15 +198,12 @@ async fn start(
     claim(state, "store", &format!("server {}", identity.unique_id))?;
     let membership = identity.cluster.clone();
     let number = membership.as_ref().map(|cluster| cluster.number);
-    let hlc = Arc::new(Hlc::new(Arc::clone(&environment.clock)));
     let peers = peers(
         &environment,
-        &hlc,
         membership.as_ref().map(|cluster| cluster.id.clone()),
         number.unwrap_or_default(),
     )?;
     let node = Rc::new(Node {
-        hlc,
         verifier: verifier(&state.boot_id(), &identity.unique_id),
         identity: RefCell::new(identity),
         store,
@@ -231,16 +225,12 @@ async fn start(
 /// Connections of a new requester.
 fn peers(
     environment: &Environment,
-    hlc: &Arc<Hlc>,
     cluster_id: Option<String>,
     number: NodeNo,
 ) -> Result<Arc<Peers>, ServeError> {
     let requester = host::random_u64().map_err(ServeError::Random)?;
     let network = Arc::clone(&environment.network);
-    let hlc = Arc::clone(hlc);
-    Ok(Arc::new(Peers::new(
-        network, hlc, requester, cluster_id, number,
-    )))
+    Ok(Arc::new(Peers::new(network, requester, cluster_id, number)))
 }
 
 /// The write verifier (promise 3, after NFSv3 COMMIT): an acknowledged write is in the page cache
@@ -274,16 +264,14 @@ impl Node {
         let owner = Rc::new(Owner::new(
             membership.number,
             self.store.clone(),
-            Arc::clone(&self.hlc),
             self.verifier,
             confirmed.epochs().clone(),
         ));
         let cluster_id = Some(membership.id.clone());
-        let forwarding = peers(&self.environment, &self.hlc, cluster_id, membership.number)?;
+        let forwarding = peers(&self.environment, cluster_id, membership.number)?;
         let group = Rc::new(Group::new(owner, forwarding));
         let incarnation = host::random_u64().map_err(ServeError::Random)?;
-        let participant =
-            participant::Participants::new(self.store.clone(), Arc::clone(&self.hlc), incarnation);
+        let participant = participant::Participants::new(self.store.clone(), incarnation);
         let member = Rc::new(Member {
             membership,
             registry,
@@ -310,7 +298,7 @@ impl Node {
         let state = Arc::clone(&self.environment.state);
         claim(&*state, "registry", &format!("cluster {}", membership.id))?;
         let cluster_id = Some(membership.id.clone());
-        let peers = peers(&self.environment, &self.hlc, cluster_id, membership.number)?;
+        let peers = peers(&self.environment, cluster_id, membership.number)?;
         let transport = transport(peers);
         let (number, address) = (membership.number, membership.address.clone());
         let opened = self.control.spawn(async move {

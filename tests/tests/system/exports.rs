@@ -11,17 +11,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const SUB_BLOCK: u64 = 4096;
-const SIZE: u64 = 96 * MIB;
+pub(super) const SIZE: u64 = 96 * MIB;
 
 /// Writes to places of a volume until it is stopped.
-struct Writer {
+pub(super) struct Writer {
     stop: Arc<AtomicBool>,
     written: Arc<AtomicU64>,
     task: tokio::task::JoinHandle<()>,
 }
 
 impl Writer {
-    fn start(cluster: &Cluster, name: &str, seed: u64) -> Self {
+    pub(super) fn start(cluster: &Cluster, name: &str, seed: u64) -> Self {
         let volume = cluster.open(name);
         let (stop, written) = (
             Arc::new(AtomicBool::new(false)),
@@ -50,7 +50,7 @@ impl Writer {
         }
     }
 
-    fn wait_for(&self, more: u64) {
+    pub(super) fn wait_for(&self, more: u64) {
         let wanted = self.written.load(Ordering::Relaxed) + more;
         let deadline = Instant::now() + Duration::from_secs(60);
         while self.written.load(Ordering::Relaxed) < wanted {
@@ -59,20 +59,20 @@ impl Writer {
         }
     }
 
-    fn finish(self, cluster: &Cluster) -> u64 {
+    pub(super) fn finish(self, cluster: &Cluster) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         cluster.block(self.task).unwrap();
         self.written.load(Ordering::Relaxed)
     }
 }
 
-fn uri(cluster: &Cluster, export: &str) -> String {
+pub(super) fn uri(cluster: &Cluster, export: &str) -> String {
     let [uri, _] = cluster.servers[1].uris(export);
     uri
 }
 
 /// Byte-identical, as QEMU sees it.
-fn same(left: &str, right: &str) {
+pub(super) fn same(left: &str, right: &str) {
     run(
         120,
         "qemu-img",
@@ -447,8 +447,79 @@ fn a_thin_volume_of_64_tib_is_compared_in_little_memory() {
         binary("blockctl").display(),
         cluster.server_list()
     );
-    let seen: Value = serde_json::from_str(&run(60, "bash", ["-c", &line])).unwrap();
+    let seen: Value = serde_json::from_str(&run(300, "bash", ["-c", &line])).unwrap();
     eprintln!("exports: 64 TiB looked through in {:?}", started.elapsed());
     assert_eq!(seen["range_count"], 3);
     assert_eq!(seen["data_bytes"], 3 * 8192);
+}
+
+/// S003-30: the information of a snapshot without its data: page map and checksums are those of the
+/// bytes, of a snapshot that exists or of one that is taken for it alone.
+#[test]
+fn a_page_map_has_the_checksums_of_the_pages() {
+    let cluster = Cluster::three();
+    let page = 1 << 20;
+    cluster.create_on("v", 40 * MIB + 512, 2048, &[]);
+    let volume = cluster.open("v");
+    let mut image = vec![0; usize::try_from(40 * MIB + 512).unwrap()];
+    let mut random = Random::new(3);
+    for at in [0, 70_000, 3 * MIB - 512, 17 * MIB + 4096, 40 * MIB - 8192] {
+        let data = random.bytes(8192 + 512);
+        let start = usize::try_from(at).unwrap();
+        image[start..start + data.len()].copy_from_slice(&data);
+        cluster.block(volume.write(at, Bytes::from(data))).unwrap();
+    }
+    cluster.snapshot("v@a");
+    let (of_a, of_b) = (cluster.path("a.map"), cluster.path("b.map"));
+    cluster.blockctl(&format!(
+        "snapshot export --metadata-only v@a {}",
+        of_a.display()
+    ));
+    let create = format!("snapshot create v@b --metadata-only {}", of_b.display());
+    let shown = cluster.blockctl(&format!("{create} --json"));
+    let shown: Value = serde_json::from_str(&shown).unwrap();
+    let names: Vec<String> = cluster.snapshots("v").into_iter().map(|s| s.name).collect();
+    assert_eq!(names, ["a"], "only the information stays");
+    for (file, name) in [(&of_a, "a"), (&of_b, "b")] {
+        let text = std::fs::read_to_string(file).unwrap();
+        let lines: Vec<Value> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        let (head, last) = (&lines[0], lines.last().unwrap());
+        assert_eq!(head["format"], "blockd page map");
+        assert_eq!(
+            (&head["snapshot"], &head["page_bytes"]),
+            (&Value::from(name), &Value::from(page))
+        );
+        let pages = &lines[1..lines.len() - 1];
+        let numbers: Vec<u64> = pages
+            .iter()
+            .map(|page| page["page"].as_u64().unwrap())
+            .collect();
+        assert_eq!(numbers, [0, 2, 3, 17, 39, 40]);
+        for line in pages {
+            let number = usize::try_from(line["page"].as_u64().unwrap()).unwrap();
+            assert!((1..=3).contains(&line["owner"].as_u64().unwrap()), "{line}");
+            let bytes = &image[number * page..image.len().min((number + 1) * page)];
+            let sums = line["crc32"].as_array().unwrap();
+            for (index, bytes) in bytes.chunks(65_536).enumerate() {
+                let sum = sums.get(index).unwrap_or(&Value::Null);
+                match bytes.iter().all(|byte| *byte == 0) {
+                    true => assert_eq!(*sum, Value::Null, "{line}"),
+                    false => assert_eq!(*sum, format!("{:08x}", crc32fast::hash(bytes)), "{line}"),
+                }
+            }
+        }
+        let before = &text[..text.trim_end().rfind('\n').unwrap() + 1];
+        assert_eq!(
+            last["crc32"],
+            format!("{:08x}", crc32fast::hash(before.as_bytes()))
+        );
+        assert_eq!(last["page_count"], 6);
+    }
+    assert_eq!(
+        (&shown[0]["snapshot"], &shown[0]["page_count"]),
+        (&Value::from("b"), &Value::from(6))
+    );
 }

@@ -1,10 +1,10 @@
 //! The command line of `blockctl`.
 
+use crate::archive::{Archive, Restore};
 use crate::attach::{Attach, AttachmentVerb, Detach};
 use crate::backup::{Diff, Export, Import};
 use crate::size::{parse_duration, parse_volume_size};
 use blockd::admin::SnapshotName;
-use blockd::control::snapshot::Procedure;
 use blockd::id::{DEFAULT_PAGE_BLOCKS, NodeNo};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
@@ -70,9 +70,6 @@ pub(crate) enum Noun {
     Attach(Attach),
     /// Give the device or socket of a volume back
     Detach(Detach),
-    /// What keeps requests of clients waiting at the moment
-    #[command(subcommand)]
-    Io(IoVerb),
     /// What is attached on this host
     #[command(subcommand)]
     Attachment(AttachmentVerb),
@@ -139,9 +136,16 @@ pub(crate) enum VolumeVerb {
     },
     /// Give a volume another name
     Rename { name: String, new_name: String },
-    /// Change a setting of a volume: `procedure` barrier, hold or stamp
+    /// Change a setting of a volume
+    ///
+    /// `procedure`: how its snapshots are taken: barrier, hold or stamp.
+    ///
+    /// `snapshots`: when they are taken by themselves, and how many are kept: `every 1h keep 24, daily
+    /// at 02:30 keep 7`; the periods are every N and s, m, h or d, hourly, daily, weekly (Mondays) and
+    /// monthly (the first), in UTC; `none` ends it.
     Set {
         name: String,
+        /// procedure or snapshots
         key: String,
         value: String,
     },
@@ -218,10 +222,9 @@ pub(crate) enum SnapshotVerb {
     Create {
         #[arg(required = true, value_name = "VOL@SNAP", value_parser = parse_snapshot)]
         targets: Vec<SnapshotName>,
-        /// How the point in time is made: barrier, hold or stamp; the setting of the volumes, if
-        /// not given
-        #[arg(long)]
-        procedure: Option<Procedure>,
+        /// Keep no snapshot: write its page map, with checksums, into this file (- for stdout)
+        #[arg(long, value_name = "FILE")]
+        metadata_only: Option<PathBuf>,
     },
     /// All snapshots, or those of one volume
     List {
@@ -234,26 +237,19 @@ pub(crate) enum SnapshotVerb {
     Export(Export),
     /// Read an RBD diff into the volume that has what it rests on, or into a new one
     Import(Import),
+    /// Add a snapshot to an archive in a directory or an S3 bucket; goes on where it broke off
+    Archive(Archive),
+    /// Make a volume of an archived snapshot
+    Restore(Restore),
+    /// The snapshots in an archive
+    Archives { url: String },
+    /// Read all of an archive and check it
+    ArchiveVerify { url: String },
     /// Delete a snapshot and free what only it holds
     Delete {
         #[arg(value_name = "VOL@SNAP", value_parser = parse_snapshot)]
         target: SnapshotName,
     },
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum IoVerb {
-    /// Every hold on every server, with its owner, reason and deadline
-    Holds {
-        #[command(subcommand)]
-        verb: Option<HoldsVerb>,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum HoldsVerb {
-    /// The same
-    List,
 }
 
 #[derive(Debug, Subcommand)]
@@ -400,10 +396,9 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::ValueValidation, "{line}");
         }
         let cli = parse("snapshot create demo@first other@first").unwrap();
-        let Noun::Snapshot(SnapshotVerb::Create { targets, procedure }) = cli.noun else {
+        let Noun::Snapshot(SnapshotVerb::Create { targets, .. }) = cli.noun else {
             panic!("not a create: {:?}", cli.noun);
         };
-        assert_eq!(procedure, None);
         assert_eq!(targets.len(), 2);
         assert_eq!(targets[1].volume, "other");
         assert_eq!(targets[1].snapshot, "first");

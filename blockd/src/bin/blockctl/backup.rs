@@ -5,8 +5,8 @@ use crate::command::connect;
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
 use crate::output::{facts, print};
-use crate::progress;
 use crate::size::human_bytes;
+use crate::{page_map, progress};
 use blockd::admin::{AdminErrorKind, SnapshotName};
 use blockd::backup::{self, Changed, Changes, DiffFormat, ImportTarget};
 use blockd::client::{Since, Volume};
@@ -37,6 +37,9 @@ pub(crate) struct Export {
     /// Version of the RBD diff format; `rbd merge-diff` reads the first only
     #[arg(long, value_enum, default_value_t = StreamFormat::RbdV1)]
     format: StreamFormat,
+    /// Only its page map, with checksums, in place of its data
+    #[arg(long, conflicts_with_all = ["from", "format"])]
+    metadata_only: bool,
     /// A file that is not there yet, or - for the standard output
     file: PathBuf,
 }
@@ -202,26 +205,20 @@ pub(crate) async fn export(cli: &Cli, args: &Export) -> Result<(), Failure> {
         StreamFormat::RbdV1 => DiffFormat::V1,
         StreamFormat::RbdV2 => DiffFormat::V2,
     };
+    let out = Out::create(&args.file)?;
+    if args.metadata_only {
+        let map = page_map::write(&opened, &out).await?;
+        out.keep()?;
+        return page_map::show(cli, &args.file, &[(&args.target, map)]);
+    }
     let bar = progress::bytes("exporting");
     bar.set_length(opened.size_bytes());
     let from = args.from.as_deref();
-    let stdout = args.file.as_os_str() == "-";
-    let exported = match stdout {
-        true => {
-            let progress = |done| bar.set_position(done);
-            backup::export(&opened, from, format, stdout_file()?, progress).await?
-        }
-        false => {
-            let file = NewFile::create(&args.file)?;
-            let (out, progress) = (file.writer()?, |done| bar.set_position(done));
-            let export = backup::export(&opened, from, format, out, progress);
-            let exported = unless_interrupted(async { Ok(export.await?) }).await?;
-            file.keep()?;
-            exported
-        }
-    };
+    let (writer, progress) = (out.writer()?, |done| bar.set_position(done));
+    let export = backup::export(&opened, from, format, writer, progress);
+    let exported = unless_interrupted(async { Ok(export.await?) }).await?;
     bar.finish_and_clear();
-    if stdout {
+    if out.keep()? {
         return Ok(());
     }
     let facts_json = json!({
@@ -295,13 +292,6 @@ pub(crate) async fn import(cli: &Cli, args: &Import) -> Result<(), Failure> {
     }
 }
 
-/// Stdout without the buffer that looks for ends of lines.
-fn stdout_file() -> Result<File, Failure> {
-    let owned = io::stdout().as_fd().try_clone_to_owned();
-    let owned = owned.map_err(|source| file_failed("opening", Path::new("stdout"), source))?;
-    Ok(File::from(owned))
-}
-
 /// SIGINT and SIGTERM end the work as an error does, so that it is tidied up.
 pub(crate) async fn unless_interrupted<T>(
     work: impl Future<Output = Result<T, Failure>>,
@@ -313,19 +303,26 @@ pub(crate) async fn unless_interrupted<T>(
     }
 }
 
-/// A file that is removed again unless it was written to its end.
-pub(crate) struct NewFile<'a> {
+/// Where a stream goes: a file that is removed again unless it was written to its end, or stdout.
+pub(crate) struct Out<'a> {
     path: &'a Path,
     file: File,
+    is_stdout: bool,
     whole: bool,
 }
 
-impl<'a> NewFile<'a> {
+impl<'a> Out<'a> {
+    /// A file that was not there, or stdout for `-`.
     pub(crate) fn create(path: &'a Path) -> Result<Self, Failure> {
-        let file = File::create_new(path);
+        let is_stdout = path.as_os_str() == "-";
+        let file = match is_stdout {
+            true => io::stdout().as_fd().try_clone_to_owned().map(File::from),
+            false => File::create_new(path),
+        };
         Ok(Self {
             path,
             file: file.map_err(|source| file_failed("creating", path, source))?,
+            is_stdout,
             whole: false,
         })
     }
@@ -335,17 +332,20 @@ impl<'a> NewFile<'a> {
         file.map_err(|source| file_failed("writing", self.path, source))
     }
 
-    pub(crate) fn keep(mut self) -> Result<(), Failure> {
-        let synced = self.file.sync_all();
-        synced.map_err(|source| file_failed("writing", self.path, source))?;
+    /// All is written; whether it went to stdout, where nothing else belongs then.
+    pub(crate) fn keep(mut self) -> Result<bool, Failure> {
+        if !self.is_stdout {
+            let synced = self.file.sync_all();
+            synced.map_err(|source| file_failed("writing", self.path, source))?;
+        }
         self.whole = true;
-        Ok(())
+        Ok(self.is_stdout)
     }
 }
 
-impl Drop for NewFile<'_> {
+impl Drop for Out<'_> {
     fn drop(&mut self) {
-        if !self.whole {
+        if !self.whole && !self.is_stdout {
             let _gone = fs::remove_file(self.path);
         }
     }

@@ -1,17 +1,17 @@
 //! What each noun and verb asks of the servers.
 
 use crate::args::{
-    Cli, ClusterVerb, Format, IoVerb, NodeVerb, Noun, RouteVerb, SnapshotVerb, VolumeCreateArgs,
-    VolumeVerb,
+    Cli, ClusterVerb, Format, NodeVerb, Noun, RouteVerb, SnapshotVerb, VolumeCreateArgs, VolumeVerb,
 };
 use crate::failure::Failure;
 use crate::format::{Mkfs, copy_data};
 use crate::interrupt::Interrupt;
 use crate::output::{print, reply_json, reply_text};
 use crate::session::Session;
-use crate::{attach, backup, documents, lease, mount, progress, scrub, settings};
+use crate::{
+    archive, attach, backup, documents, lease, mount, page_map, progress, scrub, settings,
+};
 use blockd::admin::{AdminReply, AdminRequest, SnapshotInfo, SnapshotName, VolumeCreate};
-use blockd::control::snapshot::Procedure;
 use serde_json::json;
 use std::fs::File;
 use std::time::Instant;
@@ -28,7 +28,6 @@ pub(crate) async fn run(cli: &Cli) -> Result<(), Failure> {
             ask_and_print(cli, AdminRequest::RouteShow { volume }).await
         }
         Noun::Lease(verb) => lease::run(cli, verb).await,
-        Noun::Io(IoVerb::Holds { .. }) => ask_and_print(cli, AdminRequest::HoldList).await,
         Noun::Version => ask_and_print(cli, AdminRequest::Version).await,
         Noun::Attach(args) => attach::attach(cli, args).await,
         Noun::Detach(args) => attach::detach(cli, args).await,
@@ -88,9 +87,15 @@ async fn show_volume(cli: &Cli, name: &str) -> Result<(), Failure> {
 
 async fn run_snapshot(cli: &Cli, verb: &SnapshotVerb) -> Result<(), Failure> {
     match verb {
-        SnapshotVerb::Create { targets, procedure } => {
-            create_snapshots(cli, targets, *procedure).await
+        SnapshotVerb::Create {
+            targets,
+            metadata_only: Some(file),
+        } => {
+            let targets = targets.clone();
+            let request = AdminRequest::SnapshotCreate { targets };
+            page_map::create(cli, request, file).await
         }
+        SnapshotVerb::Create { targets, .. } => create_snapshots(cli, targets).await,
         SnapshotVerb::List { volume } => {
             let volume = volume.clone();
             ask_and_print(cli, AdminRequest::SnapshotList { volume }).await
@@ -98,6 +103,10 @@ async fn run_snapshot(cli: &Cli, verb: &SnapshotVerb) -> Result<(), Failure> {
         SnapshotVerb::Diff(args) => backup::diff(cli, args).await,
         SnapshotVerb::Export(args) => backup::export(cli, args).await,
         SnapshotVerb::Import(args) => backup::import(cli, args).await,
+        SnapshotVerb::Archive(args) => archive::archive(cli, args).await,
+        SnapshotVerb::Restore(args) => archive::restore(cli, args).await,
+        SnapshotVerb::Archives { url } => archive::archives(cli, url).await,
+        SnapshotVerb::ArchiveVerify { url } => archive::verify(cli, url).await,
         SnapshotVerb::Delete { target } => {
             let busy = progress::spinner("deleting the snapshot");
             let target = target.clone();
@@ -232,19 +241,13 @@ async fn snapshots_of(session: &Session, volume: &str) -> Result<Vec<SnapshotInf
 }
 
 /// `took_ms` is the time from request to reply, without connecting.
-async fn create_snapshots(
-    cli: &Cli,
-    targets: &[SnapshotName],
-    procedure: Option<Procedure>,
-) -> Result<(), Failure> {
+async fn create_snapshots(cli: &Cli, targets: &[SnapshotName]) -> Result<(), Failure> {
     let session = connect(cli).await?;
     let started = Instant::now();
     let targets = targets.to_vec();
-    let request = match procedure {
-        None => AdminRequest::SnapshotCreate { targets },
-        Some(procedure) => AdminRequest::SnapshotCreateBy { targets, procedure },
-    };
-    let reply = session.ask(request).await?;
+    let reply = session
+        .ask(AdminRequest::SnapshotCreate { targets })
+        .await?;
     let took_ms = (started.elapsed().as_secs_f64() * 1e6).round() / 1e3;
     let snapshots = match &reply {
         AdminReply::Snapshots(_) => reply_json(&reply),

@@ -2,6 +2,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
+mod archive;
 mod args;
 mod attach;
 mod backup;
@@ -9,11 +10,11 @@ mod command;
 mod documents;
 mod failure;
 mod format;
-mod holds;
 mod interrupt;
 mod lease;
 mod mount;
 mod output;
+mod page_map;
 mod progress;
 mod scrub;
 mod session;

@@ -64,7 +64,10 @@ impl From<BackupError> for Failure {
                 kind: AdminErrorKind::Conflict,
                 message,
             },
-            BackupError::Stream(_) | BackupError::Io { .. } => Self::Stream(error.to_string()),
+            BackupError::Stream(_)
+            | BackupError::Io { .. }
+            | BackupError::Damaged(_)
+            | BackupError::Archive(_) => Self::Stream(error.to_string()),
             BackupError::Partly { source, aftermath } => Self::Partly {
                 source: Box::new((*source).into()),
                 aftermath,

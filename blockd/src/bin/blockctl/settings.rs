@@ -3,9 +3,10 @@
 use crate::args::Cli;
 use crate::command::{connect, print_reply};
 use crate::failure::Failure;
-use crate::output::facts;
+use crate::output::{facts, table};
 use blockd::admin::{AdminErrorKind, AdminReply, AdminRequest, SettingsInfo};
-use serde_json::{Map, Value};
+use blockd::control::calendar::utc;
+use serde_json::{Map, Value, json};
 
 pub(crate) async fn set(cli: &Cli, name: &str, key: &str, value: &str) -> Result<(), Failure> {
     let request = AdminRequest::VolumeSet {
@@ -57,14 +58,33 @@ pub(crate) fn settings_json(settings: &SettingsInfo) -> Value {
     for (key, value) in &settings.settings {
         object.insert(key.clone(), value.clone().into());
     }
+    if object.contains_key("snapshots") {
+        let rules = settings.schedule.iter().map(|rule| json!(rule));
+        object.insert("schedule".to_owned(), rules.collect());
+    }
     Value::Object(object)
 }
 
+/// The settings, and below them how each rule of the schedule is doing.
 pub(crate) fn settings_text(settings: &SettingsInfo) -> String {
-    let lines: Vec<_> = settings
-        .settings
-        .iter()
+    let values = settings.settings.iter();
+    let lines: Vec<_> = values
         .map(|(key, value)| (key.as_str(), value.clone()))
         .collect();
-    facts(&lines)
+    let shows_schedule = lines.iter().any(|(key, _)| *key == "snapshots");
+    if settings.schedule.is_empty() || !shows_schedule {
+        return facts(&lines);
+    }
+    let rows = settings.schedule.iter().map(|rule| {
+        let last = rule.last_unix_s.map(|due| utc(due * 1000));
+        vec![
+            rule.rule.clone(),
+            utc(rule.next_unix_s * 1000),
+            last.unwrap_or_else(|| "-".to_owned()),
+            rule.snapshot_count.to_string(),
+            rule.last_error.clone().unwrap_or_else(|| "-".to_owned()),
+        ]
+    });
+    let header = ["RULE", "NEXT", "LAST", "SNAPSHOTS", "LAST ERROR"];
+    format!("{}\n\n{}", facts(&lines), table(&header, &[3], rows))
 }

@@ -1,10 +1,10 @@
 //! `blockd recover`: a cluster whose registry is lost, from the stores of its servers.
 
-use crate::outcome::{Outcome, print};
+use crate::outcome::Outcome;
 use anyhow::{Context, bail};
 use blockd::control::recovery::{Plan, ServerExport, VolumePlan};
 use blockd::node::recover::{
-    Applied, apply, export, export_text, make_plan, plan_text, read_export, read_plan,
+    apply, export, export_text, make_plan, plan_text, read_export, read_plan,
 };
 use clap::Subcommand;
 use serde_json::json;
@@ -79,7 +79,7 @@ fn run_export(arguments: &Export) -> anyhow::Result<Outcome> {
     let text = export_text(&export(&arguments.state)?);
     match &arguments.output {
         Some(path) => write_file(path, &text)?,
-        None => print(&text)?,
+        None => print!("{text}"),
     }
     Ok(Outcome::Done)
 }
@@ -96,14 +96,11 @@ fn run_plan(arguments: &MakePlan) -> anyhow::Result<Outcome> {
     if let Some(path) = &arguments.output {
         write_file(path, &plan_text(&plan))?;
     }
-    print(&match arguments.json {
-        true => format!(
-            "{}
-",
-            plan_json(&plan)
-        ),
-        false => plan_words(&plan),
-    })?;
+    if arguments.json {
+        println!("{}", plan_json(&plan));
+    } else {
+        print!("{}", plan_words(&plan));
+    }
     Ok(doubts(&plan))
 }
 
@@ -193,7 +190,15 @@ fn run_apply(arguments: &Apply) -> anyhow::Result<Outcome> {
     for state in &arguments.state {
         let done = apply(state, &plan).with_context(|| format!("{}", state.display()))?;
         if !arguments.json {
-            print(&applied_words(state, &done, &plan))?;
+            println!(
+                "{}: node {} of cluster {}",
+                state.display(),
+                done.node,
+                plan.cluster_id
+            );
+            if let Some(path) = &done.former_registry {
+                println!("  the former registry is at {}", path.display());
+            }
         }
         applied.push(json!({
             "state": state,
@@ -202,14 +207,7 @@ fn run_apply(arguments: &Apply) -> anyhow::Result<Outcome> {
         }));
     }
     if arguments.json {
-        print(&format!("{}\n", json!(applied)))?;
+        println!("{}", json!(applied));
     }
     Ok(Outcome::Done)
-}
-
-fn applied_words(state: &Path, done: &Applied, plan: &Plan) -> String {
-    let (state, node, id) = (state.display(), done.node, plan.cluster_id);
-    let former = done.former_registry.iter();
-    let former = former.map(|path| format!("  the former registry is at {}\n", path.display()));
-    format!("{state}: node {node} of cluster {id}\n") + &former.collect::<String>()
 }

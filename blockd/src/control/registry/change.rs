@@ -219,7 +219,7 @@ pub fn resize_volume(
     Ok((transaction.put(Key::Volume(id), object), volume))
 }
 
-/// Deletes a volume without snapshots, its lease and its settings.
+/// Deletes a volume without snapshots, its lease, settings and schedule.
 ///
 /// # Errors
 /// There is no such volume, it has snapshots, or its lease is held.
@@ -235,6 +235,7 @@ pub fn delete_volume(state: &RegistryState, id: VolumeId) -> Result<Transaction,
         Key::Lease(id),
         Key::VolumeSettings(id),
         Key::Scrub(id),
+        Key::Schedule(id),
     ];
     let transaction = reading(state, &keys);
     Ok(keys.into_iter().fold(transaction, Transaction::remove))

@@ -21,6 +21,7 @@ use super::change::{ChangeError, reading};
 use super::object::{Key, Object};
 use super::state::RegistryState;
 use super::transaction::Transaction;
+use crate::control::calendar::utc;
 use crate::id::{LeaseEpoch, VolumeId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -248,33 +249,4 @@ fn replacing(state: &RegistryState, record: &LeaseRecord) -> Transaction {
     let keys = [Key::Volume(record.volume), Key::Lease(record.volume)];
     let [_, lease] = keys.clone();
     reading(state, &keys).put(lease, Object::Lease(record.clone()))
-}
-
-/// A point in time as `2026-11-21 13:11:01 UTC` (Howard Hinnant's `civil_from_days`).
-#[must_use]
-pub fn utc(unix_ms: u64) -> String {
-    let seconds = unix_ms / 1000;
-    let (days, of_day) = (seconds / 86_400 + 719_468, seconds % 86_400);
-    let (era, of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let from_march = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * from_march + 2) / 5 + 1;
-    let month = (from_march + 2) % 12 + 1;
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
-    format!("{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::utc;
-
-    #[test]
-    fn points_in_time_are_read_by_people() {
-        assert_eq!(utc(0), "1970-01-01 00:00:00 UTC");
-        assert_eq!(utc(951_782_400_000), "2000-02-29 00:00:00 UTC");
-        assert_eq!(utc(1_795_266_661_999), "2026-11-21 13:11:01 UTC");
-        assert_eq!(utc(4_107_542_399_000), "2100-02-28 23:59:59 UTC");
-    }
 }

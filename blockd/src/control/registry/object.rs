@@ -6,6 +6,7 @@ use super::routes::{self, RouteError, RouteRun};
 use super::scrub::ScrubRecord;
 use super::settings::VolumeSettings;
 use super::transaction::Refusal;
+use crate::control::schedule::ScheduleProgress;
 use crate::id::{Epoch, NodeNo, SnapshotId, TicketId, VolumeId, page_count};
 use crate::limits::{
     PAGE_BLOCKS_MAX, REGISTRY_TEXT_BYTES_MAX, VOLUME_OWNERS_MAX, VOLUME_PAGES_MAX,
@@ -67,6 +68,8 @@ pub enum Key {
     VolumeSettings(VolumeId),
     /// The last scrub of a volume.
     Scrub(VolumeId),
+    /// What its scheduled snapshots have come to.
+    Schedule(VolumeId),
 }
 
 impl fmt::Display for Key {
@@ -83,6 +86,7 @@ impl fmt::Display for Key {
             Key::Lease(volume) => write!(f, "lease of volume {volume}"),
             Key::VolumeSettings(volume) => write!(f, "settings of volume {volume}"),
             Key::Scrub(volume) => write!(f, "scrub of volume {volume}"),
+            Key::Schedule(volume) => write!(f, "schedule of volume {volume}"),
         }
     }
 }
@@ -108,6 +112,8 @@ pub enum Object {
     VolumeSettings(VolumeSettings),
     /// Under [`Key::Scrub`].
     Scrub(ScrubRecord),
+    /// Under [`Key::Schedule`].
+    Schedule(ScheduleProgress),
 }
 
 /// The cluster itself.
@@ -252,6 +258,9 @@ impl Object {
             (Key::VolumeSettings(volume), Object::VolumeSettings(record))
                 if *volume == record.volume =>
             {
+                Ok(())
+            }
+            (Key::Schedule(volume), Object::Schedule(progress)) if *volume == progress.volume => {
                 Ok(())
             }
             _ => Err(Refusal::WrongObject(key.clone())),

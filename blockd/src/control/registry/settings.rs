@@ -7,12 +7,13 @@ use super::change::{ChangeError, reading};
 use super::object::{Key, Object};
 use super::state::RegistryState;
 use super::transaction::Transaction;
+use crate::control::schedule::{Schedule, ScheduleError};
 use crate::id::VolumeId;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// The keys that `volume set` knows, in the order in which they are shown.
-pub const SETTING_KEYS: [&str; 1] = ["procedure"];
+pub const SETTING_KEYS: [&str; 2] = ["procedure", "snapshots"];
 
 /// Why a key or value is none.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -23,12 +24,13 @@ pub enum SettingError {
     /// No value of `procedure`.
     #[error("{0:?} is no snapshot procedure: give barrier, hold or stamp")]
     Procedure(String),
+    /// No value of `snapshots`.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
 }
 
 /// How a snapshot of the volume is taken (S003-45).
-#[derive(
-    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize,
-)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Procedure {
     /// Completions of later writes wait until every owner has marked its log; nothing is held.
@@ -73,14 +75,19 @@ impl std::str::FromStr for Procedure {
 pub enum Setting {
     /// `procedure`
     Procedure(Procedure),
+    /// `snapshots`
+    Snapshots(Schedule),
 }
 
 impl Setting {
+    /// `now_unix_s` is when it is set, in seconds since 1970.
+    ///
     /// # Errors
     /// The key or the value is none; the error lists what is possible.
-    pub fn parse(key: &str, value: &str) -> Result<Self, SettingError> {
+    pub fn parse(key: &str, value: &str, now_unix_s: u64) -> Result<Self, SettingError> {
         match key {
             "procedure" => Ok(Self::Procedure(value.parse()?)),
+            "snapshots" => Ok(Self::Snapshots(Schedule::parse(value, now_unix_s)?)),
             _ => Err(SettingError::UnknownKey(key.to_owned())),
         }
     }
@@ -90,12 +97,14 @@ impl Setting {
     pub fn key(&self) -> &'static str {
         match self {
             Self::Procedure(_) => "procedure",
+            Self::Snapshots(_) => "snapshots",
         }
     }
 
     fn is_default(&self) -> bool {
         match self {
             Self::Procedure(procedure) => *procedure == Procedure::default(),
+            Self::Snapshots(schedule) => schedule.rules.is_empty(),
         }
     }
 }
@@ -113,8 +122,19 @@ impl VolumeSettings {
     /// The procedure of its snapshots.
     #[must_use]
     pub fn procedure(&self) -> Procedure {
-        let mut found = self.settings.iter().map(|setting| match setting {
-            Setting::Procedure(procedure) => *procedure,
+        let mut found = self.settings.iter().filter_map(|setting| match setting {
+            Setting::Procedure(procedure) => Some(*procedure),
+            Setting::Snapshots(_) => None,
+        });
+        found.next().unwrap_or_default()
+    }
+
+    /// The schedule of its snapshots.
+    #[must_use]
+    pub fn schedule(&self) -> Schedule {
+        let mut found = self.settings.iter().filter_map(|setting| match setting {
+            Setting::Snapshots(schedule) => Some(schedule.clone()),
+            Setting::Procedure(_) => None,
         });
         found.next().unwrap_or_default()
     }
@@ -122,7 +142,10 @@ impl VolumeSettings {
     /// Every key with its value.
     #[must_use]
     pub fn values(&self) -> Vec<(&'static str, String)> {
-        vec![("procedure", self.procedure().to_string())]
+        vec![
+            ("procedure", self.procedure().to_string()),
+            ("snapshots", self.schedule().to_string()),
+        ]
     }
 
     fn with(&self, setting: &Setting) -> Self {
@@ -183,19 +206,19 @@ mod tests {
     #[test]
     fn a_setting_replaces_the_former_one_and_a_default_is_not_stored() {
         assert_eq!(none().procedure(), Procedure::Barrier);
-        let hold = none().with(&Setting::parse("procedure", "hold").unwrap());
+        let hold = none().with(&Setting::parse("procedure", "hold", 0).unwrap());
         assert_eq!(hold.procedure(), Procedure::Hold);
         let stamp = hold.with(&Setting::Procedure(Procedure::Stamp));
-        assert_eq!(stamp.values(), [("procedure", "stamp".to_owned())]);
+        assert_eq!(stamp.values()[0], ("procedure", "stamp".to_owned()));
         assert_eq!(stamp.with(&Setting::Procedure(Procedure::Barrier)), none());
     }
 
     #[test]
     fn errors_list_what_is_possible() {
-        let error = |key, value| Setting::parse(key, value).unwrap_err().to_string();
+        let error = |key, value| Setting::parse(key, value, 0).unwrap_err().to_string();
         assert_eq!(
             error("colour", "red"),
-            "there is no setting \"colour\": the settings of a volume are procedure"
+            "there is no setting \"colour\": the settings of a volume are procedure, snapshots"
         );
         assert_eq!(
             error("procedure", "Hold"),
@@ -209,5 +232,8 @@ mod tests {
         let bytes = postcard::to_allocvec(&hold).unwrap();
         assert_eq!(bytes, [7, 1, 0, 1]);
         assert_eq!(postcard::from_bytes::<VolumeSettings>(&bytes), Ok(hold));
+        let daily = Setting::parse("snapshots", "daily at 02:30 keep 7", 9).unwrap();
+        let bytes = postcard::to_allocvec(&none().with(&daily)).unwrap();
+        assert_eq!(bytes, [7, 1, 1, 9, 1, 2, 150, 1, 7]);
     }
 }

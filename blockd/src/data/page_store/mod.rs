@@ -15,7 +15,6 @@ mod catalog;
 mod check;
 mod codec;
 mod engine;
-mod eras;
 mod error;
 mod finding;
 mod hash;
