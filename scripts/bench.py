@@ -153,8 +153,11 @@ def judge(medians, extras):
     limits = [
         ("forwarding", "extra_us", "forwarded QD1 read, us more than local", 60),
         ("after_snapshot", "ratio_settled", "bytes per first write after a snapshot / before", 1.2),
-        ("snapshot_time", "median_ms", "snapshot of 1 TiB over 3 servers, median ms", 50),
+        ("snapshot_time", "median_ms", "snapshot of 1 TiB over 3 servers, median ms", 20),
         ("snapshot_time", "max_ms", "snapshot of 1 TiB over 3 servers, max ms", 50),
+        ("procedures", "barrier1_took_ms", "barrier, 1 TiB at QD32, median ms", 20),
+        ("procedures", "barrier3_took_ms", "barrier, 3 x 1 TiB at QD32, median ms", 20),
+        ("procedures", "barrier1_added_ms", "added to a write's p99 by a barrier, ms", 2),
         ("snapshot_time", "hold_max_ms", "longest write around a snapshot (bounds the hold), ms", 20),
     ]
     for part, key, text, most in limits:
@@ -256,6 +259,7 @@ def measure_extras(fio, servers, settings):
     if "ours3" in by_name:
         log("snapshots of 1 TiB over three servers under load")
         extras["snapshot_time"] = bench_snapshot.times(fio, by_name["ours3"], settings)
+        extras["procedures"] = bench_snapshot.procedures(fio, by_name["ours3"], settings)
     return extras
 
 

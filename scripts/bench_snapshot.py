@@ -149,6 +149,74 @@ def times(fio, server, settings):
     }
 
 
+def procedures(fio, server, settings):
+    """SNAPSHOTS snapshots of one and of three thin volumes of 1 TiB by each procedure, while the
+    first one is written in blocks of 4 KiB at queue depth 32, as fast as the servers go."""
+    volumes = ["wide", "wide2", "wide3"]
+    for volume in volumes:
+        server.control("volume", "create", volume, "--size", str(BIG_BYTES))
+    result = {"notes": []}
+    for procedure in ("barrier", "hold", "stamp"):
+        for count in (1, 3):
+            measured = by_procedure(fio, server, procedure, volumes[:count])
+            result.update({f"{procedure}{count}_{key}": value for key, value in measured.items()})
+            result["notes"].append(
+                f"{procedure}, {count} x 1 TiB at QD32: took median {measured['took_ms']:.1f} ms; a "
+                f"write's p99 {measured['p99_ms']:.2f} ms beside snapshots, during them "
+                f"{measured['added_ms']:+.2f} ms, longest {measured['longest_ms']:.1f} ms"
+            )
+    for volume in volumes:
+        server.control("volume", "delete", volume, "--force")
+    return result
+
+
+def by_procedure(fio, server, procedure, volumes):
+    log = os.path.join(fio.scratch, f"{procedure}{len(volumes)}")
+    options = ["--rw=randwrite", "--bs=4k", "--iodepth=32", "--time_based", "--runtime=600"]
+    options += [f"--size={BIG_BYTES}", f"--write_lat_log={log}", "--log_unix_epoch=1"]
+    uri = server.uri.replace("///bench?", f"///{volumes[0]}?")
+    load = subprocess.Popen(
+        fio.command(uri, options), cwd=fio.scratch, stdout=subprocess.DEVNULL
+    )
+    took, windows = [], []
+    try:
+        time.sleep(2)
+        for number in range(SNAPSHOTS):
+            names = [f"{volume}@{procedure}{len(volumes)}-{number}" for volume in volumes]
+            command = ["snapshot", "create", *names, "--procedure", procedure]
+            start = time.time()
+            took.append(server.control(*command)["took_ms"])
+            windows.append((start * 1000, time.time() * 1000))
+            time.sleep(0.3)
+    finally:
+        load.send_signal(signal.SIGINT)
+        load.wait()
+    inside, outside = split_latencies_ms(f"{log}_clat.1.log", windows)
+    p99 = percentile(outside, 99)
+    return {
+        "took_ms": statistics.median(took),
+        "took_max_ms": max(took),
+        "p99_ms": p99,
+        "added_ms": percentile(inside, 99) - p99,
+        "longest_ms": max(inside),
+    }
+
+
+def split_latencies_ms(path, windows):
+    """Completion latencies within the windows of wall clock ms, and those beside them."""
+    inside, outside = [], []
+    with open(path, encoding="ascii") as lines:
+        for line in lines:
+            at, ns = (int(field) for field in line.split(",")[:2])
+            within = any(start <= at <= end + 1 for start, end in windows)
+            (inside if within else outside).append(ns / 1e6)
+    return inside, outside
+
+
+def percentile(values, percent):
+    return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
+
+
 def longest_writes_ms(path, windows):
     """For each window of wall clock ms, the longest completion latency of fio's log in it.
 

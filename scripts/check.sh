@@ -2,7 +2,7 @@
 # Every check of the repository; all run, the exit code tells.
 set -euo pipefail
 
-STEPS=(fmt clippy doc build test deny tidy tidytest shell)
+STEPS=(fmt clippy doc build test deny tidy tidytest requirements shell)
 
 usage() {
     cat <<EOF
@@ -17,6 +17,7 @@ Runs the steps named, or all: ${STEPS[*]}
   deny      licences and duplicate versions (scripts/deny.txt)
   tidy      the rules of the house (scripts/tidy.py)
   tidytest  plants one violation of each rule and sees that it is caught
+  requirements  each requirement of tests/requirements.txt has a test that names it
   shell     shellcheck, if it is installed, and bash -n
 The last line counts tests and steps: 'N passed, N failed'.
 EOF
@@ -52,6 +53,7 @@ step_tidy() {
     python3 -B scripts/tidy.py --metadata "$scratch/members.json" .
 }
 step_tidytest() { python3 -B scripts/tidy_test.py; }
+step_requirements() { scripts/requirements.sh; }
 
 step_shell() {
     local scripts

@@ -5,9 +5,10 @@
 //! readable; anything else takes a new protocol version.
 
 use crate::control::registry::{LeaseHolder, LeaseState, ScrubRecord};
+use crate::control::snapshot::Procedure;
 use crate::data::page_store::DamagedRange;
 use crate::id::{
-    Epoch, LeaseEpoch, NodeNo, Revision, RouteRun, ScrubPosition, SnapshotId, VolumeId,
+    Epoch, LeaseEpoch, NodeNo, Revision, RouteRun, ScrubPosition, SnapshotId, TicketId, VolumeId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -111,6 +112,13 @@ pub enum AdminRequest {
     ScrubShow {
         volume: String,
     },
+    /// As `SnapshotCreate`, by this procedure (S003-45).
+    SnapshotCreateBy {
+        targets: Vec<SnapshotName>,
+        procedure: Procedure,
+    },
+    /// What keeps requests waiting on all servers.
+    HoldList,
 }
 
 /// `VOL@SNAP`.
@@ -166,6 +174,7 @@ pub enum AdminReply {
     ScrubStep(ScrubStep),
     /// The last scrub of a volume, if there was one.
     Scrub(Option<ScrubRecord>),
+    Holds(HoldsInfo),
 }
 
 /// What a step of a scrub found.
@@ -307,6 +316,33 @@ pub struct OpenInfo {
     pub route: RouteInfo,
     /// Peer addresses of the owners.
     pub nodes: Vec<(NodeNo, String)>,
+}
+
+/// What keeps requests of one volume waiting on one server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HoldInfo {
+    pub volume: VolumeId,
+    pub server: NodeNo,
+    /// Who will end it, if the deadline does not: the run of a procedure and its coordinator.
+    pub ticket: TicketId,
+    pub coordinator: NodeNo,
+    /// For people: what for, and what it does.
+    pub reason: String,
+    pub age_ms: u64,
+    /// Milliseconds until it ends by itself.
+    pub left_ms: u64,
+    /// Requests that wait to begin, and those that are executed and wait to be answered.
+    pub waiting: u32,
+    pub parked: u32,
+}
+
+/// Every hold of the cluster at the moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HoldsInfo {
+    /// With the name of each one's volume.
+    pub holds: Vec<(String, HoldInfo)>,
+    /// Servers that did not answer.
+    pub unreachable: Vec<NodeNo>,
 }
 
 /// The exclusive writer lease of a volume.

@@ -74,6 +74,21 @@ id!(
     TicketId(u64)
 );
 
+id!(
+    /// A moment of a hybrid logical clock: milliseconds since 1970 in the upper 48 bits, a count in
+    /// the lower 16. 0 is none. What happened after something else has a later stamp, if a message
+    /// that carried the clock went from the one to the other.
+    Stamp(u64)
+);
+
+impl Stamp {
+    /// The earliest later moment.
+    #[must_use]
+    pub fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
+    }
+}
+
 /// `page_count` pages from `first_page` on belong to `owner` (S003-05, run-length encoded).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct RouteRun {

@@ -120,6 +120,9 @@ pub const REGISTRY_UPDATE_TRIES: u32 = 32;
 pub const SNAPSHOT_TICKETS_KEPT: usize = 64;
 /// Milliseconds for which a snapshot may hold the writes of a volume, unless the operator says otherwise (S003-28).
 pub const SNAPSHOT_HOLD_MAX_MS: u64 = 500;
+/// Milliseconds for which the completions of writes are parked while a `barrier` goes round, in its
+/// first and second try; a third one gets the time of a hold.
+pub const SNAPSHOT_PARK_MAX_MS: [u64; 2] = [50, 200];
 /// Milliseconds for which a participant holds writes at the most, whatever the coordinator asks;
 /// well below the 30 s after which Linux calls a block request lost.
 pub const SNAPSHOT_HOLD_CAP_MS: u64 = 10_000;

@@ -201,7 +201,7 @@ fn a_snapshot_is_visible_only_after_its_commit() {
     assert_eq!(next[0].id, SnapshotId(2), "an id is never used again");
 }
 
-/// S003-34: the outcome is bound to the epoch of the prepare.
+/// S003-34, U-10: the outcome is bound to the epoch of the prepare.
 #[test]
 fn a_snapshot_over_a_change_of_the_routes_does_not_commit() {
     let (mut state, id) = cluster();
@@ -340,7 +340,8 @@ fn a_unique_id_is_32_hex_digits() {
 }
 
 proptest! {
-    /// Against a model: a map from key to (revision, name).
+    /// nothing changes but by a compare-and-set transaction with a revision of its own. Against
+    /// a model: a map from key to (revision, name).
     #[test]
     fn transactions_are_atomic_compare_and_set(
         steps in proptest::collection::vec((1_u16..5, 0_u64..12, 1_u16..5, any::<bool>()), 1..60)

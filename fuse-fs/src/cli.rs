@@ -2,8 +2,9 @@
 
 use crate::adapter::ViewOptions;
 use crate::backend::{Connect, ConnectOptions, TargetName};
+use crate::check_command::{self, CheckCommand, Source};
 use crate::daemon::{self, Serve, Started};
-use crate::error::{EXIT_USAGE, FuseFsError};
+use crate::error::{EXIT_USAGE, FuseFsError, fsck};
 use crate::kernel_mount::{self, KernelMount};
 use crate::mountinfo;
 use crate::state_file::RuntimeDir;
@@ -30,20 +31,45 @@ enum Verb {
     Volumes(Volumes),
     /// Mounts the filesystem on a volume (or, read-only, on a snapshot).
     Mount(Mount),
+    /// Checks the ext4 filesystem on a volume or snapshot, or in a file; changes nothing.
+    ///
+    /// Exit codes are those of fsck: 0 clean, 4 errors found, 8 not checked, 16 usage.
+    Check(Check),
     /// Unmounts what `volumes` or `mount` mounted, after its data is flushed.
     Umount(Umount),
 }
 
 #[derive(Debug, Args)]
 struct Common {
+    #[command(flatten)]
+    servers: Servers,
+    #[command(flatten)]
+    runtime: Runtime,
+}
+
+#[derive(Debug, Args)]
+struct Servers {
     /// Servers of the group, HOST or HOST:PORT; any of them will do.
     #[arg(long, env = "BLOCKD_SERVERS", value_delimiter = ',')]
     servers: Vec<String>,
     /// Seconds that an IO waits for servers that do not answer before it fails with EIO.
     #[arg(long, value_name = "SECONDS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     io_deadline: u64,
-    #[command(flatten)]
-    runtime: Runtime,
+}
+
+impl Servers {
+    fn connect_options(&self) -> Result<ConnectOptions, FuseFsError> {
+        let given = self.servers.iter().map(|server| server.trim().to_owned());
+        let servers: Vec<_> = given.filter(|server| !server.is_empty()).collect();
+        if servers.is_empty() {
+            return Err(FuseFsError::NoServers);
+        }
+        let io_deadline = Duration::from_secs(self.io_deadline);
+        Ok(ConnectOptions {
+            servers,
+            io_deadline,
+        })
+    }
 }
 
 #[derive(Debug, Args)]
@@ -94,6 +120,21 @@ struct Mount {
 }
 
 #[derive(Debug, Args)]
+struct Check {
+    /// VOL or VOL@SNAP. A volume that is mounted changes meanwhile: check a snapshot of it.
+    #[arg(required_unless_present = "image", conflicts_with = "image")]
+    target: Option<String>,
+    /// Check this file or block device instead.
+    #[arg(long, value_name = "FILE")]
+    image: Option<PathBuf>,
+    #[command(flatten)]
+    servers: Servers,
+    /// Print the result as one line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
 struct Umount {
     dir: PathBuf,
     /// Seconds to wait for the servers.
@@ -112,7 +153,8 @@ pub fn run(connect: Connect) -> ExitCode {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
-            let code = if error.use_stderr() { EXIT_USAGE } else { 0 };
+            let usage = if is_check() { fsck::USAGE } else { EXIT_USAGE };
+            let code = if error.use_stderr() { usage } else { 0 };
             // A closed standard error leaves only the exit code to tell.
             let _ = error.print();
             return ExitCode::from(code);
@@ -121,25 +163,35 @@ pub fn run(connect: Connect) -> ExitCode {
     let result = match arguments.command {
         Verb::Volumes(volumes) => show(connect, &volumes),
         Verb::Mount(mount) => mount_kernel(mount),
+        Verb::Check(arguments) => check(connect, &arguments),
         Verb::Umount(umount) => unmount(&umount),
     };
     match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("fuse-fs: {error}");
-            ExitCode::from(error.exit_code())
+            let code = error.exit_code();
+            ExitCode::from(match is_check() {
+                true if code == EXIT_USAGE => fsck::USAGE,
+                true => fsck::NOT_CHECKED,
+                false => code,
+            })
         }
     }
+}
+
+/// `check` is run by those who know fsck, so its exit codes are fsck's and not mount's.
+fn is_check() -> bool {
+    std::env::args_os()
+        .nth(1)
+        .is_some_and(|verb| verb == "check")
 }
 
 fn show(connect: Connect, volumes: &Volumes) -> Result<u8, FuseFsError> {
     let serve = Serve {
         dir: absolute(&volumes.dir)?,
         state: RuntimeDir::open(volumes.common.runtime.runtime_dir.as_deref())?,
-        servers: ConnectOptions {
-            servers: servers(&volumes.common)?,
-            io_deadline: Duration::from_secs(volumes.common.io_deadline),
-        },
+        servers: volumes.common.servers.connect_options()?,
         view: ViewOptions {
             allow_other: volumes.allow_other,
             cache: volumes.cache,
@@ -154,10 +206,7 @@ fn show(connect: Connect, volumes: &Volumes) -> Result<u8, FuseFsError> {
 }
 
 fn mount_kernel(mount: Mount) -> Result<u8, FuseFsError> {
-    let target = TargetName::parse(&mount.target);
-    let target = target.ok_or_else(|| FuseFsError::TargetSyntax {
-        target: mount.target.clone(),
-    })?;
+    let target = target_name(&mount.target)?;
     if !mount.kernel {
         return Err(FuseFsError::OwnFilesystem {
             target: mount.target,
@@ -165,11 +214,15 @@ fn mount_kernel(mount: Mount) -> Result<u8, FuseFsError> {
     }
     start_log(None)?;
     let state = RuntimeDir::open(mount.common.runtime.runtime_dir.as_deref())?;
+    let ConnectOptions {
+        servers,
+        io_deadline,
+    } = mount.common.servers.connect_options()?;
     let wanted = KernelMount {
         target,
         dir: absolute(&mount.dir)?,
-        servers: servers(&mount.common)?,
-        io_deadline: Duration::from_secs(mount.common.io_deadline),
+        servers,
+        io_deadline,
         filesystem: mount.filesystem,
         options: mount.options.join(","),
     };
@@ -177,6 +230,25 @@ fn mount_kernel(mount: Mount) -> Result<u8, FuseFsError> {
         eprintln!("fuse-fs: note: {note}");
     }
     Ok(0)
+}
+
+fn check(connect: Connect, check: &Check) -> Result<u8, FuseFsError> {
+    start_log(None)?;
+    let source = match (&check.image, &check.target) {
+        (Some(file), _) => Source::Image(file.clone()),
+        (None, target) => {
+            let target = target_name(target.as_deref().unwrap_or_default())?;
+            Source::Volume(target, check.servers.connect_options()?)
+        }
+    };
+    let json = check.json;
+    check_command::run(connect, &CheckCommand { source, json })
+}
+
+fn target_name(text: &str) -> Result<TargetName, FuseFsError> {
+    TargetName::parse(text).ok_or_else(|| FuseFsError::TargetSyntax {
+        target: text.to_owned(),
+    })
 }
 
 fn unmount(arguments: &Umount) -> Result<u8, FuseFsError> {
@@ -187,16 +259,6 @@ fn unmount(arguments: &Umount) -> Result<u8, FuseFsError> {
         force: arguments.force,
     };
     umount::umount(&absolute(&arguments.dir)?, &state, options).map(|()| 0)
-}
-
-fn servers(common: &Common) -> Result<Vec<String>, FuseFsError> {
-    let given = common.servers.iter().map(|server| server.trim().to_owned());
-    let servers: Vec<_> = given.filter(|server| !server.is_empty()).collect();
-    if servers.is_empty() {
-        Err(FuseFsError::NoServers)
-    } else {
-        Ok(servers)
-    }
 }
 
 fn absolute(dir: &Path) -> Result<PathBuf, FuseFsError> {
@@ -241,7 +303,8 @@ mod tests {
         let Verb::Volumes(volumes) = Arguments::try_parse_from(line).unwrap().command else {
             panic!("not volumes")
         };
-        assert_eq!(servers(&volumes.common).unwrap(), ["a:1", "b"]);
+        let options = volumes.common.servers.connect_options().unwrap();
+        assert_eq!(options.servers, ["a:1", "b"]);
     }
 
     #[test]

@@ -240,7 +240,7 @@ pub fn serve(connect: Connect, serve: &Serve, ready: Ready) -> Result<(), FuseFs
     result
 }
 
-fn runtime() -> io::Result<tokio::runtime::Runtime> {
+pub fn runtime() -> io::Result<tokio::runtime::Runtime> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(cores.min(MAX_WORKERS))

@@ -1,5 +1,6 @@
 //! What `fuse-fs` reports to its user: what failed, where, and what to do; with mount(8)'s exit codes.
 
+use crate::ext4::error::Ext4Error;
 use std::io;
 use std::path::PathBuf;
 
@@ -7,6 +8,15 @@ use std::path::PathBuf;
 pub const EXIT_USAGE: u8 = 1;
 /// Exit code of mount(8) for a mount or unmount that failed.
 pub const EXIT_FAILED: u8 = 32;
+
+/// Exit codes of fsck(8), for `fuse-fs check`.
+pub mod fsck {
+    /// Errors were found, and left as they are.
+    pub const ERRORS: u8 = 4;
+    /// It could not be checked.
+    pub const NOT_CHECKED: u8 = 8;
+    pub const USAGE: u8 = 16;
+}
 
 /// Why a command of `fuse-fs` failed.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +84,10 @@ pub enum FuseFsError {
     },
     #[error("{}: detached by force, data may be unflushed: {reason}; check the filesystem before you use the volume again", dir.display())]
     Unflushed { dir: PathBuf, reason: String },
+    #[error("{target}: {source}")]
+    Check { target: String, source: Ext4Error },
+    #[error("{target}: {reason}")]
+    Open { target: String, reason: String },
     #[error("{what}: {source}")]
     System {
         what: &'static str,

@@ -7,6 +7,8 @@
 //! | [`cli`] | the command `fuse-fs`: arguments, exit codes, one function per subcommand |
 //! | [`kernel_mount`], [`umount`] | `mount --kernel` and its reverse, step by step |
 //! | [`loopdev`], [`superblock`], [`mountinfo`], [`state_file`] | what these need from the host |
+//! | [`check_command`] | `check`: a report for people or programs |
+//! | [`ext4`] | our own ext4: so far what reads and checks it |
 //! | [`daemon`] | the process that serves a view: background, signals, deadlines by fork |
 //! | [`adapter`] | FUSE requests to operations of the view; the only file that names `fuser` |
 //! | [`view`], [`open_file`] | the operations: names to volumes, bytes of one open volume |
@@ -18,10 +20,12 @@
 
 pub mod adapter;
 pub mod backend;
+pub mod check_command;
 pub mod cli;
 pub mod client_backend;
 pub mod daemon;
 pub mod error;
+pub mod ext4;
 pub mod kernel_mount;
 pub mod loopdev;
 pub mod mountinfo;

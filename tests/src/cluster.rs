@@ -5,10 +5,11 @@ use crate::nbd::NbdConnection;
 use crate::program::{Ran, binary, try_run};
 use crate::server::Server;
 use blockd::admin::{
-    AdminError, AdminReply, AdminRequest, RouteInfo, SnapshotInfo, SnapshotName, VolumeCreate,
-    VolumeInfo,
+    AdminError, AdminReply, AdminRequest, HoldsInfo, RouteInfo, SnapshotInfo, SnapshotName,
+    VolumeCreate, VolumeInfo,
 };
 use blockd::client::{Client, ClientError, ClientOptions, Volume};
+use blockd::control::snapshot::Procedure;
 use blockd::id::{DEFAULT_PAGE_BLOCKS, NodeNo};
 use std::future::Future;
 use std::path::Path;
@@ -244,6 +245,29 @@ impl Cluster {
         let targets = targets.iter().map(|target| snapshot_name(target)).collect();
         match self.admin_at(index, AdminRequest::SnapshotCreate { targets })? {
             AdminReply::Snapshots(infos) => Ok(infos),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// As [`Self::snapshot_at`], by this procedure.
+    pub fn snapshot_by(
+        &self,
+        index: usize,
+        targets: &[&str],
+        procedure: Procedure,
+    ) -> Result<Vec<SnapshotInfo>, ClientError> {
+        let targets = targets.iter().map(|target| snapshot_name(target)).collect();
+        match self.admin_at(index, AdminRequest::SnapshotCreateBy { targets, procedure })? {
+            AdminReply::Snapshots(infos) => Ok(infos),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// What keeps requests waiting, asked of one server.
+    #[must_use]
+    pub fn holds_at(&self, index: usize) -> HoldsInfo {
+        match self.admin_at(index, AdminRequest::HoldList).unwrap() {
+            AdminReply::Holds(holds) => holds,
             other => panic!("{other:?}"),
         }
     }

@@ -46,6 +46,10 @@ mod nbd_restarts;
 mod nbd_tls;
 #[path = "system/offline_check.rs"]
 mod offline_check;
+#[path = "system/paths.rs"]
+mod paths;
+#[path = "system/procedures.rs"]
+mod procedures;
 #[path = "system/recoveries.rs"]
 mod recoveries;
 #[path = "system/resizes.rs"]
@@ -64,3 +68,5 @@ mod snapshot_kills;
 mod snapshots;
 #[path = "system/spans.rs"]
 mod spans;
+#[path = "system/stale_messages.rs"]
+mod stale_messages;

@@ -18,6 +18,7 @@ pub use volume::Volume;
 
 use crate::admin::{AdminError, AdminErrorKind, AdminReply, AdminRequest, LeaseInfo, OpenInfo};
 use crate::id::{NodeNo, VolumeId};
+use crate::io::hlc::Hlc;
 use crate::io::host::random_u64;
 use crate::io::link::{LinkError, Peers, decode_control, encode_control};
 use crate::io::net::{Network, Tcp};
@@ -170,7 +171,13 @@ impl Client {
             shared: Arc::new(Shared {
                 servers: Mutex::new(servers),
                 next_span: AtomicU64::new(1),
-                peers: Peers::new(network, requester, None, NodeNo(0)),
+                peers: Peers::new(
+                    network,
+                    Arc::new(Hlc::follower()),
+                    requester,
+                    None,
+                    NodeNo(0),
+                ),
                 options,
             }),
         };
@@ -394,6 +401,7 @@ fn changes(request: &AdminRequest) -> bool {
             | AdminRequest::Identify
             | AdminRequest::Open { .. }
             | AdminRequest::LeaseList
+            | AdminRequest::HoldList
             | AdminRequest::LeaseShow { .. }
             | AdminRequest::LeaseRenew { .. }
             | AdminRequest::VolumeGet { .. }

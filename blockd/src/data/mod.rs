@@ -1,5 +1,6 @@
 //! The path of a byte, top to bottom: volume, router, forward or owner, page store.
 
+pub mod cut;
 pub mod error;
 pub mod fence;
 pub mod forward;

@@ -2,23 +2,23 @@
 //!
 //! Every request passes the same gates, whether it came from a local NBD connection or from
 //! a peer: the routing epoch must match (S003-18), the page must be ours, a write must not
-//! run while a snapshot holds the volume (S003-36), nor under a lease that is not its requester's
-//! (`fence`). The owner executes, and knows nothing of who
+//! run while a snapshot holds the volume (`cut`, S003-36), nor under a lease that is not its
+//! requester's (`fence`). The owner executes, and knows nothing of who
 //! coordinates a snapshot or decides a routing table.
-//!
-//! Invariant: while a volume is held and its executing count is zero, no write of it reaches the
-//! page store.
 
+use super::cut::{Cut, Executing, Width};
 use super::error::DataError;
 use super::fence::{Fence, FenceGate};
 use super::page_store::{PageAt, PageStore, ReadPart, StoreError};
 use super::router::{EpochVerdict, RoutingTable, judge_epoch};
 use crate::id::{Epoch, LayerRun, LeaseEpoch, NodeNo, PageNo, SnapshotId, VolumeId};
+use crate::io::hlc::Hlc;
 use crate::limits::FORWARD_DEADLINE_MS;
 use bytes::Bytes;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
@@ -38,37 +38,23 @@ pub struct Target {
 pub struct VolumeState {
     pub id: VolumeId,
     table: RefCell<Rc<RoutingTable>>,
-    /// Writes and spans that passed the hold gate and have not finished.
-    executing: Cell<u32>,
-    held: Cell<bool>,
+    /// What a snapshot that is being taken keeps waiting.
+    pub cut: Rc<Cut>,
     fence: RefCell<FenceGate>,
-    /// Writes that wait at the gate.
-    waiting: Cell<u32>,
-    changed: Notify,
+    fence_changed: Notify,
 }
 
 /// The part of a server that executes requests for its own pages.
 pub struct Owner {
     pub me: NodeNo,
     pub store: PageStore,
+    hlc: Arc<Hlc>,
     /// The write verifier: changes when acknowledged, unflushed writes may have been lost.
     pub verifier: u64,
     volumes: RefCell<HashMap<VolumeId, Rc<VolumeState>>>,
     /// Lease epochs that were confirmed before the start.
     confirmed: HashMap<VolumeId, LeaseEpoch>,
     tables_changed: Notify,
-}
-
-/// A write, or a span of writes, that passed the gate; it has finished when this is dropped.
-pub struct Executing(Rc<VolumeState>);
-
-impl Drop for Executing {
-    fn drop(&mut self) {
-        self.0.executing.set(self.0.executing.get() - 1);
-        if self.0.executing.get() == 0 && self.0.held.get() {
-            self.0.changed.notify_waiters();
-        }
-    }
 }
 
 /// One change that the fence has let through; it is executed when this is dropped.
@@ -80,24 +66,8 @@ struct Changing {
 impl Drop for Changing {
     fn drop(&mut self) {
         if self.state.fence.borrow_mut().end(self.began) {
-            self.state.changed.notify_waiters();
+            self.state.fence_changed.notify_waiters();
         }
-    }
-}
-
-/// Counts a write that waits at the gate, also when the wait is given up.
-struct Waiting<'a>(&'a Cell<u32>);
-
-impl<'a> Waiting<'a> {
-    fn new(count: &'a Cell<u32>) -> Self {
-        count.set(count.get() + 1);
-        Self(count)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.set(self.0.get() - 1);
     }
 }
 
@@ -105,33 +75,6 @@ impl VolumeState {
     #[must_use]
     pub fn table(&self) -> Rc<RoutingTable> {
         Rc::clone(&self.table.borrow())
-    }
-
-    /// Begins to hold new writes (S003-36).
-    pub fn hold(&self) {
-        self.held.set(true);
-    }
-
-    /// Lets held writes go on (S003-28).
-    pub fn release(&self) {
-        self.held.set(false);
-        self.changed.notify_waiters();
-    }
-
-    /// Waits until no write executes; only meaningful while held.
-    pub async fn quiet(&self) {
-        loop {
-            let changed = self.changed.notified();
-            if self.executing.get() == 0 {
-                return;
-            }
-            changed.await;
-        }
-    }
-
-    #[must_use]
-    pub fn executing(&self) -> u32 {
-        self.executing.get()
     }
 
     /// Whether a change under this lease is admitted now.
@@ -153,7 +96,7 @@ impl VolumeState {
     /// the epoch now.
     pub async fn fenced(&self) -> LeaseEpoch {
         loop {
-            let changed = self.changed.notified();
+            let changed = self.fence_changed.notified();
             if let Some(epoch) = self.fence.borrow().drained() {
                 return epoch;
             }
@@ -165,37 +108,6 @@ impl VolumeState {
     pub fn confirm_lease(&self, epoch: LeaseEpoch) {
         self.fence.borrow_mut().confirm(epoch);
     }
-
-    /// Writes that a hold keeps waiting now.
-    #[must_use]
-    pub fn waiting(&self) -> u32 {
-        self.waiting.get()
-    }
-
-    /// Passes the gate at once, or says that the volume is held.
-    ///
-    /// # Errors
-    /// [`DataError::Held`].
-    pub fn try_execute(self: &Rc<Self>) -> Result<Executing, DataError> {
-        if self.held.get() {
-            return Err(DataError::Held);
-        }
-        self.executing.set(self.executing.get() + 1);
-        Ok(Executing(Rc::clone(self)))
-    }
-
-    /// Passes the gate when nothing holds the volume; a hold is bounded by its deadline.
-    pub async fn execute(self: &Rc<Self>) -> Executing {
-        loop {
-            let changed = self.changed.notified();
-            if let Ok(executing) = self.try_execute() {
-                return executing;
-            }
-            let waiting = Waiting::new(&self.waiting);
-            changed.await;
-            drop(waiting);
-        }
-    }
 }
 
 impl Owner {
@@ -204,12 +116,14 @@ impl Owner {
     pub fn new(
         me: NodeNo,
         store: PageStore,
+        hlc: Arc<Hlc>,
         verifier: u64,
         confirmed: HashMap<VolumeId, LeaseEpoch>,
     ) -> Self {
         Self {
             me,
             store,
+            hlc,
             verifier,
             confirmed,
             volumes: RefCell::default(),
@@ -305,8 +219,22 @@ impl Owner {
         snapshot: Option<SnapshotId>,
         at: Target,
     ) -> Result<Vec<ReadPart>, DataError> {
-        self.admit(volume, at).await?;
-        Ok(self.store.read(at.in_store(volume), snapshot).await?)
+        let state = self.admit(volume, at).await?;
+        let parts = self.store.read(at.in_store(volume), snapshot).await?;
+        self.show(&state, snapshot, at).await;
+        Ok(parts)
+    }
+
+    /// Waits while the answer to a read would show a write whose completion is parked. Called in
+    /// the same step in which the range was read.
+    async fn show(&self, state: &VolumeState, snapshot: Option<SnapshotId>, at: Target) {
+        let Some(mark) = state.cut.mark().filter(|_| snapshot.is_none()) else {
+            return;
+        };
+        let layers = self.store.layers(at.in_store(state.id), None, Some(mark));
+        if layers.is_ok_and(|runs| runs.iter().any(|run| run.changed)) {
+            state.cut.unparked(Some(mark)).await;
+        }
     }
 
     /// Which parts of a range hold data: `(len_bytes, allocated)`.
@@ -319,8 +247,10 @@ impl Owner {
         snapshot: Option<SnapshotId>,
         at: Target,
     ) -> Result<Vec<(u32, bool)>, DataError> {
-        self.admit(volume, at).await?;
-        Ok(self.store.extents(at.in_store(volume), snapshot)?)
+        let state = self.admit(volume, at).await?;
+        let extents = self.store.extents(at.in_store(volume), snapshot)?;
+        self.show(&state, snapshot, at).await;
+        Ok(extents)
     }
 
     /// In which layers a range was written, and what changed since a snapshot (`None`: what has data).
@@ -334,8 +264,10 @@ impl Owner {
         since: Option<SnapshotId>,
         at: Target,
     ) -> Result<Vec<LayerRun>, DataError> {
-        self.admit(volume, at).await?;
-        Ok(self.store.layers(at.in_store(volume), snapshot, since)?)
+        let state = self.admit(volume, at).await?;
+        let layers = self.store.layers(at.in_store(volume), snapshot, since)?;
+        self.show(&state, snapshot, at).await;
+        Ok(layers)
     }
 
     /// Writes a range of one page; `span` is the gate already passed by a spanning request.
@@ -350,13 +282,28 @@ impl Owner {
         fua: bool,
         span: Option<&Executing>,
     ) -> Result<(), DataError> {
-        let passed = self.pass_gates(volume, at, span).await?;
         let store_at = at.in_store(volume);
+        let width = Width::of(store_at.is_written_at_once());
+        let passed = self.pass_gates(volume, at, width, span).await?;
         self.store.write(store_at, data, at.epoch).await?;
+        self.complete(passed, fua).await
+    }
+
+    /// Ends a change that was executed in this step: it is in the log, on one side of every mark.
+    async fn complete(
+        &self,
+        passed: (Option<Executing>, Changing),
+        fua: bool,
+    ) -> Result<(), DataError> {
+        let cut = Rc::clone(&passed.1.state.cut);
+        let mark = cut.mark();
+        let volume = passed.1.state.id;
+        cut.stamp(|| (self.hlc.tick(), self.store.current_era(volume)));
         drop(passed);
         if fua {
             self.store.flush().await?;
         }
+        cut.unparked(mark).await;
         Ok(())
     }
 
@@ -365,16 +312,17 @@ impl Owner {
         &self,
         volume: VolumeId,
         at: Target,
+        width: Width,
         span: Option<&Executing>,
     ) -> Result<(Option<Executing>, Changing), DataError> {
         let state = self.admit(volume, at).await?;
         if span.is_some() {
             return Ok((None, state.begin_change(at.lease)?));
         }
-        let gate = match state.try_execute() {
+        let gate = match state.cut.try_execute(width) {
             Ok(gate) => gate,
             Err(_) => {
-                let gate = state.execute().await;
+                let gate = state.cut.execute(width).await;
                 self.admit(volume, at).await?;
                 gate
             }
@@ -394,14 +342,14 @@ impl Owner {
         fua: bool,
         span: Option<&Executing>,
     ) -> Result<(), DataError> {
-        let passed = self.pass_gates(volume, at, span).await?;
         let store_at = at.in_store(volume);
+        let width = Width::of(match keep_allocated {
+            true => store_at.is_written_at_once(),
+            false => store_at.is_zeroed_at_once(),
+        });
+        let passed = self.pass_gates(volume, at, width, span).await?;
         self.store.zero(store_at, keep_allocated, at.epoch).await?;
-        drop(passed);
-        if fua {
-            self.store.flush().await?;
-        }
-        Ok(())
+        self.complete(passed, fua).await
     }
 
     /// Everything that this owner acknowledged is durable when it returns.
@@ -418,11 +366,9 @@ impl VolumeState {
         Self {
             id: table.volume,
             table: RefCell::new(Rc::new(table.clone())),
-            executing: Cell::new(0),
-            held: Cell::new(false),
+            cut: Rc::default(),
             fence: RefCell::new(FenceGate::new(confirmed.copied().unwrap_or_default())),
-            waiting: Cell::new(0),
-            changed: Notify::new(),
+            fence_changed: Notify::new(),
         }
     }
 }

@@ -8,9 +8,10 @@
 //! an owner that has agreed does not take a snapshot before the part was executed, and one that
 //! holds already refuses, so that the whole request waits until the snapshot is taken.
 
+use super::cut::{Executing, Width};
 use super::error::DataError;
 use super::forward::{self, ForwardError, PartIo, Since};
-use super::owner::{Executing, Owner, Target, VolumeState};
+use super::owner::{Owner, Target, VolumeState};
 use super::page_store::ReadPart;
 use super::router::{Part, RoutingTable};
 use super::span::{Span, zero_pieces};
@@ -442,7 +443,7 @@ impl Volume {
         let mut wanted = span.progress.to_begin();
         if wanted.remove(&group.owner.me) {
             self.state.check_lease(LeaseEpoch(0))?;
-            *local = Some(self.state.try_execute()?);
+            *local = Some(self.state.cut.try_execute(Width::Wide)?);
             span.progress.began(group.owner.me);
         }
         let links = wanted.into_iter().map(async |node| {

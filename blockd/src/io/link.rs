@@ -7,9 +7,10 @@
 //! never executed a second time after the answer to its repetition.
 
 use super::framed::FrameStream;
+use super::hlc::Hlc;
 use super::net::{BoxStream, Network, Tcp};
 use super::wire::{self, Frame, Kind, Status};
-use crate::id::{NodeNo, VolumeId};
+use crate::id::{NodeNo, Stamp, VolumeId};
 use crate::limits::{PEER_HELLO_MS, PEER_STALL_MS};
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
@@ -75,6 +76,8 @@ struct LinkOwner {
 
 struct Shared {
     address: String,
+    /// Set if both sides know stamps.
+    hlc: Option<Arc<Hlc>>,
     welcome: Welcome,
     state: Mutex<State>,
     waker: AtomicWaker,
@@ -130,6 +133,10 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn stamp(&self) -> Stamp {
+        self.hlc.as_ref().map_or(Stamp(0), |hlc| hlc.tick())
+    }
+
     fn lost(&self, reason: &str) -> LinkError {
         LinkError::Lost {
             address: self.address.clone(),
@@ -144,15 +151,16 @@ impl Link {
     /// # Errors
     /// [`LinkError::Connect`] or [`LinkError::Refused`] (wrong cluster or version).
     pub async fn connect(address: &str, hello: &Hello) -> Result<Self, LinkError> {
-        Self::connect_over(&Tcp, address, hello).await
+        Self::connect_over(&Tcp, None, address, hello).await
     }
 
-    /// As [`Self::connect`], over this network.
+    /// As [`Self::connect`], over this network; requests and replies carry the clock.
     ///
     /// # Errors
     /// As [`Self::connect`].
     pub async fn connect_over(
         network: &dyn Network,
+        hlc: Option<&Arc<Hlc>>,
         address: &str,
         hello: &Hello,
     ) -> Result<Self, LinkError> {
@@ -168,8 +176,10 @@ impl Link {
         let mut frames = FrameStream::new(stream);
         let welcome = timeout(limit, say_hello(&mut frames, address, hello)).await;
         let welcome = welcome.map_err(|_| connect("no answer to the hello".to_owned()))??;
+        let is_stamped = welcome.version >= wire::STAMPED_VERSION;
         let shared = Arc::new(Shared {
             address: address.to_owned(),
+            hlc: hlc.filter(|_| is_stamped).map(Arc::clone),
             welcome,
             state: Mutex::default(),
             waker: AtomicWaker::new(),
@@ -193,6 +203,7 @@ impl Link {
     /// Sends a request whose answer nobody waits for; nothing happens if the connection has ended.
     pub fn post(&self, mut request: Frame) {
         let shared = &self.owner.shared;
+        request.stamp = shared.stamp();
         {
             let mut state = shared.lock();
             if state.ended.is_some() {
@@ -213,6 +224,7 @@ impl Link {
     /// executed, but will not be executed after the requester's next connection was welcomed.
     pub async fn call(&self, mut request: Frame) -> Result<Frame, LinkError> {
         let shared = &self.owner.shared;
+        request.stamp = shared.stamp();
         let (sender, receiver) = oneshot::channel();
         let open_call = {
             let mut state = shared.lock();
@@ -322,6 +334,9 @@ fn step(
         match frames.poll_frame(cx) {
             Poll::Ready(Ok(Some(reply))) => {
                 *heard = Instant::now();
+                if let Some(hlc) = &shared.hlc {
+                    hlc.observe(reply.stamp);
+                }
                 let caller = shared.lock().open_calls.remove(&reply.request_id);
                 caller.map(|caller| caller.send(reply));
             }
@@ -344,6 +359,7 @@ fn step(
 /// Links to any number of servers, made when needed and made again when lost.
 pub struct Peers {
     network: Arc<dyn Network>,
+    hlc: Arc<Hlc>,
     requester: u64,
     cluster_id: Mutex<Option<String>>,
     node: Mutex<NodeNo>,
@@ -365,12 +381,14 @@ impl Peers {
     #[must_use]
     pub fn new(
         network: Arc<dyn Network>,
+        hlc: Arc<Hlc>,
         requester: u64,
         cluster_id: Option<String>,
         node: NodeNo,
     ) -> Self {
         Self {
             network,
+            hlc,
             requester,
             cluster_id: Mutex::new(cluster_id),
             node: Mutex::new(node),
@@ -428,7 +446,7 @@ impl Peers {
         }
         *connections += 1;
         let hello = self.hello(slot.requester, *connections);
-        let link = Link::connect_over(&*self.network, address, &hello).await?;
+        let link = Link::connect_over(&*self.network, Some(&self.hlc), address, &hello).await?;
         slot.made.fetch_add(1, Ordering::Relaxed);
         *lock(&slot.link) = Some(link.clone());
         Ok(link)
@@ -459,7 +477,7 @@ impl Peers {
 
     fn hello(&self, requester: u64, connection: u64) -> Hello {
         Hello {
-            min_version: wire::VERSION,
+            min_version: wire::MIN_VERSION,
             max_version: wire::VERSION,
             requester,
             connection,

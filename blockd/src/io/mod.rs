@@ -4,6 +4,7 @@ pub mod device;
 pub mod disk;
 pub mod environment;
 pub mod framed;
+pub mod hlc;
 pub mod host;
 pub mod link;
 pub mod net;

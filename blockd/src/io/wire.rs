@@ -6,7 +6,7 @@
 //! ```text
 //! offset size field          meaning
 //!      0    2 magic          0x4b42 ("BK")
-//!      2    1 version        1; what both sides speak is agreed in the hello
+//!      2    1 version        1, or 2 with a stamp; what both sides speak is agreed in the hello
 //!      3    1 kind           see `Kind`; bit 7 set in a reply
 //!      4    2 flags          see `flags`
 //!      6    2 status         0 in requests; see `Status` in replies
@@ -26,6 +26,10 @@
 //!     60    4 header_crc     CRC32 (IEEE) of bytes 0 to 59
 //! ```
 //!
+//! The header of version 2 is 72 bytes: it has at 60 the stamp of its sender's hybrid logical clock (8
+//! bytes, not 0), and at 68 the CRC32 of bytes 0 to 67. A request has it if both sides speak version
+//! 2, a reply if its request had it.
+//!
 //! The header comes first and has its own checksum, so that a lying length is found before a
 //! buffer is taken for it. A read reply with flag `RUNS` has in front of its data a run list: u32
 //! count, then `count` x u32 where bit 31 says "hole" and the rest is the length in bytes; only
@@ -34,16 +38,21 @@
 //! layer): bit 31 of the layer says "hole", bit 30 "changed", the rest is the depth. Control messages carry postcard in the payload. Replies of
 //! an error status carry a UTF-8 text.
 //!
-//! Version history: 1, the first; kind `Lease` and status `Leased` were added to it, and `LAYERS`: who
+//! Version history: 2 carries stamps (U-07). 1, the first; kind `Lease` and status `Leased` were added to it, and `LAYERS`: who
 //! does not know that flag answers without it.
 
-use crate::id::{Epoch, LayerRun, LeaseEpoch, PageNo, SnapshotId, VolumeId};
+use crate::id::{Epoch, LayerRun, LeaseEpoch, PageNo, SnapshotId, Stamp, VolumeId};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 /// Bytes of the fixed header.
 pub const HEADER_BYTES: usize = 64;
-/// The protocol version that this code speaks.
-pub const VERSION: u8 = 1;
+/// Bytes of the header with a stamp.
+pub const STAMPED_HEADER_BYTES: usize = 72;
+/// The protocol versions that this code speaks, from the oldest to the newest.
+pub const MIN_VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
+/// The first one with stamps.
+pub const STAMPED_VERSION: u8 = 2;
 /// Largest payload of one frame: a 64 MiB request part plus its run list.
 pub const MAX_PAYLOAD_BYTES: u32 = (64 << 20) + (1 << 20);
 const MAGIC: u16 = 0x4b42;
@@ -100,7 +109,7 @@ wire_enum! {
         SpanBegin = 7,
         /// The span is over: every part was answered, or none will be sent. Not answered.
         SpanEnd = 8,
-        /// Snapshot procedure, FIG. 7. Payload `SnapshotStep`.
+        /// Snapshot procedure. Payload `Order`, reply payload `Answer`.
         Snapshot = 9,
         /// Forget a snapshot of a volume on this owner.
         SnapshotDrop = 10,
@@ -112,6 +121,8 @@ wire_enum! {
         Registry = 13,
         /// Payload `AdminRequest`, reply payload `AdminReply`.
         Admin = 14,
+        /// What keeps requests waiting on this server. Reply payload: a list of `HoldInfo`.
+        Holds = 15,
         /// Exclusive writer lease of a volume. Payload `LeaseOrder`.
         Lease = 20,
         /// Verify what is stored of a volume, for about a second. Payload `ScrubOrder`, reply
@@ -160,6 +171,8 @@ pub struct Frame {
     pub page: PageNo,
     pub offset_bytes: u32,
     pub len_bytes: u32,
+    /// The sender's clock; 0 is none.
+    pub stamp: Stamp,
     pub payload: Payload,
 }
 
@@ -211,7 +224,7 @@ impl From<Bytes> for Payload {
 pub enum WireError {
     #[error("not a blockd peer frame: magic {0:#06x}, expected 0x4b42")]
     Magic(u16),
-    #[error("peer frame of version {0}, this server speaks {VERSION}")]
+    #[error("peer frame of version {0}, this server speaks {MIN_VERSION} to {VERSION}")]
     Version(u8),
     #[error("peer frame header with a wrong checksum")]
     HeaderCrc,
@@ -242,6 +255,7 @@ impl Frame {
             page: PageNo(0),
             offset_bytes: 0,
             len_bytes: 0,
+            stamp: Stamp(0),
             payload: Payload::default(),
         }
     }
@@ -279,7 +293,12 @@ impl Frame {
     pub fn encode_header(&self, out: &mut BytesMut) {
         let start = out.len();
         out.put_u16_le(MAGIC);
-        out.put_u8(VERSION);
+        let is_stamped = self.stamp != Stamp(0);
+        out.put_u8(if is_stamped {
+            STAMPED_VERSION
+        } else {
+            MIN_VERSION
+        });
         out.put_u8(self.kind as u8 | if self.reply { REPLY_BIT } else { 0 });
         out.put_u16_le(self.flags);
         out.put_u16_le(self.status as u16);
@@ -293,6 +312,9 @@ impl Frame {
         out.put_u32_le(self.len_bytes);
         out.put_u32_le(u32::try_from(self.payload.len()).unwrap_or(u32::MAX));
         out.put_u32_le(self.payload.crc());
+        if is_stamped {
+            out.put_u64_le(self.stamp.0);
+        }
         let crc = crc32fast::hash(&out[start..]);
         out.put_u32_le(crc);
     }
@@ -313,12 +335,16 @@ pub fn decode(buffer: &mut BytesMut) -> Result<Decoded, WireError> {
     if buffer.len() < HEADER_BYTES {
         return check_prefix(buffer).map(|()| Decoded::Needs(HEADER_BYTES));
     }
-    let payload_len = check_header(&buffer[..HEADER_BYTES])?;
-    let total = HEADER_BYTES + payload_len as usize;
+    let header_bytes = header_bytes(buffer)?;
+    if buffer.len() < header_bytes {
+        return Ok(Decoded::Needs(header_bytes));
+    }
+    let payload_len = check_header(&buffer[..header_bytes])?;
+    let total = header_bytes + payload_len as usize;
     if buffer.len() < total {
         return Ok(Decoded::Needs(total));
     }
-    let mut header = buffer.split_to(HEADER_BYTES);
+    let mut header = buffer.split_to(header_bytes);
     let payload = buffer.split_to(payload_len as usize).freeze();
     let frame = parse_header(&mut header, payload)?;
     Ok(Decoded::Frame(Box::new(frame)))
@@ -341,15 +367,22 @@ fn check_prefix(bytes: &[u8]) -> Result<(), WireError> {
     }
 }
 
+/// `bytes` are as many as the shortest header has.
+fn header_bytes(bytes: &[u8]) -> Result<usize, WireError> {
+    check_prefix(bytes)?;
+    match bytes[2] {
+        MIN_VERSION => Ok(HEADER_BYTES),
+        STAMPED_VERSION => Ok(STAMPED_HEADER_BYTES),
+        other => Err(WireError::Version(other)),
+    }
+}
+
 fn check_header(header: &[u8]) -> Result<u32, WireError> {
-    check_prefix(header)?;
     let word = |at: usize| {
         u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
     };
-    if header[2] != VERSION {
-        return Err(WireError::Version(header[2]));
-    }
-    if crc32fast::hash(&header[..60]) != word(60) {
+    let checked = header.len() - 4;
+    if crc32fast::hash(&header[..checked]) != word(checked) {
         return Err(WireError::HeaderCrc);
     }
     match word(52) {
@@ -359,12 +392,13 @@ fn check_header(header: &[u8]) -> Result<u32, WireError> {
 }
 
 fn parse_header(header: &mut BytesMut, payload: Bytes) -> Result<Frame, WireError> {
+    let is_stamped = header.len() == STAMPED_HEADER_BYTES;
     header.advance(3);
     let kind_bits = header.get_u8();
     let frame_flags = header.get_u16_le();
     let status_bits = header.get_u16_le();
     let unknown = WireError::Unknown(kind_bits & !REPLY_BIT, status_bits);
-    let frame = Frame {
+    let mut frame = Frame {
         kind: Kind::from_wire(kind_bits & !REPLY_BIT).ok_or(unknown)?,
         reply: kind_bits & REPLY_BIT != 0,
         flags: frame_flags,
@@ -377,11 +411,15 @@ fn parse_header(header: &mut BytesMut, payload: Bytes) -> Result<Frame, WireErro
         page: PageNo(header.get_u32_le()),
         offset_bytes: header.get_u32_le(),
         len_bytes: header.get_u32_le(),
+        stamp: Stamp(0),
         payload: payload.into(),
     };
     header.advance(4);
     if frame.payload.crc() != header.get_u32_le() {
         return Err(WireError::PayloadCrc);
+    }
+    if is_stamped {
+        frame.stamp = Stamp(header.get_u64_le());
     }
     Ok(frame)
 }

@@ -1,5 +1,6 @@
 //! What an operator can set: a TOML file, overridden by the command line of `blockd serve`.
 
+use crate::io::hlc::Skew;
 use nbd_server::limits::{CONNECTIONS_MAX, CONNECTIONS_PER_ADDRESS_MAX};
 use nbd_server::{Access, Rule, RuleError, TlsSettings};
 use serde::Deserialize;
@@ -42,6 +43,8 @@ pub struct ConfigFile {
     pub reserve_bytes: Option<u64>,
     /// Milliseconds for which a snapshot may hold writes.
     pub snapshot_hold_max_ms: Option<u64>,
+    /// For tests: how wrong the wall clock is.
+    pub clock_skew: Option<Skew>,
 }
 
 /// A rule as it is written; see [`Rule`].
@@ -81,6 +84,7 @@ pub struct Config {
     pub log_bytes: Option<u64>,
     pub reserve_bytes: Option<u64>,
     pub snapshot_hold_max_ms: u64,
+    pub clock_skew: Option<Skew>,
 }
 
 /// What is wrong with a configuration.
@@ -149,6 +153,7 @@ impl ConfigFile {
             log_bytes: self.log_bytes.or(below.log_bytes),
             reserve_bytes: self.reserve_bytes.or(below.reserve_bytes),
             snapshot_hold_max_ms: self.snapshot_hold_max_ms.or(below.snapshot_hold_max_ms),
+            clock_skew: self.clock_skew.or(below.clock_skew),
         }
     }
 
@@ -208,6 +213,7 @@ impl ConfigFile {
             log_bytes: self.log_bytes,
             reserve_bytes: self.reserve_bytes,
             snapshot_hold_max_ms: hold,
+            clock_skew: self.clock_skew,
         })
     }
 }

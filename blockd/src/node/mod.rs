@@ -33,6 +33,7 @@ use crate::data::router::RoutingTable;
 use crate::data::volume::Group;
 use crate::id::NodeNo;
 use crate::io::environment::{Clock, Environment};
+use crate::io::hlc::Hlc;
 use crate::io::link::Peers;
 use config::Config;
 use identity::{Identity, Membership};
@@ -50,6 +51,7 @@ pub(crate) struct Node {
     pub(crate) identity: RefCell<Identity>,
     pub(crate) store: PageStore,
     pub(crate) verifier: u64,
+    pub(crate) hlc: Arc<Hlc>,
     /// For administration and snapshots: their orders must not queue behind forwarded writes that
     /// a snapshot holds.
     pub(crate) peers: Arc<Peers>,

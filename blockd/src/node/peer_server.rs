@@ -5,9 +5,10 @@
 //! second time behind the answer to the repetition.
 
 use super::{Member, Node, admin, scrub};
+use crate::data::cut::{Executing, Width};
 use crate::data::error::DataError;
-use crate::data::owner::{Executing, Target};
-use crate::id::{SnapshotId, VolumeId};
+use crate::data::owner::Target;
+use crate::id::{SnapshotId, Stamp, VolumeId};
 use crate::io::framed::{FrameStream, serve};
 use crate::io::link::{Hello, Welcome, decode_control, encode_control};
 use crate::io::net::{BoxStream, Listen};
@@ -20,6 +21,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
@@ -94,11 +96,12 @@ async fn connection(
             .send(request.refuse(Status::Unavailable, text))
             .await?);
     };
-    frames.send(welcome(&node, &request)).await?;
+    let version = hello.max_version.min(wire::VERSION);
+    frames.send(welcome(&node, &request, version)).await?;
     let spans = Spans::default();
     let served = serve(frames, |request| {
         let (node, spans) = (Rc::clone(&node), Rc::clone(&spans));
-        async move { handle(node, spans, request).await }
+        async move { handle_stamped(node, spans, request).await }
     });
     let result = tokio::select! {
         biased;
@@ -116,11 +119,12 @@ fn check_hello(node: &Node, request: &Frame) -> Result<Hello, Frame> {
     }
     let hello: Hello = decode_control(request.payload.clone())
         .map_err(|_| request.refuse(Status::Malformed, "the hello cannot be decoded"))?;
-    if !(hello.min_version..=hello.max_version).contains(&wire::VERSION) {
+    if hello.max_version < wire::MIN_VERSION || wire::VERSION < hello.min_version {
         let text = format!(
-            "peer protocol {} to {} was offered, this server speaks {}",
+            "peer protocol {} to {} was offered, this server speaks {} to {}",
             hello.min_version,
             hello.max_version,
+            wire::MIN_VERSION,
             wire::VERSION
         );
         return Err(request.refuse(Status::BadVersion, text));
@@ -138,11 +142,11 @@ fn check_hello(node: &Node, request: &Frame) -> Result<Hello, Frame> {
     }
 }
 
-fn welcome(node: &Node, request: &Frame) -> Frame {
+fn welcome(node: &Node, request: &Frame, version: u8) -> Frame {
     let identity = node.identity.borrow();
     let cluster = identity.cluster.as_ref();
     let welcome = Welcome {
-        version: wire::VERSION,
+        version,
         cluster_id: cluster.map(|cluster| cluster.id.clone()),
         node: cluster.map(|cluster| cluster.number).unwrap_or_default(),
         verifier: node.verifier,
@@ -182,6 +186,19 @@ impl Connections {
         }
         Some((end, ended_sender))
     }
+}
+
+/// U-07: what is executed here is later than what the requester knows of, and what it does after the
+/// reply is later than that.
+async fn handle_stamped(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
+    if request.stamp == Stamp(0) {
+        return handle(node, spans, request).await;
+    }
+    node.hlc.observe(request.stamp);
+    let hlc = Arc::clone(&node.hlc);
+    let mut reply = handle(node, spans, request).await;
+    reply.stamp = hlc.tick();
+    reply
 }
 
 async fn handle(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
@@ -272,6 +289,10 @@ async fn execute(node: &Node, member: &Member, spans: &Spans, request: &Frame) -
         Kind::VolumeDrop => drop_pages(member, request).await,
         Kind::Usage => Ok((0, encode_control(&usage(node, member, volume, snapshot)?))),
         Kind::Scrub => Ok((0, scrub::answer(node, member, request).await?)),
+        Kind::Holds => {
+            let holds = member.participant.holds(member);
+            Ok((0, encode_control(&holds)))
+        }
         Kind::Hello | Kind::Admin | Kind::Registry | Kind::Snapshot | Kind::Lease => {
             Err(DataError::Malformed("not a request for an owner"))
         }
@@ -351,7 +372,7 @@ async fn pass_span_gate(member: &Member, request: &Frame) -> Result<Executing, D
         return Err(DataError::Stale(epoch));
     }
     state.check_lease(request.lease())?;
-    state.try_execute()
+    state.cut.try_execute(Width::Wide)
 }
 
 fn end_late_span(spans: &Spans, key: (VolumeId, u64), gate: &Rc<Executing>) {

@@ -113,7 +113,8 @@ async fn take(
     volume: &str,
     snapshot: &str,
 ) -> Result<SnapshotId, String> {
-    let taken = snapshot::create(node, member, vec![target(volume, snapshot)]).await;
+    let targets = vec![target(volume, snapshot)];
+    let taken = snapshot::create(node, member, targets, None).await;
     match taken {
         Ok(AdminReply::Snapshots(taken)) if taken.len() == 1 => Ok(taken[0].id),
         Err(AdminError {

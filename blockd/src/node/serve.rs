@@ -12,6 +12,7 @@ use crate::data::page_store::{PageStore, StoreError, StoreOptions};
 use crate::data::volume::Group;
 use crate::id::{NodeNo, VolumeId};
 use crate::io::environment::Environment;
+use crate::io::hlc::Hlc;
 use crate::io::host;
 use crate::io::link::Peers;
 use crate::io::wire::{Frame, Kind, Status};
@@ -82,7 +83,10 @@ fn start_control() -> Result<(Handle, oneshot::Sender<()>), ServeError> {
 async fn run(config: Config, control: Handle) -> Result<(), ServeError> {
     let nbd_listeners = nbd_listeners(&config)?;
     let tls = config.nbd_tls.load()?;
-    let environment = Environment::real(&config.state);
+    let mut environment = Environment::real(&config.state);
+    if let Some(skew) = config.clock_skew {
+        environment.clock = Arc::new(skew);
+    }
     let server = Server::start(config, environment, control).await?;
     let node = &server.node;
     let (stop, stopped) = Shutdown::new();
@@ -198,12 +202,15 @@ async fn start(
     claim(state, "store", &format!("server {}", identity.unique_id))?;
     let membership = identity.cluster.clone();
     let number = membership.as_ref().map(|cluster| cluster.number);
+    let hlc = Arc::new(Hlc::new(Arc::clone(&environment.clock)));
     let peers = peers(
         &environment,
+        &hlc,
         membership.as_ref().map(|cluster| cluster.id.clone()),
         number.unwrap_or_default(),
     )?;
     let node = Rc::new(Node {
+        hlc,
         verifier: verifier(&state.boot_id(), &identity.unique_id),
         identity: RefCell::new(identity),
         store,
@@ -225,12 +232,16 @@ async fn start(
 /// Connections of a new requester.
 fn peers(
     environment: &Environment,
+    hlc: &Arc<Hlc>,
     cluster_id: Option<String>,
     number: NodeNo,
 ) -> Result<Arc<Peers>, ServeError> {
     let requester = host::random_u64().map_err(ServeError::Random)?;
     let network = Arc::clone(&environment.network);
-    Ok(Arc::new(Peers::new(network, requester, cluster_id, number)))
+    let hlc = Arc::clone(hlc);
+    Ok(Arc::new(Peers::new(
+        network, hlc, requester, cluster_id, number,
+    )))
 }
 
 /// The write verifier (promise 3, after NFSv3 COMMIT): an acknowledged write is in the page cache
@@ -264,14 +275,16 @@ impl Node {
         let owner = Rc::new(Owner::new(
             membership.number,
             self.store.clone(),
+            Arc::clone(&self.hlc),
             self.verifier,
             confirmed.epochs().clone(),
         ));
         let cluster_id = Some(membership.id.clone());
-        let forwarding = peers(&self.environment, cluster_id, membership.number)?;
+        let forwarding = peers(&self.environment, &self.hlc, cluster_id, membership.number)?;
         let group = Rc::new(Group::new(owner, forwarding));
         let incarnation = host::random_u64().map_err(ServeError::Random)?;
-        let participant = participant::Participants::new(self.store.clone(), incarnation);
+        let participant =
+            participant::Participants::new(self.store.clone(), Arc::clone(&self.hlc), incarnation);
         let member = Rc::new(Member {
             membership,
             registry,
@@ -298,7 +311,7 @@ impl Node {
         let state = Arc::clone(&self.environment.state);
         claim(&*state, "registry", &format!("cluster {}", membership.id))?;
         let cluster_id = Some(membership.id.clone());
-        let peers = peers(&self.environment, cluster_id, membership.number)?;
+        let peers = peers(&self.environment, &self.hlc, cluster_id, membership.number)?;
         let transport = transport(peers);
         let (number, address) = (membership.number, membership.address.clone());
         let opened = self.control.spawn(async move {

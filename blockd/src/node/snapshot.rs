@@ -11,13 +11,16 @@ use crate::control::registry::{
     ChangeError, RegistryState, SnapshotRecord, SnapshotState, Transaction, VolumeRecord,
 };
 use crate::control::snapshot::{
-    Action, Answer, CommitResult, Coordinator, CoordinatorEvent, Order, Part, Plan, Verdict,
+    Action, Answer, CommitResult, Coordinator, CoordinatorEvent, Limits, Order, Part, Plan,
+    Procedure, Verdict,
 };
 use crate::id::{SnapshotId, TicketId, VolumeId};
 use crate::io::host::random_u64;
 use crate::io::link::{decode_control, encode_control};
 use crate::io::wire::{Frame, Kind};
-use crate::limits::{SNAPSHOT_RELEASE_MS, SNAPSHOT_RETRY_MS, SNAPSHOT_TAKEN_MS};
+use crate::limits::{
+    SNAPSHOT_PARK_MAX_MS, SNAPSHOT_RELEASE_MS, SNAPSHOT_RETRY_MS, SNAPSHOT_TAKEN_MS,
+};
 use crate::node::registry::{RegistryError, UpdateError};
 use futures_util::future::{Either, LocalBoxFuture, join_all, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -28,13 +31,14 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 /// Tries of a snapshot whose routing table or ticket was overtaken by another change.
-const TRIES: u32 = 3;
+const TRIES: usize = 3;
 
-/// Takes one point in time of all targets.
+/// Takes one point in time of all targets, by this procedure.
 pub(super) async fn create(
     node: &Rc<Node>,
     member: &Member,
     targets: Vec<SnapshotName>,
+    procedure: Option<Procedure>,
 ) -> Result<AdminReply, AdminError> {
     if targets.is_empty() {
         return Err(refused(AdminErrorKind::Invalid, "no VOL@SNAP was named"));
@@ -45,12 +49,14 @@ pub(super) async fn create(
         return Err(refused(AdminErrorKind::Invalid, text));
     }
     catch_up(member).await?;
-    let mut verdict = run(node, member, &targets).await?;
-    for _ in 1..TRIES {
+    let procedure = procedure.unwrap_or_else(|| procedure_of(&member.registry.state(), &targets));
+    let hold_max_ms = node.config.snapshot_hold_max_ms;
+    let mut verdict = run(member, &targets, procedure, limits(hold_max_ms, 0)).await?;
+    for again in 1..TRIES {
         match verdict.0 {
             Verdict::Aborted(_) => {
                 sleep(Duration::from_millis(SNAPSHOT_RETRY_MS)).await;
-                verdict = run(node, member, &targets).await?;
+                verdict = run(member, &targets, procedure, limits(hold_max_ms, again)).await?;
             }
             Verdict::Committed | Verdict::Unknown => break,
         }
@@ -75,11 +81,37 @@ pub(super) async fn create(
     }
 }
 
+/// That of the volumes, if they agree; else `barrier`, which covers what the others do and makes
+/// no write wait.
+fn procedure_of(state: &RegistryState, targets: &[SnapshotName]) -> Procedure {
+    let volumes = targets.iter();
+    let volumes = volumes.filter_map(|target| state.volume_by_name(&target.volume));
+    let mut wanted = volumes.map(|volume| state.settings(volume.id).procedure());
+    let first = wanted.next().unwrap_or_default();
+    if wanted.all(|other| other == first) {
+        first
+    } else {
+        Procedure::default()
+    }
+}
+
+/// A barrier that was too short for a server, or for a long request over several pages, is tried
+/// again with a longer one.
+fn limits(hold_max_ms: u64, again: usize) -> Limits {
+    let park_max_ms = SNAPSHOT_PARK_MAX_MS.get(again).copied();
+    Limits {
+        hold_max_ms,
+        park_max_ms: park_max_ms.unwrap_or(hold_max_ms).min(hold_max_ms),
+        taken_max_ms: SNAPSHOT_TAKEN_MS,
+    }
+}
+
 /// One run of the procedure under a new ticket.
 async fn run(
-    node: &Node,
     member: &Member,
     targets: &[SnapshotName],
+    procedure: Procedure,
+    limits: Limits,
 ) -> Result<(Verdict, Vec<SnapshotRecord>), AdminError> {
     let random = random_u64();
     let ticket = random.map_err(|error| refused(AdminErrorKind::Internal, error.to_string()))?;
@@ -99,22 +131,23 @@ async fn run(
         )?)
     };
     let records = member.registry.update(build).await?;
-    let verdict = coordinate(node, member, ticket, &records).await;
+    let plans: Vec<Plan> = records.iter().flat_map(plans_of).collect();
+    let me = member.number();
+    let machine = Coordinator::new(me, ticket, procedure, &plans, limits, 0);
+    let verdict = coordinate(member, machine, limits.hold_max_ms, &records).await;
     Ok((verdict, records))
 }
 
 /// Drives the coordinator's state machine: its actions out, their results in.
 async fn coordinate(
-    node: &Node,
     member: &Member,
-    ticket: TicketId,
+    mut machine: Coordinator,
+    hold_max_ms: u64,
     records: &[SnapshotRecord],
 ) -> Verdict {
-    let plans: Vec<Plan> = records.iter().flat_map(plans_of).collect();
+    let ticket = machine.ticket();
     let started = Instant::now();
     let now_ms = || u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-    let hold_max_ms = node.config.snapshot_hold_max_ms;
-    let mut machine = Coordinator::new(ticket, &plans, hold_max_ms, SNAPSHOT_TAKEN_MS, now_ms());
     let mut running = FuturesUnordered::<LocalBoxFuture<'_, Option<CoordinatorEvent>>>::new();
     let mut actions: VecDeque<Action> = machine.step(now_ms(), CoordinatorEvent::Started).into();
     loop {
@@ -164,8 +197,8 @@ fn plans_of(record: &SnapshotRecord) -> impl Iterator<Item = Plan> + '_ {
 /// How long an answer is waited for: what comes later than the coordinator's deadline is no use.
 fn patience_ms(order: Order, hold_max_ms: u64) -> u64 {
     match order {
-        Order::Prepare { .. } => hold_max_ms,
-        Order::Take { .. } => SNAPSHOT_TAKEN_MS,
+        Order::Prepare { .. } | Order::PrepareBy(_) => hold_max_ms,
+        Order::Take { .. } | Order::TakeAt { .. } => SNAPSHOT_TAKEN_MS,
         Order::Release => SNAPSHOT_RELEASE_MS,
     }
 }

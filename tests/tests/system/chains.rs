@@ -195,8 +195,23 @@ impl Drop for Load {
 }
 
 impl Load {
-    /// Chains over all servers and both volumes, and spans over pages of different owners.
+    /// Chains over all servers and both volumes, each place through another server, and spans over
+    /// pages of different owners.
     pub(crate) fn start(cluster: &Cluster, volumes: [&'static str; 2]) -> Self {
+        Self::start_through(cluster, volumes, |lane, step| lane + step)
+    }
+
+    /// As [`Self::start`], but each chain goes through one server, over several connections.
+    pub(crate) fn start_each_through_one(cluster: &Cluster, volumes: [&'static str; 2]) -> Self {
+        Self::start_through(cluster, volumes, |lane, _| lane)
+    }
+
+    /// `entry` is the number of the server, modulo 3, for a lane and a step.
+    fn start_through(
+        cluster: &Cluster,
+        volumes: [&'static str; 2],
+        entry: impl Fn(u64, u64) -> u64,
+    ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let place = |volume, page: u64, block: u64, server| Place {
             volume,
@@ -205,7 +220,7 @@ impl Load {
         };
         let [v, w] = volumes;
         let chains = (0..4_u64).map(|lane| {
-            let server = |step: u64| usize::try_from((lane + step) % 3).unwrap();
+            let server = |step: u64| usize::try_from(entry(lane, step) % 3).unwrap();
             let places = vec![
                 place(v, lane, 2, server(0)),
                 place(v, lane + 1, 3, server(1)),

@@ -33,7 +33,7 @@ impl Drop for Stop {
     }
 }
 
-/// At least 50 random kills of any of three servers: users of the client library see no error
+/// at least 50 random kills of any of three servers: users of the client library see no error
 /// and no wrong byte, NBD clients reconnect and find all that was acknowledged, snapshots stay.
 #[test]
 fn sixty_kills_of_any_server() {

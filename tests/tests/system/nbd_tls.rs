@@ -1,4 +1,4 @@
-//! TLS and access rules of a server's NBD sockets, under real clients.
+//! TLS and access rules of a server's NBD sockets, under real clients (S003-15).
 
 #[path = "../../../nbd-server/tests/server/pki.rs"]
 mod pki;

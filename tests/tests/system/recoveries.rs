@@ -364,6 +364,61 @@ fn old_facts_are_made_up_for_by_the_stores() {
     );
 }
 
+/// S003-21, S003-27: each server makes the snapshot of its own portion only, in files that survive a
+/// restart and are checksummed: what a store holds of a volume are pages that its row of the table
+/// has, and damage to where the snapshot is recorded is found.
+#[test]
+fn each_server_has_its_portion_of_a_snapshot() {
+    let mut cluster = Cluster::three();
+    cluster.create("v", 36 * MIB);
+    let volume = cluster.open("v");
+    cluster
+        .block(volume.write(0, vec![1; 36 << 20].into()))
+        .unwrap();
+    cluster.snapshot("v@s");
+    cluster
+        .block(volume.write(0, vec![2; 36 << 20].into()))
+        .unwrap();
+    let route = cluster.route(0, "v");
+    for server in &mut cluster.servers {
+        server.kill();
+        server.start();
+        assert!(server.stop().success());
+        let state = server.state.to_str().unwrap();
+        let exported = recover(["export", "--state", state]).ok().stdout;
+        let volume = exported
+            .lines()
+            .find(|line| line.starts_with("{\"volume\""))
+            .unwrap();
+        let volume: serde_json::Value = serde_json::from_str(volume).unwrap();
+        assert_eq!(volume["snapshots"], serde_json::json!([1]));
+        let pages = volume["pages"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|page| page[0].as_u64().unwrap());
+        let row = route
+            .runs
+            .iter()
+            .filter(|run| run.owner.0 == u16::from(server.number));
+        let row = row
+            .flat_map(|run| run.first_page..run.first_page + run.page_count)
+            .map(u64::from);
+        assert_eq!(pages.collect::<Vec<_>>(), row.collect::<Vec<_>>());
+        for catalog in ["catalog-a", "catalog-b"] {
+            let path = server.state.join("store").join(catalog);
+            let mut bytes = fs::read(&path).unwrap();
+            bytes.iter_mut().for_each(|byte| *byte ^= 1);
+            fs::write(&path, bytes).unwrap();
+        }
+        let ran = try_run(60, binary("blockd"), ["check", "--state", state]);
+        assert!(
+            ran.code == Some(1) && ran.stdout.contains("catalog"),
+            "{ran:?}"
+        );
+    }
+}
+
 /// One server's state is lost, the registry lives: its pages fail with an error in time, the others
 /// serve theirs, and the status says which server is down.
 #[test]

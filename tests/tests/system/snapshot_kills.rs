@@ -1,24 +1,43 @@
 //! Snapshots while coordinators and participants are killed (S003-35).
 
 use super::chains::{Load, PAGE, PAGE_BLOCKS};
-use blockd_tests::{Cluster, Random};
+use blockd::admin::HoldsInfo;
+use blockd::control::snapshot::{Answer, Order, Preparation, Procedure};
+use blockd::id::{NodeNo, SnapshotId};
+use blockd_tests::{Cluster, Peer, Random};
 use std::collections::BTreeMap;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-const ROUNDS: usize = 24;
+const ROUNDS: usize = 16;
 /// S003-28: no write waits longer than the hold (500 ms), plus what a loaded machine adds.
 const RELEASED_WITHIN: Duration = Duration::from_secs(5);
 
-/// The coordinator or a participant dies at a random time of the procedure: the snapshot is
-/// complete or it does not exist, never half of it; writes go on; no hold remains.
+/// S003-35: the coordinator or a participant dies at a random time of the procedure: the snapshot
+/// is complete or it does not exist, never half of it; writes go on; no hold remains.
 #[test]
 fn a_killed_server_leaves_no_partial_snapshot() {
+    kill_during(Procedure::Barrier, Load::start);
+}
+
+/// As above, by `hold`.
+#[test]
+fn a_killed_server_leaves_no_partial_hold() {
+    kill_during(Procedure::Hold, Load::start);
+}
+
+/// As above, by `stamp`.
+#[test]
+fn a_killed_server_leaves_no_partial_snapshot_by_stamps() {
+    kill_during(Procedure::Stamp, Load::start_each_through_one);
+}
+
+fn kill_during(procedure: Procedure, start: fn(&Cluster, [&'static str; 2]) -> Load) {
     let mut cluster = Cluster::three();
     let (mut random, seed) = Random::fresh();
     cluster.create_on("v", 64 * PAGE, PAGE_BLOCKS, &[]);
     cluster.create_on("w", 64 * PAGE, PAGE_BLOCKS, &[]);
-    let load = Load::start(&cluster, ["v", "w"]);
+    let load = start(&cluster, ["v", "w"]);
     let mut marks = BTreeMap::new();
     let mut committed = 0;
     for round in 0..ROUNDS {
@@ -30,7 +49,7 @@ fn a_killed_server_leaves_no_partial_snapshot() {
             (coordinator + 1) % 3
         };
         let before = load.marks();
-        let taking = start_snapshot(&cluster, coordinator, &name);
+        let taking = start_snapshot(&cluster, coordinator, &name, procedure);
         sleep(Duration::from_micros(random.within(0..25_000)));
         cluster.servers[victim].kill();
         let answered_well = taking.join().unwrap();
@@ -59,16 +78,18 @@ fn a_killed_server_leaves_no_partial_snapshot() {
     }
     load.finish();
     eprintln!(
-        "snapshot kills: seed {seed}, {ROUNDS} rounds, {committed} answered as taken, {} exist",
+        "snapshot kills, {procedure}: seed {seed}, {ROUNDS} rounds, {committed} answered as taken, {} exist",
         listed.len()
     );
     cluster.snapshot_at(0, &["v@last", "w@last"]).unwrap();
+    assert_eq!(cluster.holds_at(1), HoldsInfo::default());
 }
 
 fn start_snapshot(
     cluster: &Cluster,
     coordinator: usize,
     name: &str,
+    procedure: Procedure,
 ) -> std::thread::JoinHandle<bool> {
     use blockd::admin::{AdminRequest, SnapshotName};
     let client = cluster.client_of(&[coordinator]);
@@ -79,7 +100,8 @@ fn start_snapshot(
     };
     let targets = vec![target("v"), target("w")];
     std::thread::spawn(move || {
-        let taken = handle.block_on(client.admin(AdminRequest::SnapshotCreate { targets }));
+        let taken =
+            handle.block_on(client.admin(AdminRequest::SnapshotCreateBy { targets, procedure }));
         taken.is_ok()
     })
 }
@@ -114,12 +136,47 @@ fn writes_go_through(cluster: &Cluster, seed: u64) {
     }
 }
 
+/// what waits is listed on every server with its owner, its reason and the time that is left,
+/// and is gone when that has passed (U-08).
+#[test]
+fn a_hold_is_listed_until_its_deadline() {
+    let cluster = Cluster::three();
+    let volume = cluster.create_on("v", 64 * PAGE, PAGE_BLOCKS, &[]);
+    for (round, procedure) in (1..).zip([Procedure::Barrier, Procedure::Hold, Procedure::Stamp]) {
+        let order = Order::PrepareBy(Preparation {
+            procedure,
+            coordinator: NodeNo(3),
+            snapshot: SnapshotId(1000 + round),
+            epoch: volume.epoch,
+            hold_max_ms: 1500,
+            park_max_ms: 1500,
+        });
+        let ready = Peer::connect(&cluster, 1).order(volume.id, u64::from(round), order);
+        assert!(
+            matches!(ready, Answer::Ready { .. } | Answer::ReadyAt { .. }),
+            "{ready:?}"
+        );
+        let holds = cluster.holds_at(0);
+        assert_eq!(holds.holds.len(), 1, "{holds:?}");
+        let (name, hold) = &holds.holds[0];
+        assert_eq!(
+            (name.as_str(), hold.server, hold.coordinator),
+            ("v", NodeNo(2), NodeNo(3))
+        );
+        assert!(hold.reason.contains(procedure.name()), "{}", hold.reason);
+        assert!((1..=1500).contains(&hold.left_ms), "{hold:?}");
+        let text = cluster.blockctl("io holds list");
+        assert!(text.contains("of server 3"), "{text}");
+        sleep(Duration::from_millis(hold.left_ms + 100));
+        assert_eq!(cluster.holds_at(0), HoldsInfo::default());
+        assert_eq!(cluster.blockctl("io holds"), "nothing waits\n");
+    }
+}
+
 /// S003-28, U-08: a coordinator that says prepare and nothing more holds the writes of an idle
 /// volume for the hold's time and no longer, and the next snapshot is taken.
 #[test]
 fn a_coordinator_that_falls_silent_holds_nobody() {
-    use blockd::control::snapshot::{Answer, Order};
-    use blockd::id::{NodeNo, SnapshotId};
     use blockd::io::link::{Hello, Link, decode_control, encode_control};
     use blockd::io::wire::{Frame, Kind};
     let cluster = Cluster::three();

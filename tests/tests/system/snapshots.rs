@@ -1,21 +1,65 @@
 //! Snapshots: a point in time over servers and volumes, their space and their life.
 
 use super::chains::{Load, PAGE, PAGE_BLOCKS};
-use blockd::admin::AdminErrorKind;
-use blockd_tests::{Cluster, MIB, Random};
+use blockd::admin::{AdminErrorKind, HoldsInfo};
+use blockd::control::snapshot::Procedure;
+use blockd::io::link::decode_control;
+use blockd::io::wire::{Frame, Kind, Status};
+use blockd_tests::{Cluster, ClusterOptions, MIB, Peer, Random};
 use bytes::Bytes;
 use std::time::Instant;
 
 /// S003-22, 25, 29, 33, 35 to 39: snapshots of two volumes as one, taken under load through each
 /// server in turn, are a point in time: they hold all that was acknowledged before the command,
-/// nothing issued after its completion, no write without the one that it depends on, and no half
-/// of a write over two owners. Every server shows the same (S003-20).
+/// nothing issued after its completion, no write without the one that it depends on, whatever
+/// servers and connections the two came through, and no half of a write over two owners. Every
+/// server shows the same (S003-20).
 #[test]
 fn snapshots_under_load_are_a_point_in_time() {
     let cluster = Cluster::three();
+    create_both(&cluster);
+    let load = Load::start(&cluster, ["v", "w"]);
+    take_under_load(&cluster, load, Procedure::Barrier);
+}
+
+/// As above, by `hold` (S003-36 to 39).
+#[test]
+fn holds_under_load_are_a_point_in_time() {
+    let cluster = Cluster::three();
+    create_both(&cluster);
+    let load = Load::start(&cluster, ["v", "w"]);
+    take_under_load(&cluster, load, Procedure::Hold);
+}
+
+/// As above, by `stamp` (S003-40 to 44, U-07, U-09): each chain of dependent writes goes through one
+/// server, over several connections. The wall clocks of the servers are 5 s too fast, 5 s too slow,
+/// and jump from one to the other.
+#[test]
+fn stamps_of_wrong_clocks_under_load_are_a_point_in_time() {
+    let mut cluster = Cluster::undefined(&ClusterOptions::default());
+    for (server, (offset_ms, jump_every_ms)) in
+        cluster
+            .servers
+            .iter_mut()
+            .zip([(5000, 0), (-5000, 0), (5000, 70)])
+    {
+        server.config.push_str(&format!(
+            "[clock_skew]\noffset_ms = {offset_ms}\njump_every_ms = {jump_every_ms}\n"
+        ));
+        server.start();
+    }
+    cluster.define("test");
+    create_both(&cluster);
+    let load = Load::start_each_through_one(&cluster, ["v", "w"]);
+    take_under_load(&cluster, load, Procedure::Stamp);
+}
+
+fn create_both(cluster: &Cluster) {
     cluster.create_on("v", 64 * PAGE, PAGE_BLOCKS, &[]);
     cluster.create_on("w", 64 * PAGE, PAGE_BLOCKS, &[]);
-    let load = Load::start(&cluster, ["v", "w"]);
+}
+
+fn take_under_load(cluster: &Cluster, load: Load, procedure: Procedure) {
     let mut slowest_ms = 0;
     for number in 0..36 {
         let name = format!("s{number}");
@@ -23,19 +67,20 @@ fn snapshots_under_load_are_a_point_in_time() {
         let started = Instant::now();
         let targets = [format!("v@{name}"), format!("w@{name}")];
         let taken = cluster
-            .snapshot_at(number % 3, &[&targets[0], &targets[1]])
+            .snapshot_by(number % 3, &[&targets[0], &targets[1]], procedure)
             .unwrap();
         slowest_ms = slowest_ms.max(started.elapsed().as_millis());
         let after = load.marks();
         assert_eq!(taken.len(), 2);
-        load.check(&cluster, number % 3, &name, &before, &after);
-        load.check(&cluster, (number + 1) % 3, &name, &before, &after);
+        load.check(cluster, number % 3, &name, &before, &after);
+        load.check(cluster, (number + 1) % 3, &name, &before, &after);
         load.check_running();
     }
     let marks = load.marks();
     load.finish();
     let total: u64 = marks.iter().map(|(acknowledged, _)| acknowledged).sum();
-    eprintln!("snapshots: 36 under {total} dependent writes, slowest {slowest_ms} ms");
+    eprintln!("{procedure}: 36 under {total} dependent writes, slowest {slowest_ms} ms");
+    assert_eq!(cluster.holds_at(0), HoldsInfo::default());
     assert!(
         marks.iter().all(|(acknowledged, _)| *acknowledged > 36),
         "{marks:?}: no real load"
@@ -173,4 +218,39 @@ fn a_snapshot_asks_only_the_owners() {
     cluster.servers[2].start();
     cluster.wait_writable();
     assert!(cluster.nbd(2, "v@without-3").read(0, 8 << 20).unwrap() == data);
+}
+
+/// S003-21, 22, 27: a server that owns nothing coordinates; each owner keeps, in its own data files and
+/// over a kill, the snapshot of exactly the pages that the routing table gives it.
+#[test]
+fn each_server_keeps_the_snapshot_of_its_own_pages() {
+    let mut cluster = Cluster::three();
+    let volume = cluster.create_on("v", 8 * MIB, 256, &[1, 2]);
+    cluster
+        .nbd(0, "v")
+        .write(0, &Random::new(5).bytes(8 << 20))
+        .unwrap();
+    let id = cluster.snapshot_at(2, &["v@s"]).unwrap()[0].id;
+    for server in &mut cluster.servers {
+        server.kill();
+        for file in ["log", "catalog-a", "catalog-b"] {
+            assert!(server.state.join("store").join(file).is_file(), "{file}");
+        }
+        server.start();
+    }
+    cluster.wait_writable();
+    let route = cluster.route(0, "v");
+    for (index, number) in (0..3).zip(1..) {
+        let runs = route.runs.iter().filter(|run| run.owner.0 == number);
+        let pages: u64 = runs.map(|run| u64::from(run.page_count)).sum();
+        let mut request = Frame::request(Kind::Usage, volume.id);
+        request.snapshot = id;
+        let reply = Peer::connect(&cluster, index).call(request);
+        if pages == 0 {
+            assert_ne!(reply.status, Status::Ok, "server {number} has a part");
+            continue;
+        }
+        let [_, referenced, _, _]: [u64; 4] = decode_control(reply.payload).unwrap();
+        assert_eq!(referenced, pages * 256 * 512, "server {number}");
+    }
 }

@@ -5,6 +5,7 @@ use crate::attach::{Attach, AttachmentVerb, Detach};
 use crate::backup::{Diff, Export, Import};
 use crate::size::{parse_duration, parse_volume_size};
 use blockd::admin::SnapshotName;
+use blockd::control::snapshot::Procedure;
 use blockd::id::{DEFAULT_PAGE_BLOCKS, NodeNo};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
@@ -70,6 +71,9 @@ pub(crate) enum Noun {
     Attach(Attach),
     /// Give the device or socket of a volume back
     Detach(Detach),
+    /// What keeps requests of clients waiting at the moment
+    #[command(subcommand)]
+    Io(IoVerb),
     /// What is attached on this host
     #[command(subcommand)]
     Attachment(AttachmentVerb),
@@ -222,6 +226,10 @@ pub(crate) enum SnapshotVerb {
     Create {
         #[arg(required = true, value_name = "VOL@SNAP", value_parser = parse_snapshot)]
         targets: Vec<SnapshotName>,
+        /// How the point in time is made: barrier, hold or stamp; the setting of the volumes, if
+        /// not given
+        #[arg(long)]
+        procedure: Option<Procedure>,
         /// Keep no snapshot: write its page map, with checksums, into this file (- for stdout)
         #[arg(long, value_name = "FILE")]
         metadata_only: Option<PathBuf>,
@@ -250,6 +258,21 @@ pub(crate) enum SnapshotVerb {
         #[arg(value_name = "VOL@SNAP", value_parser = parse_snapshot)]
         target: SnapshotName,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum IoVerb {
+    /// Every hold on every server, with its owner, reason and deadline
+    Holds {
+        #[command(subcommand)]
+        verb: Option<HoldsVerb>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum HoldsVerb {
+    /// The same
+    List,
 }
 
 #[derive(Debug, Subcommand)]
@@ -396,9 +419,13 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::ValueValidation, "{line}");
         }
         let cli = parse("snapshot create demo@first other@first").unwrap();
-        let Noun::Snapshot(SnapshotVerb::Create { targets, .. }) = cli.noun else {
+        let Noun::Snapshot(SnapshotVerb::Create {
+            targets, procedure, ..
+        }) = cli.noun
+        else {
             panic!("not a create: {:?}", cli.noun);
         };
+        assert_eq!(procedure, None);
         assert_eq!(targets.len(), 2);
         assert_eq!(targets[1].volume, "other");
         assert_eq!(targets[1].snapshot, "first");

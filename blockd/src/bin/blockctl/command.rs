@@ -1,7 +1,8 @@
 //! What each noun and verb asks of the servers.
 
 use crate::args::{
-    Cli, ClusterVerb, Format, NodeVerb, Noun, RouteVerb, SnapshotVerb, VolumeCreateArgs, VolumeVerb,
+    Cli, ClusterVerb, Format, IoVerb, NodeVerb, Noun, RouteVerb, SnapshotVerb, VolumeCreateArgs,
+    VolumeVerb,
 };
 use crate::failure::Failure;
 use crate::format::{Mkfs, copy_data};
@@ -12,6 +13,7 @@ use crate::{
     archive, attach, backup, documents, lease, mount, page_map, progress, scrub, settings,
 };
 use blockd::admin::{AdminReply, AdminRequest, SnapshotInfo, SnapshotName, VolumeCreate};
+use blockd::control::snapshot::Procedure;
 use serde_json::json;
 use std::fs::File;
 use std::time::Instant;
@@ -28,6 +30,7 @@ pub(crate) async fn run(cli: &Cli) -> Result<(), Failure> {
             ask_and_print(cli, AdminRequest::RouteShow { volume }).await
         }
         Noun::Lease(verb) => lease::run(cli, verb).await,
+        Noun::Io(IoVerb::Holds { .. }) => ask_and_print(cli, AdminRequest::HoldList).await,
         Noun::Version => ask_and_print(cli, AdminRequest::Version).await,
         Noun::Attach(args) => attach::attach(cli, args).await,
         Noun::Detach(args) => attach::detach(cli, args).await,
@@ -89,13 +92,15 @@ async fn run_snapshot(cli: &Cli, verb: &SnapshotVerb) -> Result<(), Failure> {
     match verb {
         SnapshotVerb::Create {
             targets,
-            metadata_only: Some(file),
+            procedure,
+            metadata_only,
         } => {
-            let targets = targets.clone();
-            let request = AdminRequest::SnapshotCreate { targets };
-            page_map::create(cli, request, file).await
+            let request = create_request(targets, *procedure);
+            match metadata_only {
+                Some(file) => page_map::create(cli, request, file).await,
+                None => create_snapshots(cli, request).await,
+            }
         }
-        SnapshotVerb::Create { targets, .. } => create_snapshots(cli, targets).await,
         SnapshotVerb::List { volume } => {
             let volume = volume.clone();
             ask_and_print(cli, AdminRequest::SnapshotList { volume }).await
@@ -240,14 +245,19 @@ async fn snapshots_of(session: &Session, volume: &str) -> Result<Vec<SnapshotInf
     }
 }
 
+fn create_request(targets: &[SnapshotName], procedure: Option<Procedure>) -> AdminRequest {
+    let targets = targets.to_vec();
+    match procedure {
+        None => AdminRequest::SnapshotCreate { targets },
+        Some(procedure) => AdminRequest::SnapshotCreateBy { targets, procedure },
+    }
+}
+
 /// `took_ms` is the time from request to reply, without connecting.
-async fn create_snapshots(cli: &Cli, targets: &[SnapshotName]) -> Result<(), Failure> {
+async fn create_snapshots(cli: &Cli, request: AdminRequest) -> Result<(), Failure> {
     let session = connect(cli).await?;
     let started = Instant::now();
-    let targets = targets.to_vec();
-    let reply = session
-        .ask(AdminRequest::SnapshotCreate { targets })
-        .await?;
+    let reply = session.ask(request).await?;
     let took_ms = (started.elapsed().as_secs_f64() * 1e6).round() / 1e3;
     let snapshots = match &reply {
         AdminReply::Snapshots(_) => reply_json(&reply),

@@ -10,6 +10,7 @@ mod command;
 mod documents;
 mod failure;
 mod format;
+mod holds;
 mod interrupt;
 mod lease;
 mod mount;

@@ -1,6 +1,7 @@
 //! What goes to stdout: tables for people, the reply's value as JSON for programs.
 
 use crate::failure::Failure;
+use crate::holds::{holds_json, holds_text};
 use crate::lease::{lease_json, leases_text};
 use crate::settings::{settings_json, settings_text};
 use crate::size::{human_age, human_bytes};
@@ -50,6 +51,7 @@ pub(crate) fn reply_json(reply: &AdminReply) -> Value {
         AdminReply::Leases(leases) => leases.iter().map(lease_json).collect(),
         AdminReply::Lease(lease) | AdminReply::LeaseConflict(lease) => lease_json(lease),
         AdminReply::Settings(settings) => settings_json(settings),
+        AdminReply::Holds(holds) => holds_json(holds),
     }
 }
 
@@ -77,6 +79,7 @@ pub(crate) fn reply_text(reply: &AdminReply) -> String {
         AdminReply::Leases(leases) => leases_text(leases, now_unix_ms()),
         AdminReply::Lease(lease) | AdminReply::LeaseConflict(lease) => lease.to_string(),
         AdminReply::Settings(settings) => settings_text(settings),
+        AdminReply::Holds(holds) => holds_text(holds),
         AdminReply::Open(_)
         | AdminReply::Identity(_)
         | AdminReply::Refused(_)

@@ -1,6 +1,6 @@
 //! `blockd check`: the files of a state directory that no server uses.
 
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, print};
 use blockd::data::page_store::{CheckOptions, CheckProgress, Finding, Severity};
 use blockd::node::check::{StateCheck, check_state};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -31,11 +31,10 @@ pub(crate) fn run(arguments: &Check) -> anyhow::Result<Outcome> {
     std::panic::set_hook(Box::new(|_| {}));
     let check = check_state(&arguments.state, options, &mut |at| show(&bar, at))?;
     bar.finish_and_clear();
-    if arguments.json {
-        println!("{}", to_json(arguments, &check));
-    } else {
-        print!("{}", to_text(arguments, &check));
-    }
+    print(&match arguments.json {
+        true => format!("{}\n", to_json(arguments, &check)),
+        false => to_text(arguments, &check),
+    })?;
     Ok(match check.findings.damage_count() {
         0 => Outcome::Done,
         _ => Outcome::Damage,

@@ -1,5 +1,7 @@
-//! How a command ended, as an exit code.
+//! What a command prints, and how it ended as an exit code.
 
+use anyhow::Context as _;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 /// Anything but an error.
@@ -21,5 +23,15 @@ pub(crate) fn exit_code(ended: anyhow::Result<Outcome>) -> ExitCode {
             eprintln!("blockd: {error:#}");
             ExitCode::from(CANNOT_OPEN)
         }
+    }
+}
+
+/// Prints on stdout; whoever reads it may have seen enough.
+pub(crate) fn print(text: &str) -> anyhow::Result<()> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to stdout")
+        }
+        _ => Ok(()),
     }
 }

@@ -1,10 +1,10 @@
 //! `blockd recover`: a cluster whose registry is lost, from the stores of its servers.
 
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, print};
 use anyhow::{Context, bail};
 use blockd::control::recovery::{Plan, ServerExport, VolumePlan};
 use blockd::node::recover::{
-    apply, export, export_text, make_plan, plan_text, read_export, read_plan,
+    Applied, apply, export, export_text, make_plan, plan_text, read_export, read_plan,
 };
 use clap::Subcommand;
 use serde_json::json;
@@ -79,7 +79,7 @@ fn run_export(arguments: &Export) -> anyhow::Result<Outcome> {
     let text = export_text(&export(&arguments.state)?);
     match &arguments.output {
         Some(path) => write_file(path, &text)?,
-        None => print!("{text}"),
+        None => print(&text)?,
     }
     Ok(Outcome::Done)
 }
@@ -96,11 +96,14 @@ fn run_plan(arguments: &MakePlan) -> anyhow::Result<Outcome> {
     if let Some(path) = &arguments.output {
         write_file(path, &plan_text(&plan))?;
     }
-    if arguments.json {
-        println!("{}", plan_json(&plan));
-    } else {
-        print!("{}", plan_words(&plan));
-    }
+    print(&match arguments.json {
+        true => format!(
+            "{}
+",
+            plan_json(&plan)
+        ),
+        false => plan_words(&plan),
+    })?;
     Ok(doubts(&plan))
 }
 
@@ -190,15 +193,7 @@ fn run_apply(arguments: &Apply) -> anyhow::Result<Outcome> {
     for state in &arguments.state {
         let done = apply(state, &plan).with_context(|| format!("{}", state.display()))?;
         if !arguments.json {
-            println!(
-                "{}: node {} of cluster {}",
-                state.display(),
-                done.node,
-                plan.cluster_id
-            );
-            if let Some(path) = &done.former_registry {
-                println!("  the former registry is at {}", path.display());
-            }
+            print(&applied_words(state, &done, &plan))?;
         }
         applied.push(json!({
             "state": state,
@@ -207,7 +202,14 @@ fn run_apply(arguments: &Apply) -> anyhow::Result<Outcome> {
         }));
     }
     if arguments.json {
-        println!("{}", json!(applied));
+        print(&format!("{}\n", json!(applied)))?;
     }
     Ok(Outcome::Done)
+}
+
+fn applied_words(state: &Path, done: &Applied, plan: &Plan) -> String {
+    let (state, node, id) = (state.display(), done.node, plan.cluster_id);
+    let former = done.former_registry.iter();
+    let former = former.map(|path| format!("  the former registry is at {}\n", path.display()));
+    format!("{state}: node {node} of cluster {id}\n") + &former.collect::<String>()
 }

@@ -30,7 +30,9 @@ pub enum SettingError {
 }
 
 /// How a snapshot of the volume is taken (S003-45).
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Procedure {
     /// Completions of later writes wait until every owner has marked its log; nothing is held.

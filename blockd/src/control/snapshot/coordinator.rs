@@ -1,7 +1,7 @@
 //! The server that got the command.
 
-use super::{Answer, Order};
-use crate::id::{Epoch, NodeNo, SnapshotId, TicketId, VolumeId};
+use super::{Answer, Order, Preparation, Procedure};
+use crate::id::{Epoch, NodeNo, SnapshotId, Stamp, TicketId, VolumeId};
 use std::collections::BTreeMap;
 
 /// One volume on one server that owns pages of it.
@@ -22,6 +22,17 @@ pub struct Plan {
     pub snapshot: SnapshotId,
     /// Epoch of the volume when the pending snapshot was begun.
     pub epoch: Epoch,
+}
+
+/// How long things may take, in milliseconds.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Limits {
+    /// From the beginning until all parts are ready.
+    pub hold_max_ms: u64,
+    /// `barrier`: from the mark of a part until it is told to take.
+    pub park_max_ms: u64,
+    /// From then on until all parts are taken: nothing waits any more, the owners sync their logs.
+    pub taken_max_ms: u64,
 }
 
 /// What happens to the coordinator.
@@ -103,48 +114,44 @@ enum Phase {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Progress {
     plan: Plan,
-    /// The incarnation that is ready.
-    ready: Option<u64>,
+    /// The incarnation that is ready, and its clock if it stamps.
+    ready: Option<(u64, Stamp)>,
     taken: bool,
 }
 
 /// The state machine of one run of the procedure.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Coordinator {
+    me: NodeNo,
     ticket: TicketId,
-    hold_max_ms: u64,
-    taken_max_ms: u64,
+    procedure: Procedure,
+    limits: Limits,
     deadline_ms: u64,
     phase: Phase,
     parts: BTreeMap<Part, Progress>,
 }
 
 impl Coordinator {
-    /// A run over these parts, all of which have to be ready `hold_max_ms` after `now_ms`
-    /// and to be taken `taken_max_ms` later: by then nothing is held, the owners sync their logs.
+    /// A run over these parts by the server `me`, which begins at `now_ms`.
     #[must_use]
     pub fn new(
+        me: NodeNo,
         ticket: TicketId,
+        procedure: Procedure,
         plans: &[Plan],
-        hold_max_ms: u64,
-        taken_max_ms: u64,
+        limits: Limits,
         now_ms: u64,
     ) -> Self {
         let progress = |plan: &Plan| {
-            (
-                plan.part,
-                Progress {
-                    plan: *plan,
-                    ready: None,
-                    taken: false,
-                },
-            )
+            let (plan, ready, taken) = (*plan, None, false);
+            (plan.part, Progress { plan, ready, taken })
         };
         Self {
+            me,
             ticket,
-            hold_max_ms,
-            taken_max_ms,
-            deadline_ms: now_ms.saturating_add(hold_max_ms),
+            procedure,
+            limits,
+            deadline_ms: now_ms.saturating_add(limits.hold_max_ms),
             phase: Phase::New,
             parts: plans.iter().map(progress).collect(),
         }
@@ -190,17 +197,20 @@ impl Coordinator {
             return Vec::new();
         }
         self.phase = Phase::Preparing;
-        let hold_max_ms = self.hold_max_ms;
-        let prepare = |plan: &Plan| Order::Prepare {
+        let orders = self.parts.values();
+        let orders = orders.map(|p| Action::Send(p.plan.part, self.prepare(&p.plan)));
+        orders.collect()
+    }
+
+    fn prepare(&self, plan: &Plan) -> Order {
+        Order::PrepareBy(Preparation {
+            procedure: self.procedure,
+            coordinator: self.me,
             snapshot: plan.snapshot,
             epoch: plan.epoch,
-            hold_max_ms,
-        };
-        let orders = self
-            .parts
-            .values()
-            .map(|p| Action::Send(p.plan.part, prepare(&p.plan)));
-        orders.collect()
+            hold_max_ms: self.limits.hold_max_ms,
+            park_max_ms: self.limits.park_max_ms,
+        })
     }
 
     fn answer(&mut self, part: Part, answer: Answer) -> Vec<Action> {
@@ -209,9 +219,12 @@ impl Coordinator {
         };
         match (self.phase, answer) {
             (Phase::Preparing, Answer::Ready { incarnation, .. }) => {
-                progress.ready = Some(incarnation);
+                progress.ready = Some((incarnation, Stamp::default()));
             }
-            (Phase::Taking, Answer::Ready { .. }) => {}
+            (Phase::Preparing, Answer::ReadyAt { incarnation, now }) => {
+                progress.ready = Some((incarnation, now));
+            }
+            (Phase::Taking, Answer::Ready { .. } | Answer::ReadyAt { .. }) => {}
             (Phase::Taking, Answer::Taken) => progress.taken = true,
             (Phase::Preparing | Phase::Taking, other) => {
                 return self.abort(Abort::Answer(part, other));
@@ -226,16 +239,8 @@ impl Coordinator {
         match self.phase {
             Phase::Preparing if self.parts.values().all(|p| p.ready.is_some()) => {
                 self.phase = Phase::Taking;
-                self.deadline_ms = self.deadline_ms.saturating_add(self.taken_max_ms);
-                let take = |(part, p): (&Part, &Progress)| {
-                    Some(Action::Send(
-                        *part,
-                        Order::Take {
-                            incarnation: p.ready?,
-                        },
-                    ))
-                };
-                self.parts.iter().filter_map(take).collect()
+                self.deadline_ms = self.deadline_ms.saturating_add(self.limits.taken_max_ms);
+                self.take()
             }
             Phase::Taking if self.parts.values().all(|p| p.taken) => {
                 self.phase = Phase::Committing;
@@ -243,6 +248,25 @@ impl Coordinator {
             }
             _ => Vec::new(),
         }
+    }
+
+    /// S003-42, U-07: the time of the cut is later than every participant's clock was.
+    fn take(&self) -> Vec<Action> {
+        let ready = || {
+            let parts = self.parts.iter();
+            parts
+                .filter_map(|(part, p)| p.ready.map(|(incarnation, now)| (*part, incarnation, now)))
+        };
+        let latest = ready().map(|(_, _, now)| now).max().unwrap_or_default();
+        let order = |incarnation| match self.procedure {
+            Procedure::Barrier | Procedure::Hold => Order::Take { incarnation },
+            Procedure::Stamp => Order::TakeAt {
+                incarnation,
+                at: latest.next(),
+            },
+        };
+        let orders = ready().map(|(part, incarnation, _)| Action::Send(part, order(incarnation)));
+        orders.collect()
     }
 
     /// A server that has taken its part has done all it has to.
@@ -288,6 +312,11 @@ mod tests {
     use super::*;
 
     const T: TicketId = TicketId(3);
+    const LIMITS: Limits = Limits {
+        hold_max_ms: 500,
+        park_max_ms: 50,
+        taken_max_ms: 0,
+    };
 
     fn part(node: u16) -> Part {
         Part {
@@ -306,13 +335,14 @@ mod tests {
         )
     }
 
-    fn begun() -> Coordinator {
+    fn begun(procedure: Procedure) -> Coordinator {
         let plan = |node| Plan {
             part: part(node),
             snapshot: SnapshotId(1),
             epoch: Epoch(2),
         };
-        let mut c = Coordinator::new(T, &[161, 162, 163].map(plan), 500, 0, 0);
+        let plans = [161, 162, 163].map(plan);
+        let mut c = Coordinator::new(NodeNo(161), T, procedure, &plans, LIMITS, 0);
         assert_eq!(
             c.step(0, CoordinatorEvent::Started).len(),
             3,
@@ -328,7 +358,7 @@ mod tests {
     /// S003-38: with one late `ready`, its own even, no `take` goes out before it.
     #[test]
     fn take_waits_for_every_ready_and_commit_for_every_taken() {
-        let mut c = begun();
+        let mut c = begun(Procedure::Barrier);
         assert_eq!(c.step(1, ready(161)), []);
         assert_eq!(c.step(2, ready(163)), []);
         assert_eq!(c.step(3, ready(163)), [], "a repeated answer counts once");
@@ -384,7 +414,7 @@ mod tests {
             (501, ready(162), Abort::TooLate),
         ];
         for (now_ms, event, why) in cases {
-            let mut c = begun();
+            let mut c = begun(Procedure::Barrier);
             c.step(1, ready(161));
             let mut want = [161, 162, 163]
                 .map(|n| Action::Send(part(n), Order::Release))
@@ -396,9 +426,27 @@ mod tests {
         }
     }
 
+    /// S003-42, U-07: the cut is behind the clocks of all participants, the fastest too.
+    #[test]
+    fn the_stamp_of_the_cut_is_later_than_every_clock() {
+        let mut c = begun(Procedure::Stamp);
+        let ready = |node: u16, now| {
+            let incarnation = u64::from(node);
+            let now = Stamp(now);
+            CoordinatorEvent::Answer(part(node), Answer::ReadyAt { incarnation, now })
+        };
+        assert_eq!(c.step(1, ready(161, 10)), []);
+        assert_eq!(c.step(1, ready(162, 5000)), []);
+        let take = |node| {
+            let (incarnation, at) = (u64::from(node), Stamp(5001));
+            Action::Send(part(node), Order::TakeAt { incarnation, at })
+        };
+        assert_eq!(c.step(2, ready(163, 7)), [161, 162, 163].map(take));
+    }
+
     #[test]
     fn a_server_that_has_taken_its_part_may_be_lost() {
-        let mut c = begun();
+        let mut c = begun(Procedure::Barrier);
         for node in [161, 162, 163] {
             c.step(1, ready(node));
         }

@@ -1,7 +1,7 @@
 //! One volume on one server during a snapshot.
 
-use super::{Answer, Order};
-use crate::id::{Epoch, SnapshotId, TicketId};
+use super::{Answer, Order, Preparation, Procedure};
+use crate::id::{Epoch, NodeNo, SnapshotId, Stamp, TicketId};
 use crate::limits::{SNAPSHOT_HOLD_CAP_MS, SNAPSHOT_TICKETS_KEPT};
 use std::collections::VecDeque;
 
@@ -10,18 +10,35 @@ use std::collections::VecDeque;
 pub enum ParticipantEvent {
     /// The coordinator of this ticket says something.
     Order(TicketId, Order),
-    /// A write wants to begin; the answer is [`Output::StartWrite`] or [`Output::ParkWrite`].
-    WriteArrived,
-    /// A write that was started is done, well or not.
-    WriteFinished,
-    /// The store has durably taken the part, or could not.
-    SnapshotMade {
-        /// From [`Output::MakeSnapshot`].
+    /// Nothing that the gate refuses is executing any more.
+    Quiet {
+        /// From [`Output::Close`].
         ticket: TicketId,
-        /// From [`Output::MakeSnapshot`].
+        /// Requests that wait at the gate.
+        held: u32,
+    },
+    /// Writes are stamped, or the store could not begin it.
+    Stamping {
+        /// From [`Output::StampWrites`].
+        ticket: TicketId,
+        /// What was executed before has an earlier stamp, what is executed later a later one.
+        now: Option<Stamp>,
+    },
+    /// The store has taken the part, or could not.
+    Made {
+        /// From [`Output::Make`].
+        ticket: TicketId,
+        /// From [`Output::Make`].
         snapshot: SnapshotId,
-        /// Whether it is there.
+        /// Whether it is in the log.
         made: bool,
+    },
+    /// The part is durable, or the store has failed.
+    Synced {
+        /// From [`Output::Sync`].
+        ticket: TicketId,
+        /// Whether it survives power loss.
+        synced: bool,
     },
     /// The routing table of the volume changed.
     EpochChanged(Epoch),
@@ -29,56 +46,92 @@ pub enum ParticipantEvent {
     Tick,
 }
 
+/// Which changes a volume refuses to begin.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Gate {
+    /// Those that take several log records: spans, and large ones within a page.
+    Wide,
+    /// All.
+    All,
+}
+
 /// What the server has to do, in this order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Output {
-    /// Let the write that arrived begin.
-    StartWrite,
-    /// Keep the write that arrived until [`Output::ReleaseWrites`].
-    ParkWrite,
-    /// From now on writes are parked.
-    HoldWrites,
-    /// Begin all parked writes; they count as started.
-    ReleaseWrites {
-        /// How many.
-        count: u32,
+    /// From now on changes wait; report [`ParticipantEvent::Quiet`] when none of them executes.
+    Close {
+        /// The run of the procedure.
+        ticket: TicketId,
+        /// Which ones.
+        gate: Gate,
     },
-    /// Take the part of the snapshot, then report [`ParticipantEvent::SnapshotMade`].
-    MakeSnapshot {
+    /// From now on every write is told from the others by its stamp; report
+    /// [`ParticipantEvent::Stamping`] in the same step.
+    StampWrites {
+        /// The run of the procedure.
+        ticket: TicketId,
+    },
+    /// Take the part in the log, then report [`ParticipantEvent::Made`] in the same step.
+    Make {
         /// The run of the procedure.
         ticket: TicketId,
         /// The snapshot.
         snapshot: SnapshotId,
+        /// Of what was stamped before; `None` is of everything until now.
+        at: Option<Stamp>,
+        /// Park what was executed after it, in the same step.
+        park: bool,
+    },
+    /// Nothing waits, is parked or stamped any more.
+    Open,
+    /// Make the part durable, then report [`ParticipantEvent::Synced`].
+    Sync {
+        /// The run of the procedure.
+        ticket: TicketId,
     },
     /// Drop a part that was taken.
-    DropSnapshot {
+    Drop {
         /// The snapshot.
         snapshot: SnapshotId,
     },
-    /// Answer the coordinator of the ticket.
+    /// Answer the coordinator.
     Reply(TicketId, Answer),
 }
 
+/// A ticket that is not decided yet: it keeps something waiting.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-struct Hold {
-    ticket: TicketId,
-    snapshot: SnapshotId,
-    deadline_ms: u64,
+pub struct Run {
+    /// The run of the procedure.
+    pub ticket: TicketId,
+    /// How.
+    pub procedure: Procedure,
+    /// The server that coordinates; 0 if it did not say.
+    pub coordinator: NodeNo,
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+    /// When it was begun here.
+    pub begun_ms: u64,
+    /// It expires when this has passed.
+    pub deadline_ms: u64,
+    park_max_ms: u64,
 }
 
+/// `barrier` makes its part before it is ready, the others after it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Phase {
     Idle,
-    /// Writes that were executing are finishing.
-    Draining(Hold),
-    /// Nothing executes.
-    Ready(Hold),
-    /// The store is taking the part.
-    Taking(Hold),
+    /// What was executing is finishing.
+    Draining(Run),
+    /// The store is taking the part, or is being made ready to stamp.
+    Making(Run),
+    /// The coordinator has been told.
+    Ready(Run),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Decision {
+    /// The part is in the log, and nothing waits for it any more.
+    Syncing(SnapshotId),
     Taken(SnapshotId),
     Expired,
 }
@@ -88,8 +141,6 @@ enum Decision {
 pub struct Participant {
     incarnation: u64,
     epoch: Epoch,
-    executing: u32,
-    held: u32,
     phase: Phase,
     decided: VecDeque<(TicketId, Decision)>,
 }
@@ -104,65 +155,52 @@ impl Participant {
         Self {
             incarnation,
             epoch,
-            executing: 0,
-            held: 0,
             phase,
             decided,
         }
     }
 
-    /// When [`ParticipantEvent::Tick`] is due at the latest, if writes are held.
+    /// When [`ParticipantEvent::Tick`] is due at the latest, if something waits.
     #[must_use]
     pub fn deadline_ms(&self) -> Option<u64> {
-        self.hold().map(|hold| hold.deadline_ms)
+        self.run().map(|run| run.deadline_ms)
     }
 
-    /// Writes held at the moment.
+    /// The ticket for which something waits.
     #[must_use]
-    pub fn held(&self) -> u32 {
-        self.held
+    pub fn run(&self) -> Option<Run> {
+        match self.phase {
+            Phase::Idle => None,
+            Phase::Draining(run) | Phase::Making(run) | Phase::Ready(run) => Some(run),
+        }
+    }
+
+    /// Whether what the store was asked to do for this ticket is still wanted.
+    #[must_use]
+    pub fn is_making(&self, ticket: TicketId) -> bool {
+        matches!(self.phase, Phase::Making(run) if run.ticket == ticket)
     }
 
     /// Takes in an event at `now_ms` and says what to do.
     pub fn step(&mut self, now_ms: u64, event: ParticipantEvent) -> Vec<Output> {
         let mut out = Vec::new();
-        if self.hold().is_some_and(|hold| now_ms > hold.deadline_ms) {
+        if self.run().is_some_and(|run| now_ms > run.deadline_ms) {
             self.expire(&mut out);
         }
         match event {
             ParticipantEvent::Order(ticket, order) => self.order(now_ms, ticket, order, &mut out),
-            ParticipantEvent::WriteArrived => out.push(self.write_arrived()),
-            ParticipantEvent::WriteFinished => {
-                self.executing = self.executing.saturating_sub(1);
-                self.check_ready(&mut out);
-            }
-            ParticipantEvent::SnapshotMade {
+            ParticipantEvent::Quiet { ticket, held } => self.quiet(ticket, held, &mut out),
+            ParticipantEvent::Stamping { ticket, now } => self.stamping(ticket, now, &mut out),
+            ParticipantEvent::Made {
                 ticket,
                 snapshot,
                 made,
-            } => {
-                self.snapshot_made(ticket, snapshot, made, &mut out);
-            }
+            } => self.made(now_ms, ticket, made.then_some(snapshot), &mut out),
+            ParticipantEvent::Synced { ticket, synced } => self.synced(ticket, synced, &mut out),
             ParticipantEvent::EpochChanged(epoch) => self.epoch_changed(epoch, &mut out),
             ParticipantEvent::Tick => {}
         }
         out
-    }
-
-    fn hold(&self) -> Option<Hold> {
-        match self.phase {
-            Phase::Idle => None,
-            Phase::Draining(hold) | Phase::Ready(hold) | Phase::Taking(hold) => Some(hold),
-        }
-    }
-
-    fn write_arrived(&mut self) -> Output {
-        if self.phase == Phase::Idle {
-            self.executing += 1;
-            return Output::StartWrite;
-        }
-        self.held += 1;
-        Output::ParkWrite
     }
 
     fn order(&mut self, now_ms: u64, ticket: TicketId, order: Order, out: &mut Vec<Output>) {
@@ -172,120 +210,195 @@ impl Participant {
                 epoch,
                 hold_max_ms,
             } => {
-                let deadline_ms = now_ms.saturating_add(hold_max_ms.min(SNAPSHOT_HOLD_CAP_MS));
-                self.prepare(
-                    Hold {
-                        ticket,
-                        snapshot,
-                        deadline_ms,
-                    },
+                let preparation = Preparation {
+                    procedure: Procedure::Hold,
+                    coordinator: NodeNo(0),
+                    snapshot,
                     epoch,
-                    out,
-                );
+                    hold_max_ms,
+                    park_max_ms: 0,
+                };
+                self.prepare(now_ms, ticket, preparation, out);
             }
-            Order::Take { incarnation } => self.take(ticket, incarnation, out),
+            Order::PrepareBy(preparation) => self.prepare(now_ms, ticket, preparation, out),
+            Order::Take { incarnation } => self.take(ticket, incarnation, None, out),
+            Order::TakeAt { incarnation, at } => self.take(ticket, incarnation, Some(at), out),
             Order::Release => self.release(ticket, out),
         }
     }
 
-    fn prepare(&mut self, hold: Hold, epoch: Epoch, out: &mut Vec<Output>) {
-        if let Some(decision) = self.decision(hold.ticket) {
-            return out.push(Output::Reply(hold.ticket, answer_of(decision)));
+    fn prepare(
+        &mut self,
+        now_ms: u64,
+        ticket: TicketId,
+        wanted: Preparation,
+        out: &mut Vec<Output>,
+    ) {
+        if let Some(decision) = self.decision(ticket) {
+            return reply_decided(ticket, decision, out);
         }
-        match self.hold() {
-            Some(current) if current.ticket == hold.ticket => self.reply_if_ready(out),
-            Some(_) => out.push(Output::Reply(hold.ticket, Answer::Busy)),
-            None if epoch != self.epoch => {
-                out.push(Output::Reply(hold.ticket, Answer::OtherEpoch(self.epoch)));
+        match self.run() {
+            Some(run) if run.ticket == ticket => {}
+            Some(_) => out.push(Output::Reply(ticket, Answer::Busy)),
+            None if wanted.epoch != self.epoch => {
+                out.push(Output::Reply(ticket, Answer::OtherEpoch(self.epoch)));
             }
             None => {
-                self.phase = Phase::Draining(hold);
-                out.push(Output::HoldWrites);
-                self.check_ready(out);
+                self.phase = Phase::Draining(new_run(now_ms, ticket, wanted));
+                let gate = match wanted.procedure {
+                    Procedure::Hold => Gate::All,
+                    Procedure::Barrier | Procedure::Stamp => Gate::Wide,
+                };
+                out.push(Output::Close { ticket, gate });
             }
         }
     }
 
-    fn check_ready(&mut self, out: &mut Vec<Output>) {
-        if let (Phase::Draining(hold), 0) = (self.phase, self.executing) {
-            self.phase = Phase::Ready(hold);
-            self.reply_if_ready(out);
+    fn quiet(&mut self, ticket: TicketId, held: u32, out: &mut Vec<Output>) {
+        let run = match self.phase {
+            Phase::Draining(run) if run.ticket == ticket => run,
+            _ => return out.push(Output::Reply(ticket, Answer::Expired)),
+        };
+        match run.procedure {
+            Procedure::Barrier => self.make(run, None, out),
+            Procedure::Hold => {
+                self.phase = Phase::Ready(run);
+                out.push(Output::Reply(ticket, self.ready(held)));
+            }
+            Procedure::Stamp => {
+                self.phase = Phase::Making(run);
+                out.push(Output::StampWrites { ticket });
+            }
         }
     }
 
-    fn reply_if_ready(&self, out: &mut Vec<Output>) {
-        if let Phase::Ready(hold) = self.phase {
-            out.push(Output::Reply(
-                hold.ticket,
-                Answer::Ready {
-                    held: self.held,
-                    incarnation: self.incarnation,
-                },
-            ));
+    fn stamping(&mut self, ticket: TicketId, now: Option<Stamp>, out: &mut Vec<Output>) {
+        let answer = match (self.phase, now) {
+            (Phase::Making(run), Some(now)) if run.ticket == ticket => {
+                self.phase = Phase::Ready(run);
+                let incarnation = self.incarnation;
+                Answer::ReadyAt { incarnation, now }
+            }
+            (Phase::Making(run), None) if run.ticket == ticket => {
+                self.expire(out);
+                Answer::Failed
+            }
+            _ => Answer::Expired,
+        };
+        out.push(Output::Reply(ticket, answer));
+    }
+
+    fn ready(&self, held: u32) -> Answer {
+        Answer::Ready {
+            held,
+            incarnation: self.incarnation,
         }
     }
 
-    fn take(&mut self, ticket: TicketId, incarnation: u64, out: &mut Vec<Output>) {
+    fn make(&mut self, run: Run, at: Option<Stamp>, out: &mut Vec<Output>) {
+        self.phase = Phase::Making(run);
+        out.push(Output::Make {
+            ticket: run.ticket,
+            snapshot: run.snapshot,
+            at,
+            park: run.procedure == Procedure::Barrier,
+        });
+    }
+
+    fn take(
+        &mut self,
+        ticket: TicketId,
+        incarnation: u64,
+        at: Option<Stamp>,
+        out: &mut Vec<Output>,
+    ) {
         if let Some(decision) = self.decision(ticket) {
-            return out.push(Output::Reply(ticket, answer_of(decision)));
+            return reply_decided(ticket, decision, out);
         }
+        let by_stamp = at.is_some();
         match self.phase {
             _ if incarnation != self.incarnation => {
                 out.push(Output::Reply(ticket, Answer::Unknown));
             }
-            Phase::Ready(hold) if hold.ticket == ticket => {
-                self.phase = Phase::Taking(hold);
-                out.push(Output::MakeSnapshot {
-                    ticket,
-                    snapshot: hold.snapshot,
-                });
-            }
-            Phase::Taking(hold) if hold.ticket == ticket => {}
-            Phase::Draining(hold) if hold.ticket == ticket => {
+            Phase::Ready(run) if run.ticket == ticket => match run.procedure {
+                Procedure::Barrier if !by_stamp => self.let_go(run, out),
+                Procedure::Hold if !by_stamp => self.make(run, None, out),
+                Procedure::Stamp if by_stamp => self.make(run, at, out),
+                _ => out.push(Output::Reply(ticket, Answer::Unknown)),
+            },
+            Phase::Draining(run) | Phase::Making(run)
+                if run.ticket == ticket && !self.was_ready(run) =>
+            {
                 self.expire(out);
                 out.push(Output::Reply(ticket, Answer::Expired));
             }
+            Phase::Making(run) if run.ticket == ticket => {}
             _ => out.push(Output::Reply(ticket, Answer::Unknown)),
         }
     }
 
-    fn snapshot_made(
+    /// Whether the coordinator was told `ready` before the phase that `run` is in now.
+    fn was_ready(&self, run: Run) -> bool {
+        matches!(self.phase, Phase::Making(_)) && run.procedure != Procedure::Barrier
+    }
+
+    fn made(
         &mut self,
+        now_ms: u64,
         ticket: TicketId,
-        snapshot: SnapshotId,
-        made: bool,
+        made: Option<SnapshotId>,
         out: &mut Vec<Output>,
     ) {
         match self.phase {
-            Phase::Taking(hold) if hold.ticket == ticket => {
-                let decision = if made {
-                    Decision::Taken(snapshot)
-                } else {
-                    Decision::Expired
-                };
-                self.decide(ticket, decision, out);
-                let answer = if made { Answer::Taken } else { Answer::Failed };
-                out.push(Output::Reply(ticket, answer));
+            Phase::Making(run) if run.ticket == ticket && made.is_none() => {
+                self.expire(out);
+                out.push(Output::Reply(ticket, Answer::Failed));
             }
-            _ if made => {
-                out.push(Output::DropSnapshot { snapshot });
+            Phase::Making(run) if run.ticket == ticket => match run.procedure {
+                Procedure::Barrier => {
+                    let deadline_ms = now_ms.saturating_add(run.park_max_ms);
+                    self.phase = Phase::Ready(Run { deadline_ms, ..run });
+                    out.push(Output::Reply(ticket, self.ready(0)));
+                }
+                Procedure::Hold | Procedure::Stamp => self.let_go(run, out),
+            },
+            _ => {
+                out.extend(made.map(|snapshot| Output::Drop { snapshot }));
                 out.push(Output::Reply(ticket, Answer::Expired));
             }
-            _ => out.push(Output::Reply(ticket, Answer::Expired)),
         }
+    }
+
+    /// The part is in the log: nothing waits any more.
+    fn let_go(&mut self, run: Run, out: &mut Vec<Output>) {
+        self.decide(run.ticket, Decision::Syncing(run.snapshot), out);
+        out.push(Output::Sync { ticket: run.ticket });
+    }
+
+    fn synced(&mut self, ticket: TicketId, synced: bool, out: &mut Vec<Output>) {
+        let Some(Decision::Syncing(snapshot)) = self.decision(ticket) else {
+            return out.push(Output::Reply(ticket, Answer::Expired));
+        };
+        let (decision, answer) = if synced {
+            (Decision::Taken(snapshot), Answer::Taken)
+        } else {
+            (Decision::Expired, Answer::Failed)
+        };
+        self.remember(ticket, decision);
+        out.push(Output::Reply(ticket, answer));
     }
 
     fn release(&mut self, ticket: TicketId, out: &mut Vec<Output>) {
         match self.decision(ticket) {
-            Some(Decision::Taken(snapshot)) => {
-                self.decided.retain(|(decided, _)| *decided != ticket);
+            Some(Decision::Taken(snapshot) | Decision::Syncing(snapshot)) => {
                 self.remember(ticket, Decision::Expired);
-                out.push(Output::DropSnapshot { snapshot });
+                out.push(Output::Drop { snapshot });
             }
             Some(Decision::Expired) => {}
-            None if self.hold().is_some_and(|hold| hold.ticket == ticket) => self.expire(out),
+            None if self.run().is_some_and(|run| run.ticket == ticket) => self.expire(out),
             None => self.remember(ticket, Decision::Expired),
         }
+        out.push(Output::Reply(ticket, Answer::Expired));
     }
 
     fn epoch_changed(&mut self, epoch: Epoch, out: &mut Vec<Output>) {
@@ -296,22 +409,25 @@ impl Participant {
     }
 
     fn expire(&mut self, out: &mut Vec<Output>) {
-        if let Some(hold) = self.hold() {
-            self.decide(hold.ticket, Decision::Expired, out);
+        let Some(run) = self.run() else { return };
+        let marked = matches!(self.phase, Phase::Ready(_)) && run.procedure == Procedure::Barrier;
+        self.decide(run.ticket, Decision::Expired, out);
+        if marked {
+            out.push(Output::Drop {
+                snapshot: run.snapshot,
+            });
         }
     }
 
-    /// The only place that ends a hold.
+    /// The only place that ends a run.
     fn decide(&mut self, ticket: TicketId, decision: Decision, out: &mut Vec<Output>) {
         self.remember(ticket, decision);
         self.phase = Phase::Idle;
-        self.executing += self.held;
-        out.push(Output::ReleaseWrites {
-            count: std::mem::take(&mut self.held),
-        });
+        out.push(Output::Open);
     }
 
     fn remember(&mut self, ticket: TicketId, decision: Decision) {
+        self.decided.retain(|(decided, _)| *decided != ticket);
         if self.decided.len() >= SNAPSHOT_TICKETS_KEPT {
             self.decided.pop_front();
         }
@@ -324,209 +440,28 @@ impl Participant {
     }
 }
 
-fn answer_of(decision: Decision) -> Answer {
-    match decision {
+fn new_run(now_ms: u64, ticket: TicketId, wanted: Preparation) -> Run {
+    let hold_max_ms = wanted.hold_max_ms.min(SNAPSHOT_HOLD_CAP_MS);
+    Run {
+        ticket,
+        procedure: wanted.procedure,
+        coordinator: wanted.coordinator,
+        snapshot: wanted.snapshot,
+        begun_ms: now_ms,
+        deadline_ms: now_ms.saturating_add(hold_max_ms),
+        park_max_ms: wanted.park_max_ms.min(SNAPSHOT_HOLD_CAP_MS),
+    }
+}
+
+/// Whose outcome is not known yet is answered by the order that is being carried out.
+fn reply_decided(ticket: TicketId, decision: Decision, out: &mut Vec<Output>) {
+    let answer = match decision {
+        Decision::Syncing(_) => return,
         Decision::Taken(_) => Answer::Taken,
         Decision::Expired => Answer::Expired,
-    }
+    };
+    out.push(Output::Reply(ticket, answer));
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const T: TicketId = TicketId(7);
-    const S: SnapshotId = SnapshotId(3);
-    const E: Epoch = Epoch(5);
-    const I: u64 = 11;
-
-    fn prepare(hold_max_ms: u64) -> ParticipantEvent {
-        ParticipantEvent::Order(
-            T,
-            Order::Prepare {
-                snapshot: S,
-                epoch: E,
-                hold_max_ms,
-            },
-        )
-    }
-
-    fn order(order: Order) -> ParticipantEvent {
-        ParticipantEvent::Order(T, order)
-    }
-
-    /// Runs a table of (time, event, expected outputs).
-    fn run(p: &mut Participant, table: &[(u64, ParticipantEvent, &[Output])]) {
-        for (row, (now, event, want)) in table.iter().enumerate() {
-            assert_eq!(p.step(*now, *event), *want, "row {row}: {event:?}");
-        }
-    }
-
-    /// S003-36, 37: ready only when nothing executes, with the number of writes held.
-    #[test]
-    fn fig_7_holds_drains_takes_and_releases() {
-        use ParticipantEvent::{SnapshotMade, WriteArrived, WriteFinished};
-        let made = SnapshotMade {
-            ticket: T,
-            snapshot: S,
-            made: true,
-        };
-        run(
-            &mut Participant::new(E, I),
-            &[
-                (0, WriteArrived, &[Output::StartWrite]),
-                (1, prepare(100), &[Output::HoldWrites]),
-                (2, WriteArrived, &[Output::ParkWrite]),
-                (
-                    3,
-                    WriteFinished,
-                    &[Output::Reply(
-                        T,
-                        Answer::Ready {
-                            held: 1,
-                            incarnation: I,
-                        },
-                    )],
-                ),
-                (
-                    4,
-                    order(Order::Take { incarnation: I }),
-                    &[Output::MakeSnapshot {
-                        ticket: T,
-                        snapshot: S,
-                    }],
-                ),
-                (5, WriteArrived, &[Output::ParkWrite]),
-                (
-                    6,
-                    made,
-                    &[
-                        Output::ReleaseWrites { count: 2 },
-                        Output::Reply(T, Answer::Taken),
-                    ],
-                ),
-                (
-                    7,
-                    order(Order::Take { incarnation: I }),
-                    &[Output::Reply(T, Answer::Taken)],
-                ),
-                (8, WriteArrived, &[Output::StartWrite]),
-                (
-                    9,
-                    order(Order::Release),
-                    &[Output::DropSnapshot { snapshot: S }],
-                ),
-                (
-                    10,
-                    order(Order::Take { incarnation: I }),
-                    &[Output::Reply(T, Answer::Expired)],
-                ),
-            ],
-        );
-    }
-
-    #[test]
-    fn a_take_after_the_deadline_is_expired_whether_or_not_a_tick_came() {
-        let released = Output::ReleaseWrites { count: 0 };
-        let expired = Output::Reply(T, Answer::Expired);
-        for tick in [false, true] {
-            let mut p = Participant::new(E, I);
-            p.step(0, prepare(100));
-            assert_eq!(p.step(100, ParticipantEvent::Tick), []);
-            if tick {
-                assert_eq!(p.step(101, ParticipantEvent::Tick), [released]);
-                assert_eq!(
-                    p.step(102, order(Order::Take { incarnation: I })),
-                    [expired]
-                );
-            } else {
-                assert_eq!(
-                    p.step(102, order(Order::Take { incarnation: I })),
-                    [released, expired]
-                );
-            }
-            assert_eq!(
-                p.step(103, prepare(100)),
-                [expired],
-                "a ticket is decided once"
-            );
-        }
-    }
-
-    #[test]
-    fn a_part_that_is_made_too_late_is_dropped() {
-        let mut p = Participant::new(E, I);
-        p.step(0, prepare(100));
-        p.step(1, order(Order::Take { incarnation: I }));
-        assert_eq!(
-            p.step(101, ParticipantEvent::Tick),
-            [Output::ReleaseWrites { count: 0 }]
-        );
-        let made = ParticipantEvent::SnapshotMade {
-            ticket: T,
-            snapshot: S,
-            made: true,
-        };
-        let dropped = Output::DropSnapshot { snapshot: S };
-        assert_eq!(
-            p.step(102, made),
-            [dropped, Output::Reply(T, Answer::Expired)]
-        );
-    }
-
-    #[test]
-    fn refusals() {
-        let mut p = Participant::new(E, I);
-        let unknown = Output::Reply(T, Answer::Unknown);
-        assert_eq!(p.step(0, order(Order::Take { incarnation: I })), [unknown]);
-        let old = Order::Prepare {
-            snapshot: S,
-            epoch: Epoch(4),
-            hold_max_ms: 1,
-        };
-        assert_eq!(
-            p.step(0, order(old)),
-            [Output::Reply(T, Answer::OtherEpoch(E))]
-        );
-        p.step(0, prepare(100));
-        let other = Order::Prepare {
-            snapshot: S,
-            epoch: E,
-            hold_max_ms: 1,
-        };
-        let busy = Output::Reply(TicketId(8), Answer::Busy);
-        assert_eq!(
-            p.step(1, ParticipantEvent::Order(TicketId(8), other)),
-            [busy]
-        );
-        let moved = ParticipantEvent::EpochChanged(Epoch(6));
-        assert_eq!(p.step(2, moved), [Output::ReleaseWrites { count: 0 }]);
-    }
-
-    #[test]
-    fn a_take_for_a_hold_before_the_restart_does_not_take_a_later_one() {
-        let mut p = Participant::new(E, I + 1);
-        p.step(0, prepare(100));
-        let take = order(Order::Take { incarnation: I });
-        assert_eq!(p.step(1, take), [Output::Reply(T, Answer::Unknown)]);
-    }
-
-    #[test]
-    fn a_prepare_behind_its_release_does_not_hold() {
-        let mut p = Participant::new(E, I);
-        assert_eq!(p.step(0, order(Order::Release)), []);
-        assert_eq!(p.step(1, prepare(100)), [Output::Reply(T, Answer::Expired)]);
-        assert_eq!(p.deadline_ms(), None);
-    }
-
-    #[test]
-    fn the_hold_and_the_memory_are_bounded() {
-        let mut p = Participant::new(E, I);
-        p.step(0, prepare(u64::MAX));
-        assert_eq!(p.deadline_ms(), Some(SNAPSHOT_HOLD_CAP_MS));
-        for ticket in 0..1000 {
-            p.step(0, ParticipantEvent::Order(TicketId(ticket), Order::Release));
-        }
-        assert_eq!(p.decided.len(), SNAPSHOT_TICKETS_KEPT);
-    }
-}
+mod tests;

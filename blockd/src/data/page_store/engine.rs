@@ -5,7 +5,9 @@
 //! cannot go on says why (`Step`) and is simply made again.
 
 use super::buffers::Buffers;
+use super::eras::Split;
 use super::error::StoreError;
+use super::hash::FastMap;
 use super::log::{Log, RESERVE_SNAPSHOTS};
 use super::maintain::Upkeep;
 use super::record::{Change, ChunkAt};
@@ -86,6 +88,8 @@ pub struct Engine<D> {
     pub(super) failed: Option<StoreError>,
     pub(super) closed: bool,
     pub(super) buffers: Buffers,
+    /// Volumes in which each write has its own era.
+    pub(super) splits: FastMap<u64, Split>,
     /// Bytes that may be allocated before the file system is asked again.
     headroom: u64,
 }
@@ -107,6 +111,7 @@ impl<D: Disk> Engine<D> {
             failed: None,
             closed: false,
             buffers: Buffers::default(),
+            splits: FastMap::default(),
             headroom: 0,
         }
     }
@@ -248,6 +253,15 @@ impl<D: Disk> Engine<D> {
         volume: VolumeId,
         snapshot: SnapshotId,
     ) -> Result<(), StoreError> {
+        self.check_new_snapshot(volume, snapshot)?;
+        self.commit(&Change::TakeSnapshot(volume, snapshot), &[])
+    }
+
+    pub(super) fn check_new_snapshot(
+        &self,
+        volume: VolumeId,
+        snapshot: SnapshotId,
+    ) -> Result<(), StoreError> {
         self.check_writable()?;
         self.check_volume(volume)?;
         let known = self
@@ -258,10 +272,10 @@ impl<D: Disk> Engine<D> {
         if known.is_some() {
             return Err(StoreError::SnapshotExists { volume, snapshot });
         }
-        if !self.log.has_room(64, super::log::RESERVE_MARKS) {
-            return Err(StoreError::LogFull);
+        match self.log.has_room(64, super::log::RESERVE_MARKS) {
+            true => Ok(()),
+            false => Err(StoreError::LogFull),
         }
-        self.commit(&Change::TakeSnapshot(volume, snapshot), &[])
     }
 
     /// Forgets a snapshot at once. The groups to sweep afterwards; none if it is unknown.

@@ -15,6 +15,7 @@ mod catalog;
 mod check;
 mod codec;
 mod engine;
+mod eras;
 mod error;
 mod finding;
 mod hash;

@@ -12,7 +12,7 @@
 //!     32    4  page
 //!     36    2  chunk of the page
 //!     38    2  zero: sub-blocks that become zeros
-//!     40    4  slot
+//!     40    4  slot; of a snapshot taken of an era: that era
 //!     44    4  argument: snapshot, slot to drop, chunks of a pointer, bytes of a pad; of moved
 //!              data: sub-blocks that are copied
 //!     48    4  epoch; of moved data and pointers: era
@@ -23,7 +23,8 @@
 //!              data: 4096 bytes for each set bit of mask
 //! ```
 //! A pointer has 16 checksums for each of its chunks, mask 0 and no data. The seed is secret, so that
-//! a guest cannot forge records inside its data. Kinds 20 to 23 came with page moves.
+//! a guest cannot forge records inside its data. Kinds 20 to 23 came with page moves,
+//! 15 and 16 with snapshots by time stamps.
 
 use super::codec::{put, u16_at, u32_at, u64_at};
 use super::version::{SUBS, bits};
@@ -105,6 +106,10 @@ pub(super) enum Change {
     DropChunk(ChunkAt),
     /// The group of a chunk belongs to this server since an epoch.
     Adopt(ChunkAt, u32),
+    /// Later writes of the volume are told from the earlier ones, without a snapshot yet.
+    NextEra(VolumeId),
+    /// A snapshot of what was written up to the end of an era.
+    TakeSnapshotAt(VolumeId, SnapshotId, u32),
 }
 
 /// A record as found in the log.
@@ -195,6 +200,8 @@ fn encode_fields(change: &Change, buf: &mut [u8]) -> usize {
         Change::DropGroup(at) => (10, at.volume, 0),
         Change::DropChunk(at) => (22, at.volume, 0),
         Change::Adopt(at, _) => (23, at.volume, 0),
+        Change::NextEra(volume) => (15, *volume, 0),
+        Change::TakeSnapshotAt(volume, snapshot, _) => (16, *volume, snapshot.0),
     };
     buf[4] = kind;
     put(buf, 24, &volume.0.to_le_bytes());
@@ -241,6 +248,7 @@ fn encode_fields(change: &Change, buf: &mut [u8]) -> usize {
         }
         Change::DropGroup(at) | Change::DropChunk(at) => put_place(buf, at, 0, 0),
         Change::Adopt(at, epoch) => put_place(buf, at, 0, *epoch),
+        Change::TakeSnapshotAt(_, _, era) => put(buf, 40, &era.to_le_bytes()),
         _ => {}
     }
     table
@@ -272,7 +280,7 @@ pub(super) fn decode(bytes: &[u8], seed: u32) -> Option<Record> {
     let table = match bytes[4] {
         3..=5 | 20 => mask.count_ones() as usize,
         6 | 21 if (1..=POINTER_CHUNKS).contains(&(argument as usize)) => argument as usize * SUBS,
-        1 | 2 | 7..=10 | 22 | 23 => 0,
+        1 | 2 | 7..=10 | 15 | 16 | 22 | 23 => 0,
         _ => return None,
     };
     let head_bytes = RECORD_ALIGN + (4 * table).next_multiple_of(RECORD_ALIGN);
@@ -343,6 +351,8 @@ fn decode_change(bytes: &[u8], mask: u16, argument: u32) -> Option<Change> {
         }
         22 => Change::DropChunk(at),
         23 => Change::Adopt(at, epoch),
+        15 => Change::NextEra(volume),
+        16 => Change::TakeSnapshotAt(volume, SnapshotId(argument), slot),
         _ => return None,
     })
 }
@@ -437,6 +447,8 @@ mod tests {
         round_trip(Change::DropSnapshot(VolumeId(1), SnapshotId(2)));
         round_trip(Change::DropVolume(VolumeId(3)));
         round_trip(Change::DropGroup(at));
+        round_trip(Change::NextEra(VolumeId(4)));
+        round_trip(Change::TakeSnapshotAt(VolumeId(4), SnapshotId(5), 6));
         round_trip(Change::Mark { in_slab: 6 });
         round_trip(Change::Pad(640));
     }

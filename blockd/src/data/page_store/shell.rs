@@ -10,7 +10,9 @@ use super::lanes::{Lanes, Outcome};
 use super::place::Placement;
 use super::scrub::{BadChunk, ChunkBuffer, Scrubbed, StoredChunk};
 use super::transfer::{Exported, MovedChunk};
-use super::types::{PageAt, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage};
+use super::types::{
+    PART_BYTES, PageAt, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage,
+};
 use crate::id::{Epoch, LayerRun, PageNo, ScrubPosition, SnapshotId, VolumeId};
 use crate::io::device::Device;
 use crate::io::disk::{Disk, FileDisk};
@@ -25,8 +27,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 
-/// Larger writes are logged in parts of this size; a snapshot is atomic against each part.
-const PART_BYTES: u32 = 4 << 20;
 /// Groups swept before other tasks get a turn.
 const SWEEP_TURN: usize = 16;
 /// Times that a scrub looks at a chunk that changes under it.
@@ -147,7 +147,7 @@ impl PageStore {
 
     /// Writes; when it returns the bytes survive the death of the process.
     pub async fn write(&self, at: PageAt, data: Bytes, epoch: Epoch) -> Result<(), StoreError> {
-        for part in parts(at) {
+        for part in at.parts() {
             let from = (part.offset_bytes - at.offset_bytes) as usize;
             let bytes = data
                 .get(from..from + part.len_bytes as usize)
@@ -173,7 +173,7 @@ impl PageStore {
         epoch: Epoch,
     ) -> Result<(), StoreError> {
         if keep_allocated {
-            for part in parts(at) {
+            for part in at.parts() {
                 let zeros = self.inner.zeros.slice(..part.len_bytes as usize);
                 self.write(part, zeros, epoch).await?;
             }
@@ -205,6 +205,43 @@ impl PageStore {
             .take_snapshot(volume, snapshot)?;
         self.inner.after_change();
         Ok(())
+    }
+
+    /// From now on each write of the volume has its own era; see [`Engine::split_eras`].
+    pub fn split_eras(&self, volume: VolumeId) -> Result<u32, StoreError> {
+        let before = self.inner.engine.borrow_mut().split_eras(volume)?;
+        self.inner.after_change();
+        Ok(before)
+    }
+
+    /// The era of the last write of a volume whose writes have their own.
+    #[must_use]
+    pub fn current_era(&self, volume: VolumeId) -> u32 {
+        self.inner.engine.borrow().current_era(volume)
+    }
+
+    /// Takes a snapshot of everything up to the end of an era that was split off.
+    pub fn take_snapshot_at(
+        &self,
+        volume: VolumeId,
+        snapshot: SnapshotId,
+        era: u32,
+    ) -> Result<(), StoreError> {
+        let mut engine = self.inner.engine.borrow_mut();
+        engine.take_snapshot_at(volume, snapshot, era)?;
+        drop(engine);
+        self.inner.after_change();
+        Ok(())
+    }
+
+    /// Writes share an era again from this call on; merges what no snapshot tells apart.
+    pub fn join_eras(
+        &self,
+        volume: VolumeId,
+    ) -> impl Future<Output = Result<(), StoreError>> + use<> {
+        let groups = self.inner.engine.borrow_mut().join_eras(volume);
+        let store = self.clone();
+        async move { store.sweep(volume, groups).await }
     }
 
     /// Deletes a snapshot and frees what only it held. Unknown snapshots are deleted already.
@@ -485,29 +522,6 @@ impl PageStore {
         drop(inner.lanes.borrow_mut().take());
         Ok(())
     }
-}
-
-/// Splits a range so that every part fits the smallest log.
-fn parts(at: PageAt) -> impl Iterator<Item = PageAt> {
-    let (mut next, end) = (
-        at.offset_bytes,
-        at.offset_bytes.saturating_add(at.len_bytes),
-    );
-    let mut is_first = true;
-    std::iter::from_fn(move || {
-        let offset_bytes = next;
-        next = ((next / PART_BYTES)
-            .saturating_add(1)
-            .saturating_mul(PART_BYTES))
-        .min(end);
-        let is_part = offset_bytes < end || is_first;
-        is_first = false;
-        is_part.then_some(PageAt {
-            offset_bytes,
-            len_bytes: next.saturating_sub(offset_bytes),
-            ..at
-        })
-    })
 }
 
 /// A write in the making: if it is dropped before it is logged, its slots are free again.

@@ -21,6 +21,8 @@ pub(super) struct Volume {
     pub(super) era: u32,
     /// Oldest first, with the last era that each one sees.
     pub(super) snapshots: Vec<(SnapshotId, u32)>,
+    /// A snapshot of this era or a later one may still be taken. Not logged.
+    pub(super) pinned: Option<u32>,
     /// Waits for its groups to be dropped.
     pub(super) deleted: bool,
     /// Groups of chunks by `group_key`.
@@ -48,8 +50,12 @@ impl Volume {
         group.map_or(&[], |group| group.chunk(chunk_in_group(chunk)))
     }
 
-    /// True if some snapshot sees a version of era `from` that a version of era `to` follows.
+    /// True if some snapshot sees, or may be taken to see, a version of era `from` that a version of
+    /// era `to` follows.
     pub(super) fn is_seen(&self, from: u32, to: u32) -> bool {
+        if self.pinned.is_some_and(|pinned| pinned < to) {
+            return true;
+        }
         let first = self.snapshots.partition_point(|(_, era)| *era < from);
         self.snapshots.get(first).is_some_and(|(_, era)| *era < to)
     }
@@ -261,6 +267,19 @@ impl Tables {
                 let volume = self.volumes.entry(volume.0).or_default();
                 volume.snapshots.push((*snapshot, volume.era));
                 volume.era = volume.era.checked_add(1).ok_or(Misfit("eras used up"))?;
+            }
+            Change::NextEra(volume) => {
+                let volume = self.volumes.entry(volume.0).or_default();
+                volume.era = volume.era.checked_add(1).ok_or(Misfit("eras used up"))?;
+            }
+            Change::TakeSnapshotAt(volume, snapshot, era) => {
+                let volume = self.volumes.entry(volume.0).or_default();
+                let next = era.checked_add(1).ok_or(Misfit("eras used up"))?;
+                if volume.snapshots.last().is_some_and(|(_, last)| era <= last) {
+                    return Err(Misfit("snapshot of an era before another one"));
+                }
+                volume.snapshots.push((*snapshot, *era));
+                volume.era = volume.era.max(next);
             }
             Change::DropSnapshot(volume, snapshot) => {
                 let volume = self

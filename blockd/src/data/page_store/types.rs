@@ -1,6 +1,6 @@
 //! Requests, answers and options of the page store as plain values.
 
-use crate::id::{PageNo, VolumeId};
+use crate::id::{CHUNK_BYTES, PageNo, SUB_BLOCK_BYTES, VolumeId};
 use bytes::Bytes;
 use std::time::Duration;
 
@@ -15,6 +15,52 @@ pub struct PageAt {
     pub offset_bytes: u32,
     /// Length in bytes.
     pub len_bytes: u32,
+}
+
+/// Larger writes are logged in parts of this size; a snapshot is atomic against each part.
+pub(super) const PART_BYTES: u32 = 4 << 20;
+
+impl PageAt {
+    /// Parts of a write, each of which fits the smallest log.
+    pub(super) fn parts(self) -> impl Iterator<Item = PageAt> {
+        let end = self.offset_bytes.saturating_add(self.len_bytes);
+        let mut next = self.offset_bytes;
+        let mut is_first = true;
+        std::iter::from_fn(move || {
+            let offset_bytes = next;
+            let part_end = (next / PART_BYTES)
+                .saturating_add(1)
+                .saturating_mul(PART_BYTES);
+            next = part_end.min(end);
+            let is_part = offset_bytes < end || is_first;
+            is_first = false;
+            is_part.then_some(PageAt {
+                offset_bytes,
+                len_bytes: next.saturating_sub(offset_bytes),
+                ..self
+            })
+        })
+    }
+
+    /// Whether a write of the range is one step, so on one side of every snapshot.
+    #[must_use]
+    pub fn is_written_at_once(self) -> bool {
+        self.parts().nth(1).is_none()
+    }
+
+    /// Whether zeroing the range, without storing the zeros, is one step.
+    #[must_use]
+    pub fn is_zeroed_at_once(self) -> bool {
+        let Some(last) = self
+            .offset_bytes
+            .checked_add(self.len_bytes.saturating_sub(1))
+        else {
+            return false;
+        };
+        let within = |unit: u32| self.offset_bytes / unit == last / unit;
+        let is_whole = (self.offset_bytes | self.len_bytes).is_multiple_of(SUB_BLOCK_BYTES);
+        within(SUB_BLOCK_BYTES) || (is_whole && within(CHUNK_BYTES))
+    }
 }
 
 /// A piece of an answered read, in the order of the bytes.

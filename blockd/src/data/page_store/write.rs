@@ -10,8 +10,9 @@ use super::error::StoreError;
 use super::place::Placement;
 use super::read::{Origin, SUB, Source, sub_mask};
 use super::record::{Change, ChunkAt, DataKind, RECORD_BYTES_MAX};
+use super::tables::group_key;
 use super::types::PageAt;
-use super::version::{ALL, SUBS, Version, bits};
+use super::version::{ALL, GROUP_CHUNKS, SUBS, Version, bits};
 use crate::id::{CHUNK_BYTES, Epoch, SUB_BLOCK_BYTES};
 use crate::io::disk::Disk;
 
@@ -47,6 +48,10 @@ struct Piece {
     at: ChunkAt,
     first: u32,
     end: u32,
+}
+
+fn group_of(at: ChunkAt) -> u64 {
+    group_key(at.page, at.chunk / GROUP_CHUNKS)
 }
 
 impl Piece {
@@ -121,6 +126,9 @@ impl<D: Disk> Engine<D> {
                 len_bytes: at.len_bytes,
                 problem,
             });
+        }
+        if !self.begin_era(at.volume)? {
+            return Ok(Step::Full);
         }
         if !self.place(&at, data, placement)? {
             return Ok(Step::More);
@@ -320,6 +328,7 @@ impl<D: Disk> Engine<D> {
         let (start, stop) = (at.offset_bytes, at.offset_bytes + at.len_bytes);
         let (first, end) = (start / SUB_BLOCK_BYTES, stop.div_ceil(SUB_BLOCK_BYTES));
         for piece in pieces(at, first, end) {
+            self.end_era(at.volume, group_of(piece.at));
             if piece.is_whole(&plan.edges) {
                 self.log_placed(piece.at, epoch, placement)?;
                 continue;
@@ -460,6 +469,9 @@ impl<D: Disk> Engine<D> {
         if sources.iter().all(|source| *source == Source::Hole) {
             return Ok(Step::Done(()));
         }
+        if !self.begin_era(piece.at.volume)? {
+            return Ok(Step::Full);
+        }
         let mut plan = Plan {
             log_bytes: 128,
             ..Plan::default()
@@ -475,6 +487,7 @@ impl<D: Disk> Engine<D> {
             self.claim_space(plan.slab_bytes)?;
             self.log_copy_ups(&plan)?;
         }
+        self.end_era(piece.at.volume, group_of(piece.at));
         self.log_content(piece.at, 0, piece.mask(), epoch, [0; SUBS], &[])?;
         Ok(Step::Done(()))
     }

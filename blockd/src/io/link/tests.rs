@@ -53,7 +53,13 @@ async fn one_connection(stream: TcpStream) {
 }
 
 fn peers(cluster_id: Option<String>) -> Arc<Peers> {
-    Arc::new(Peers::new(Arc::new(Tcp), 1, cluster_id, NodeNo(0)))
+    Arc::new(Peers::new(
+        Arc::new(Tcp),
+        Arc::new(Hlc::follower()),
+        1,
+        cluster_id,
+        NodeNo(0),
+    ))
 }
 
 fn request(kind: Kind) -> Frame {

@@ -56,6 +56,24 @@ fn a_write_request_is_these_bytes() {
     assert_eq!(hex, golden);
 }
 
+/// The golden message of version 2, and that of version 1 read by its side.
+#[test]
+fn a_stamped_request_is_these_bytes() {
+    let stamped = Frame {
+        stamp: Stamp(0x6162_6364_6566_6768),
+        ..sample()
+    };
+    let bytes = encode(&stamped);
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    assert!(hex.starts_with("424b02030300"), "{hex}");
+    assert_eq!(&hex[120..136], "6867666564636261");
+    assert_eq!(&hex[136..144], "446295e4");
+    for frame in [stamped, sample()] {
+        let mut bytes = encode(&frame);
+        assert_eq!(decode(&mut bytes), Ok(Decoded::Frame(Box::new(frame))));
+    }
+}
+
 fn layers() -> Vec<LayerRun> {
     let run = |len_bytes, depth, hole, changed| LayerRun {
         len_bytes,

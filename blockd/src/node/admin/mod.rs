@@ -2,6 +2,7 @@
 //! happen around it. Any server carries out any request (S003-10, S003-22).
 
 mod cluster;
+mod holds;
 mod lease;
 mod settings;
 mod volume;
@@ -63,7 +64,13 @@ async fn dispatch(node: &Rc<Node>, request: AdminRequest) -> Answer {
             volume::rename(member, &name, &new_name).await
         }
         AdminRequest::VolumeDelete { name } => volume::delete(member, &name).await,
-        AdminRequest::SnapshotCreate { targets } => snapshot::create(node, member, targets).await,
+        AdminRequest::SnapshotCreate { targets } => {
+            snapshot::create(node, member, targets, None).await
+        }
+        AdminRequest::HoldList => holds::list(member).await,
+        AdminRequest::SnapshotCreateBy { targets, procedure } => {
+            snapshot::create(node, member, targets, Some(procedure)).await
+        }
         AdminRequest::SnapshotList { volume } => snapshot::list(member, volume.as_deref()).await,
         AdminRequest::SnapshotDelete { target } => snapshot::delete(member, &target).await,
         AdminRequest::RouteShow { volume } => volume::route(member, &volume).await,

@@ -1,0 +1,78 @@
+//! Blocks of a directory: entries, one behind the other, that fill the block.
+//!
+//! ```text
+//! entry: 0 u32 inode (0: free), 4 u16 length with padding, 6 u8 name length, 7 u8 kind of file, 8 name
+//! tail (metadata_csum): a free entry of 12 bytes, 0 name length, kind 0xde, 8 u32 CRC-32C from the inode's seed
+//! ```
+
+use crate::ext4::bytes::{le16, le32, part};
+use crate::ext4::crc::crc32c;
+
+const HEADER_BYTES: usize = 8;
+const MIN_ENTRY_BYTES: usize = 12;
+const TAIL_BYTES: usize = 12;
+const TAIL_KIND: u8 = 0xde;
+const WIDE_BLOCK_BYTES: usize = 65536;
+
+/// One entry; `inode` 0 is free room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry<'a> {
+    pub inode: u32,
+    /// 0: the filesystem does not store kinds.
+    pub kind: u8,
+    pub name: &'a [u8],
+}
+
+/// The entries of a block, without its tail.
+///
+/// # Errors
+/// What is wrong with the block, as a phrase.
+pub fn entries(block: &[u8], stores_kinds: bool) -> Result<Vec<Entry<'_>>, String> {
+    let (mut at, mut entries) = (0, Vec::new());
+    while at < block.len() && !is_tail(part(block, at, block.len())) {
+        let length = length_of(le16(block, at + 4), block.len());
+        let name_bytes = usize::from(le16(block, at + 6) & 0xff);
+        if length < MIN_ENTRY_BYTES || !length.is_multiple_of(4) || at + length > block.len() {
+            return Err(format!("entry at {at} has a length of {length}"));
+        }
+        if HEADER_BYTES + name_bytes > length {
+            return Err(format!(
+                "entry at {at} has a name of {name_bytes} bytes in {length}"
+            ));
+        }
+        entries.push(Entry {
+            inode: le32(block, at),
+            kind: if stores_kinds { block[at + 7] } else { 0 },
+            name: part(block, at + HEADER_BYTES, at + HEADER_BYTES + name_bytes),
+        });
+        at += length;
+    }
+    Ok(entries)
+}
+
+/// Lengths of blocks of 64 KiB do not fit 16 bits; their lowest two are the highest.
+fn length_of(stored: u16, block_bytes: usize) -> usize {
+    let stored = usize::from(stored);
+    match stored {
+        _ if block_bytes < WIDE_BLOCK_BYTES => stored,
+        0 | 0xffff => block_bytes,
+        _ => stored & 0xfffc | (stored & 3) << 16,
+    }
+}
+
+/// Whether the block ends with a checksum, and a right one.
+#[must_use]
+pub fn checksum_matches(block: &[u8], seed: u32) -> bool {
+    let at = block.len() - TAIL_BYTES;
+    let tail = part(block, at, block.len());
+    is_tail(tail) && crc32c(seed, part(block, 0, at)) == le32(tail, 8)
+}
+
+/// Whether `rest`, what is left of a block, is its tail.
+fn is_tail(rest: &[u8]) -> bool {
+    let length = usize::from(le16(rest, 4));
+    rest.len() == TAIL_BYTES
+        && le32(rest, 0) == 0
+        && length == TAIL_BYTES
+        && rest[6..8] == [0, TAIL_KIND]
+}

@@ -1,0 +1,33 @@
+//! ext4 on an asynchronous block device: no FUSE, no kernel, no other code.
+//!
+//! From the check down to the byte:
+//!
+//! | module | what |
+//! |---|---|
+//! | [`check`] | whether a filesystem is consistent |
+//! | [`image`] | a filesystem with its journal replayed in memory |
+//! | [`journal`] | jbd2: layout and replay |
+//! | [`map`], [`extent`] | from an inode to the blocks of its file |
+//! | [`dir`], [`htree`], [`hash`] | directories and their index |
+//! | [`inode`], [`xattr`] | inodes and their attributes |
+//! | [`superblock`], [`features`], [`group`] | what the filesystem is, and where its parts lie |
+//! | [`crc`], [`bytes`], [`error`] | checksums, numbers, findings |
+//! | [`device`] | the seam below |
+
+pub mod bytes;
+pub mod check;
+pub mod crc;
+pub mod device;
+pub mod dir;
+pub mod error;
+pub mod extent;
+pub mod features;
+pub mod group;
+pub mod hash;
+pub mod htree;
+pub mod image;
+pub mod inode;
+pub mod journal;
+pub mod map;
+pub mod superblock;
+pub mod xattr;

@@ -1,0 +1,281 @@
+//! The ways that requests take between client and servers, seen from the network between them.
+
+use super::chains::{Load, PAGE, PAGE_BLOCKS};
+use blockd::admin::{AdminReply, AdminRequest};
+use blockd::id::{Epoch, NodeNo};
+use blockd::io::wire::Status;
+use blockd_tests::{Cluster, Delay, MIB, Network, Passed, Random, run};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+fn at_once() -> Delay {
+    Arc::new(|_, _| Duration::ZERO)
+}
+
+/// The first byte of a page of this server.
+fn page_of(cluster: &Cluster, volume: &str, node: u16) -> u64 {
+    let route = cluster.route(0, volume);
+    let run = route.runs.iter().find(|run| run.owner.0 == node).unwrap();
+    u64::from(run.first_page) * u64::from(route.page_blocks) * 512
+}
+
+/// From, to, and whether it is the answer.
+fn hops(passed: &[Passed]) -> Vec<(u16, u8, bool)> {
+    passed
+        .iter()
+        .map(|frame| (frame.from.0, frame.to, frame.reply))
+        .collect()
+}
+
+/// S003-07: a request for a page of server 3 that server 1 receives goes 1, 3, 1, client; one for a
+/// page of server 1 goes nowhere else.
+#[test]
+fn a_request_goes_to_the_holder_and_back_the_same_way() {
+    let cluster = Cluster::three();
+    let network = Network::between(&cluster, &at_once());
+    let volume = cluster.create("v", 12 * MIB).id;
+    let mut client = cluster.nbd(0, "v");
+    let (near, far) = (page_of(&cluster, "v", 1), page_of(&cluster, "v", 3));
+    network.forget();
+    client.write(near, &[1; 4096]).unwrap();
+    assert_eq!(client.read(near, 4096).unwrap(), [1; 4096]);
+    assert_eq!(network.passed(volume), [], "a page that is here");
+    client.write(far, &[2; 4096]).unwrap();
+    assert_eq!(hops(&network.passed(volume)), [(1, 3, false), (1, 3, true)]);
+    network.forget();
+    assert_eq!(client.read(far, 4096).unwrap(), [2; 4096]);
+    let passed = network.passed(volume);
+    assert_eq!(hops(&passed), [(1, 3, false), (1, 3, true)]);
+    assert_eq!(u64::from(passed[0].page.0), far / (4 * MIB));
+}
+
+/// S003-08: a client that reads a whole volume, most of which is on other servers, connects to the
+/// one server that it asked and to nobody else.
+#[test]
+fn a_client_has_one_peer_only() {
+    let cluster = Cluster::three();
+    cluster.create("v", 12 * MIB);
+    let data = Random::new(4).bytes(12 << 20);
+    cluster.nbd(1, "v").write(0, &data).unwrap();
+    let (trace, image) = (cluster.path("trace"), cluster.path("image"));
+    let [uri, _] = cluster.servers[0].uris("v");
+    let arguments = [
+        "-f",
+        "-e",
+        "trace=connect",
+        "-o",
+        trace.to_str().unwrap(),
+        "nbdcopy",
+        &uri,
+        image.to_str().unwrap(),
+    ];
+    run(60, "strace", arguments);
+    assert!(std::fs::read(&image).unwrap() == data);
+    let trace = std::fs::read_to_string(&trace).unwrap();
+    let connects: Vec<&str> = trace
+        .lines()
+        .filter(|line| line.contains("AF_INET"))
+        .collect();
+    let asked = format!("\"{}\"", cluster.servers[0].address);
+    assert!(!connects.is_empty(), "{trace}");
+    assert!(
+        connects.iter().all(|line| line.contains(&asked)),
+        "{connects:?}"
+    );
+}
+
+/// S003-09: the client library asks the holder itself; after the table has changed, its old hint is
+/// answered stale once, and the request is carried out all the same.
+#[test]
+fn a_direct_client_goes_straight_to_the_holder() {
+    let cluster = Cluster::three();
+    let network = Network::between(&cluster, &at_once());
+    let id = cluster.create("v", 12 * MIB).id;
+    let volume = cluster.open("v");
+    let far = page_of(&cluster, "v", 3);
+    network.forget();
+    cluster
+        .block(volume.write(far, vec![5; 4096].into()))
+        .unwrap();
+    assert_eq!(hops(&network.passed(id)), [(0, 3, false), (0, 3, true)]);
+    let name = "v".to_owned();
+    let grow = AdminRequest::VolumeResize {
+        name,
+        size_bytes: 40 * MIB,
+        allow_shrink: false,
+    };
+    cluster.admin_at(1, grow).unwrap();
+    network.forget();
+    assert_eq!(
+        cluster.block(volume.read(far, 4096)).unwrap(),
+        [5; 4096].as_slice()
+    );
+    let passed = network.passed(id);
+    let stale = passed
+        .iter()
+        .filter(|frame| frame.status == Status::Stale)
+        .count();
+    assert!(
+        passed
+            .iter()
+            .all(|frame| (frame.from, frame.to) == (NodeNo(0), 3)),
+        "{passed:?}"
+    );
+    assert!(
+        stale <= 1 && passed.last().unwrap().status == Status::Ok,
+        "{passed:?}"
+    );
+}
+
+/// S003-18: a server whose table is old asks the holder under the old epoch, hears that it is stale, and
+/// asks again: the answer is right, and what was forwarded is never forwarded on.
+#[test]
+fn an_old_table_costs_another_try_and_no_wrong_answer() {
+    let cluster = Cluster::three();
+    let AdminReply::Cluster(status) = cluster.admin(AdminRequest::ClusterStatus).unwrap() else {
+        panic!()
+    };
+    let behind = (1..=3_u16)
+        .find(|node| status.leader != Some(NodeNo(*node)))
+        .unwrap();
+    let holder = (1..=3_u16).find(|node| *node != behind).unwrap();
+    let slow = Arc::new(AtomicBool::new(false));
+    let is_slow = Arc::clone(&slow);
+    let delay: Delay = Arc::new(move |from, to| {
+        let late = is_slow.load(Ordering::Relaxed) && u16::from(to) == behind && from.0 != 0;
+        Duration::from_millis(if late { 400 } else { 0 })
+    });
+    let network = Network::between(&cluster, &delay);
+    let id = cluster.create("v", 12 * MIB).id;
+    let far = page_of(&cluster, "v", holder);
+    let mut client = cluster.nbd(usize::from(behind) - 1, "v");
+    client.write(far, &[6; 4096]).unwrap();
+    slow.store(true, Ordering::Relaxed);
+    let at_holder = usize::from(holder) - 1;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let name = "v".to_owned();
+            let grow = AdminRequest::VolumeResize {
+                name,
+                size_bytes: 40 * MIB,
+                allow_shrink: false,
+            };
+            cluster.admin_at(at_holder, grow).unwrap();
+        });
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while cluster.route(at_holder, "v").epoch == Epoch(1) {
+            assert!(Instant::now() < deadline, "the volume does not grow");
+        }
+        network.forget();
+        assert_eq!(client.read(far, 4096).unwrap(), [6; 4096]);
+    });
+    let passed = network.passed(id);
+    let stale = passed
+        .iter()
+        .filter(|frame| frame.status == Status::Stale)
+        .count();
+    assert!(stale > 0, "the table was not old: {passed:?}");
+    let holder = u8::try_from(holder).unwrap();
+    let one_hop = |frame: &Passed| (frame.from.0, frame.to) == (behind, holder);
+    assert!(passed.iter().all(one_hop), "{passed:?}");
+    assert_eq!(passed.last().unwrap().status, Status::Ok);
+}
+
+/// S003-16: 40 ms lie between server 1 and the other two. Snapshots under dependent writes are still
+/// points in time, every server shows the same, nothing fails; only what crosses the gap is slower.
+#[test]
+fn halves_that_are_far_apart_are_one_cluster() {
+    let cluster = Cluster::three();
+    let half = |node: u16| node == 1;
+    let delay: Delay =
+        Arc::new(
+            move |from, to| match from.0 != 0 && half(from.0) != half(u16::from(to)) {
+                true => Duration::from_millis(20),
+                false => Duration::ZERO,
+            },
+        );
+    let network = Network::between(&cluster, &delay);
+    cluster.create_on("v", 64 * PAGE, PAGE_BLOCKS, &[]);
+    cluster.create_on("w", 64 * PAGE, PAGE_BLOCKS, &[]);
+    let load = Load::start(&cluster, ["v", "w"]);
+    for number in 0..6 {
+        let name = format!("s{number}");
+        let before = load.marks();
+        let targets = [format!("v@{name}"), format!("w@{name}")];
+        cluster
+            .snapshot_at(number % 3, &[&targets[0], &targets[1]])
+            .unwrap();
+        let after = load.marks();
+        load.check(&cluster, number % 3, &name, &before, &after);
+        load.check(&cluster, (number + 1) % 3, &name, &before, &after);
+        load.check_running();
+    }
+    let marks = load.marks();
+    load.finish();
+    assert!(
+        marks.iter().all(|(acknowledged, _)| *acknowledged > 6),
+        "{marks:?}: no real load"
+    );
+    let whole = |server: usize| {
+        cluster
+            .nbd(server, "v")
+            .read(0, u32::try_from(64 * PAGE).unwrap())
+            .unwrap()
+    };
+    assert!(whole(0) == whole(1) && whole(1) == whole(2));
+    let mut client = cluster.nbd(0, "v");
+    let mut fastest = |at: u64| {
+        let times = (0..10).map(|_| {
+            let began = Instant::now();
+            client.read(at, 512).unwrap();
+            began.elapsed()
+        });
+        times.min().unwrap()
+    };
+    let (near, far) = (
+        fastest(page_of(&cluster, "v", 1)),
+        fastest(page_of(&cluster, "v", 3)),
+    );
+    assert!(
+        far >= Duration::from_millis(40) && near < Duration::from_millis(40),
+        "{near:?} {far:?}"
+    );
+    drop(network);
+}
+
+/// what a server sent is sent again, byte by byte, after newer writes: nobody executes it.
+#[test]
+fn replayed_connections_change_nothing() {
+    let cluster = Cluster::three();
+    let network = Network::between(&cluster, &at_once());
+    cluster.create("v", 12 * MIB);
+    let far = page_of(&cluster, "v", 3);
+    let mut client = cluster.nbd(0, "v");
+    client.write(far, &[1; 65536]).unwrap();
+    let recorded = network.sent_by(NodeNo(1));
+    client.write(far, &[2; 65536]).unwrap();
+    let replayed = recorded
+        .iter()
+        .filter(|bytes| bytes.windows(4096).any(|part| part == [1; 4096]))
+        .count();
+    assert!(replayed > 0, "the write was recorded");
+    for (server, bytes) in cluster
+        .servers
+        .iter()
+        .flat_map(|server| recorded.iter().map(move |bytes| (server, bytes)))
+    {
+        let mut stream = TcpStream::connect(server.peer_address()).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(2)))
+            .unwrap();
+        // The server may close before it has read all.
+        let _ = stream.write_all(bytes);
+        let _ = stream.read_to_end(&mut Vec::new());
+    }
+    assert!(client.read(far, 65536).unwrap() == [2; 65536]);
+    assert!(cluster.nbd(2, "v").read(far, 65536).unwrap() == [2; 65536]);
+    cluster.wait_writable();
+}

@@ -1,0 +1,202 @@
+//! A counter over two volumes, under fio, during many group snapshots by each procedure.
+
+use super::chains::{PAGE, PAGE_BLOCKS};
+use blockd::control::snapshot::Procedure;
+use blockd_tests::{Chain, Cluster, Progress, Tag};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+/// Snapshots by each procedure; more of them with this variable set.
+const ROUNDS: u64 = 20;
+const ROUNDS_VARIABLE: &str = "BLOCKD_SNAPSHOT_ROUNDS";
+/// The page of the counter on each volume; the load writes the others.
+const COUNTER_PAGE: u64 = 0;
+const PAGES: u64 = 64;
+
+fn rounds() -> u64 {
+    let given = std::env::var(ROUNDS_VARIABLE).ok();
+    given.map_or(ROUNDS, |text| text.parse().unwrap())
+}
+
+/// Where a counter writes to one volume.
+enum Way {
+    /// NBD through this server.
+    Nbd(usize),
+    /// A client library, one for both volumes.
+    Library,
+}
+
+/// Writes 1 to the first volume and, once that is acknowledged, 1 to the second one, then 2.
+struct Counter {
+    progress: Arc<Progress>,
+    thread: JoinHandle<()>,
+}
+
+type Write = Box<dyn FnMut(u64, Vec<u8>) + Send>;
+
+impl Counter {
+    fn start(cluster: &Cluster, block: u64, ways: [Way; 2], stop: &Arc<AtomicBool>) -> Self {
+        let [a, b] = ways;
+        let mut writes = [writer(cluster, "a", &a), writer(cluster, "b", &b)];
+        let (progress, stop) = (Arc::new(Progress::default()), Arc::clone(stop));
+        let count = Arc::clone(&progress);
+        let thread = std::thread::spawn(move || {
+            for number in 0.. {
+                if stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                let (place, value) = CHAIN.write(number);
+                count.issue();
+                writes[place](offset(block), Tag::block(value, 4096));
+                count.acknowledge();
+            }
+        });
+        Self { progress, thread }
+    }
+}
+
+const CHAIN: Chain = Chain { places: 2 };
+
+fn offset(block: u64) -> u64 {
+    COUNTER_PAGE * PAGE + block * 4096
+}
+
+fn writer(cluster: &Cluster, volume: &'static str, way: &Way) -> Write {
+    match way {
+        Way::Nbd(server) => {
+            let mut connection = cluster.nbd(*server, volume);
+            Box::new(move |offset, data| connection.write(offset, &data).unwrap())
+        }
+        Way::Library => {
+            let (opened, handle) = (cluster.open(volume), cluster.handle());
+            Box::new(move |offset, data| {
+                handle.block_on(opened.write(offset, data.into())).unwrap();
+            })
+        }
+    }
+}
+
+/// Random writes to the other pages of a volume, through one server.
+struct Fio(Child);
+
+impl Fio {
+    fn start(cluster: &Cluster, server: usize, volume: &str) -> Self {
+        let uri = &cluster.servers[server].uris(volume)[0];
+        let (from, size) = ((COUNTER_PAGE + 1) * PAGE, (PAGES - COUNTER_PAGE - 1) * PAGE);
+        let mut fio = Command::new("fio");
+        fio.args([
+            "--name=load",
+            "--ioengine=nbd",
+            "--rw=randwrite",
+            "--bs=4k",
+            "--iodepth=8",
+        ]);
+        fio.args(["--time_based", "--runtime=3600", "--rate_iops=800"]);
+        fio.arg(format!("--uri={uri}"));
+        fio.arg(format!("--offset={from}"))
+            .arg(format!("--size={size}"));
+        fio.current_dir(cluster.directory());
+        Self(
+            fio.stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap(),
+        )
+    }
+
+    fn check_running(&mut self) {
+        assert_eq!(self.0.try_wait().unwrap(), None, "fio has ended");
+    }
+}
+
+impl Drop for Fio {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+/// The volumes have their counters on different owners.
+fn cluster() -> Cluster {
+    let cluster = Cluster::three();
+    cluster.create_on("a", PAGES * PAGE, PAGE_BLOCKS, &[1, 2]);
+    cluster.create_on("b", PAGES * PAGE, PAGE_BLOCKS, &[3]);
+    cluster
+}
+
+/// S003-25, 29, promise 4: however the counter reaches the two volumes, no snapshot of the group has
+/// its second volume ahead of the first one, nor lacks what was acknowledged before the command.
+fn never_is_b_ahead_of_a(procedure: Procedure, ways: Vec<[Way; 2]>) {
+    let cluster = cluster();
+    let stop = Arc::new(AtomicBool::new(false));
+    let ways = (0..).zip(ways);
+    let counters = ways.map(|(block, ways)| Counter::start(&cluster, block, ways, &stop));
+    let counters: Vec<Counter> = counters.collect();
+    let mut load = [Fio::start(&cluster, 1, "a"), Fio::start(&cluster, 0, "b")];
+    for round in 0..rounds() {
+        let server = usize::try_from(round % 3).unwrap();
+        let before: Vec<u64> = counters.iter().map(|c| c.progress.acknowledged()).collect();
+        let taken = cluster.snapshot_by(server, &["a@s", "b@s"], procedure);
+        taken.unwrap_or_else(|error| panic!("round {round}: {error}"));
+        let after: Vec<u64> = counters.iter().map(|c| c.progress.issued()).collect();
+        let mut views = ["a@s", "b@s"].map(|name| cluster.nbd((server + 1) % 3, name));
+        for (number, block) in (0..counters.len()).zip(0..) {
+            let values = views.each_mut().map(|view| {
+                let data = view.read(offset(block), 4096).unwrap();
+                Tag::read(&data).unwrap()
+            });
+            let checked = CHAIN.check(&values, before[number], after[number]);
+            checked.unwrap_or_else(|error| panic!("round {round}, counter {number}: {error}"));
+        }
+        drop(views);
+        cluster.delete_snapshot("a@s");
+        cluster.delete_snapshot("b@s");
+        load.iter_mut().for_each(Fio::check_running);
+        assert!(counters.iter().all(|counter| !counter.thread.is_finished()));
+    }
+    stop.store(true, Ordering::Relaxed);
+    let total: u64 = counters.iter().map(|c| c.progress.acknowledged()).sum();
+    eprintln!(
+        "{procedure}: {} snapshots under {total} dependent writes",
+        rounds()
+    );
+    counters
+        .into_iter()
+        .for_each(|counter| counter.thread.join().unwrap());
+}
+
+/// All ways from one volume to the other that there are: two servers, two connections of one
+/// server, the client library, and between them.
+fn all_ways() -> Vec<[Way; 2]> {
+    vec![
+        [Way::Nbd(0), Way::Nbd(1)],
+        [Way::Nbd(2), Way::Nbd(0)],
+        [Way::Nbd(1), Way::Library],
+        [Way::Library, Way::Nbd(2)],
+        [Way::Library, Way::Library],
+    ]
+}
+
+#[test]
+fn a_counter_is_in_order_in_every_snapshot_by_barrier() {
+    never_is_b_ahead_of_a(Procedure::Barrier, all_ways());
+}
+
+#[test]
+fn a_counter_is_in_order_in_every_snapshot_by_hold() {
+    never_is_b_ahead_of_a(Procedure::Hold, all_ways());
+}
+
+/// U-07: where the clock is carried, which is over one server or one client.
+#[test]
+fn a_counter_is_in_order_in_every_snapshot_by_stamp() {
+    let ways = vec![
+        [Way::Nbd(0), Way::Nbd(0)],
+        [Way::Nbd(1), Way::Nbd(1)],
+        [Way::Nbd(2), Way::Nbd(2)],
+        [Way::Library, Way::Library],
+    ];
+    never_is_b_ahead_of_a(Procedure::Stamp, ways);
+}
