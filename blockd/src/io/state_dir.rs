@@ -28,6 +28,11 @@ pub trait StateDir: Send + Sync {
     /// Opens the file of the registry, made if absent.
     fn registry(&self) -> Result<Database, DatabaseError>;
 
+    /// Whether there is a file of the registry.
+    fn has_registry(&self) -> bool {
+        matches!(self.read("registry/belongs-to"), Ok(Some(_)))
+    }
+
     /// Bytes that may still be stored here; 0 if that is not known.
     fn free_bytes(&self) -> u64;
 
@@ -83,6 +88,10 @@ impl StateDir for Directory {
         let database = Database::create(&path)?;
         sync_parent(&path).map_err(redb::StorageError::Io)?;
         Ok(database)
+    }
+
+    fn has_registry(&self) -> bool {
+        self.0.join("registry/registry.redb").exists()
     }
 
     fn free_bytes(&self) -> u64 {

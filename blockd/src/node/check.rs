@@ -196,7 +196,7 @@ impl StateCheck {
             return self.damage(
                 file,
                 "the registry of this server is missing",
-                "the server starts with an empty one: if it has voted before, a majority of the others decides; if all are lost, nothing is served",
+                "the server serves nothing until it is given one again",
                 "if a majority of the other servers has theirs, start this one and define it again; else see `blockd recover`",
             );
         }

@@ -21,7 +21,8 @@ use crate::limits::FACTS_DELAY_MS;
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
@@ -46,6 +47,8 @@ struct Line<'a> {
 pub(crate) struct FactsFile {
     state: Arc<dyn StateDir>,
     head: FactsHead,
+    /// Revision that the file has; found out once.
+    kept: Arc<OnceLock<AtomicU64>>,
 }
 
 impl FactsFile {
@@ -53,6 +56,7 @@ impl FactsFile {
     pub(crate) fn new(state: Arc<dyn StateDir>, unique_id: &str, membership: &Membership) -> Self {
         Self {
             state,
+            kept: Arc::default(),
             head: FactsHead {
                 cluster_name: membership.name.clone(),
                 cluster_id: membership.id.clone(),
@@ -70,10 +74,11 @@ impl FactsFile {
     /// # Errors
     /// [`TextError`].
     pub(crate) fn save(&self, registry: &RegistryState) -> Result<(), TextError> {
-        let ours = |facts: &Facts| facts.head.cluster_id == self.head.cluster_id;
-        let kept = read(&*self.state).ok().flatten().filter(ours);
-        let is_newer = kept.is_none_or(|facts| facts.head.revision < registry.revision());
-        if registry.cluster().is_none() || !is_newer {
+        let revision = registry.revision().0;
+        let kept = self
+            .kept
+            .get_or_init(|| AtomicU64::new(self.kept_revision()));
+        if registry.cluster().is_none() || revision <= kept.load(Ordering::Relaxed) {
             return Ok(());
         }
         let head = FactsHead {
@@ -83,7 +88,16 @@ impl FactsFile {
         };
         let text = FORMAT.encode(&body(&head, registry));
         let written = self.state.replace("facts", &text);
-        written.map_err(failed("write", &self.state.path().join("facts")))
+        written.map_err(failed("write", &self.state.path().join("facts")))?;
+        kept.store(revision, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Of the file of this cluster; 0 if there is none.
+    fn kept_revision(&self) -> u64 {
+        let ours = |facts: &Facts| facts.head.cluster_id == self.head.cluster_id;
+        let kept = read(&*self.state).ok().flatten().filter(ours);
+        kept.map_or(0, |facts| facts.head.revision.0)
     }
 
     /// Writes the facts after each change, for ever.
@@ -192,6 +206,7 @@ mod tests {
             number: NodeNo(1),
             node_name: "n1".to_owned(),
             address: "127.0.0.1:10808".to_owned(),
+            registry_made: true,
         };
         FactsFile::new(Arc::new(dir.clone()), "00ff", &membership)
     }

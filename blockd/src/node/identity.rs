@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! line 1   "blockd-node" SP format version (decimal) SP CRC32 of the rest (8 hex digits) LF
-//! rest     JSON: unique_id (32 hex digits), cluster (null or name, id, number, node_name, address)
+//! rest     JSON: unique_id (32 hex digits), cluster (null or name, id, number, node_name, address,
+//!          registry_made)
 //! ```
 //!
 //! The file is replaced by writing `node.new`, fdatasync, rename, and fsync of the directory, so
@@ -35,6 +36,18 @@ pub(crate) struct Membership {
     pub(crate) node_name: String,
     /// Peer address under which the others know this node.
     pub(crate) address: String,
+    /// It has had a registry, and may have acknowledged what was in it. Identities of the first
+    /// builds do not say so before their next start.
+    #[serde(default)]
+    pub(crate) registry_made: bool,
+}
+
+impl Membership {
+    /// Whether it had a registry and has none any more. It must not go on with an empty one: it would
+    /// acknowledge as the server that it was, and forget what it has acknowledged.
+    pub(crate) fn registry_is_lost(&self, state: &dyn StateDir) -> bool {
+        self.registry_made && !state.has_registry()
+    }
 }
 
 /// Why the identity cannot be read or written.
@@ -185,6 +198,7 @@ mod tests {
             number: NodeNo(3),
             node_name: "n3".to_owned(),
             address: "127.0.0.1:10808".to_owned(),
+            registry_made: false,
         });
         made.save(&dir).unwrap();
         assert_eq!(Identity::open(&dir).unwrap(), made);

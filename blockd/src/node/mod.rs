@@ -82,6 +82,21 @@ impl Node {
         self.environment.state.free_bytes()
     }
 
+    /// Why this server is no member now, and what to do.
+    pub(crate) fn why_no_member(&self) -> &'static str {
+        match self.identity.borrow().cluster {
+            None => {
+                "this server belongs to no cluster yet: `blockctl cluster define NAME` makes a new one \
+                 of it, `blockctl node define ADDR --online` on a member adds it"
+            }
+            Some(_) => {
+                "the registry of this server is lost, and it serves nothing until it has one: \
+                 `blockctl node define ADDR --online` on another member gives it one, if a majority of \
+                 the others has theirs; else see `blockd recover`"
+            }
+        }
+    }
+
     pub(crate) fn member(&self) -> Option<Rc<Member>> {
         self.member.get().cloned()
     }

@@ -208,7 +208,7 @@ async fn handle(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
         _ => {}
     }
     let Some(member) = node.member() else {
-        return request.refuse(Status::Unavailable, "this server belongs to no cluster yet");
+        return request.refuse(Status::Unavailable, node.why_no_member());
     };
     let mut reply = match request.kind {
         Kind::Registry => {

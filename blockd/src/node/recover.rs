@@ -304,6 +304,7 @@ pub fn apply(state: &Path, plan: &Plan) -> Result<Applied, RecoverError> {
         number: planned.number,
         node_name: planned.name,
         address: planned.peer_address,
+        registry_made: true,
     };
     let directory: Arc<dyn StateDir> = Arc::new(Directory(state.to_owned()));
     let facts = FactsFile::new(Arc::clone(&directory), &identity.unique_id, &membership);

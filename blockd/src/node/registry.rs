@@ -263,6 +263,22 @@ impl Registry {
         answered.await.map_err(|missed| self.missed(&missed))
     }
 
+    /// Takes a server out of the group through the leader: one that has lost its log must not vote or
+    /// acknowledge as the one that it was.
+    ///
+    /// # Errors
+    /// No leader within the deadline.
+    pub async fn remove_voter(&self, node: NodeNo) -> Result<(), RegistryError> {
+        let node = raft::raft_id(node);
+        let request = Request::RemoveVoter { node };
+        let deadline = self.inner.options.deadline;
+        let answered = self.ask_leader(&request, deadline, |reply| match reply {
+            Reply::VoterRemoved => Some(()),
+            _ => None,
+        });
+        answered.await.map_err(|missed| self.missed(&missed))
+    }
+
     /// Executes a transaction, exactly once, through the leader. When it returns `Committed`, the
     /// state of this server has it, unless the server was cut off meanwhile.
     ///

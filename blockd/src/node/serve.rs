@@ -223,8 +223,12 @@ async fn start(
         config,
         environment: environment.clone(),
     });
-    if let Some(membership) = membership {
-        node.start_member(membership).await?;
+    match membership {
+        Some(membership) if membership.registry_is_lost(state) => {
+            tracing::error!("{}", node.why_no_member());
+        }
+        Some(membership) => drop(node.start_member(membership).await?),
+        None => {}
     }
     Ok(node)
 }
@@ -271,6 +275,7 @@ impl Node {
         membership: Membership,
     ) -> Result<Rc<Member>, ServeError> {
         let registry = self.open_registry(&membership).await?;
+        self.note_registry()?;
         let confirmed = LeaseFile::open(&*self.environment.state)?;
         let owner = Rc::new(Owner::new(
             membership.number,
@@ -299,6 +304,21 @@ impl Node {
         let facts = self.facts_file(&member.membership);
         tokio::task::spawn_local(facts.follow(member.registry.watch()));
         Ok(Rc::clone(self.member.get_or_init(|| member)))
+    }
+
+    /// Before the registry answers for the first time: from now on this server may not do without it.
+    fn note_registry(&self) -> Result<(), ServeError> {
+        let mut identity = self.identity.borrow().clone();
+        let made = identity
+            .cluster
+            .as_mut()
+            .map(|cluster| &mut cluster.registry_made);
+        if let Some(made) = made.filter(|made| !**made) {
+            *made = true;
+            identity.save(&*self.environment.state)?;
+            *self.identity.borrow_mut() = identity;
+        }
+        Ok(())
     }
 
     fn facts_file(&self, membership: &Membership) -> FactsFile {

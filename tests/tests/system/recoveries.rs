@@ -186,7 +186,12 @@ fn a_lost_registry_is_rebuilt_from_the_stores() {
         ])
     };
     drop(apply(0).ok());
-    drop(apply(1).ok());
+    fs::create_dir(cluster.servers[1].state.join("registry")).unwrap();
+    let aside = apply(1).ok();
+    assert!(
+        aside.stdout.contains("registry.before-recovery-1"),
+        "{aside:?}"
+    );
     let again = apply(1).ok();
     assert!(
         !again.stdout.contains("former"),
@@ -223,10 +228,7 @@ fn a_lost_registry_is_rebuilt_from_the_stores() {
         "--i-have-stopped-all-servers",
     ])
     .ok();
-    assert!(
-        late.stdout.contains("registry.before-recovery-1"),
-        "{late:?}"
-    );
+    assert!(late.stdout.contains("node 3"), "{late:?}");
     cluster.servers[2].start();
     cluster.wait_writable();
 
@@ -362,6 +364,40 @@ fn old_facts_are_made_up_for_by_the_stores() {
         cluster.nbd(2, &name).read(0, 12288).unwrap()
             == [vec![0; 4096], vec![3; 4096], vec![0; 4096]].concat()
     );
+}
+
+/// The registry of one server is lost, a majority has it: the server is given it again.
+#[test]
+fn a_lost_registry_of_one_server_comes_back_from_the_others() {
+    for lost in [2, 0] {
+        let mut cluster = Cluster::three();
+        cluster.create("v", 12 * MIB);
+        let volume = cluster.open("v");
+        cluster
+            .block(volume.write(0, vec![1; 12 << 20].into()))
+            .unwrap();
+        cluster.servers[lost].kill();
+        fs::remove_dir_all(cluster.servers[lost].state.join("registry")).unwrap();
+        cluster.wait_writable_but(lost);
+        cluster.servers[lost].start();
+        let address = cluster.servers[lost].peer_address();
+        let other = (lost + 1) % 3;
+        let define = AdminRequest::NodeDefine {
+            address,
+            name: None,
+            online: true,
+        };
+        cluster.admin_at(other, define).unwrap();
+        cluster.wait_writable();
+        cluster.create("w", 8 * MIB);
+        assert!(cluster.nbd(lost, "v").read(0, 12 << 20).unwrap() == [1; 12 << 20]);
+        cluster.servers[other].kill();
+        cluster.wait_writable_but(other);
+        assert_eq!(
+            cluster.route(lost, "w"),
+            cluster.route(3 - lost - other, "w")
+        );
+    }
 }
 
 /// S003-21, S003-27: each server makes the snapshot of its own portion only, in files that survive a

@@ -1,10 +1,13 @@
 //! `blockctl volume scrub`: exact about damage, quiet without, and beside a load.
 
 use blockd_tests::{Cluster, MIB, Ran, Random, binary, try_run};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::fs;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 fn blockctl(cluster: &Cluster, arguments: &[&str]) -> Ran {
     let servers = cluster.server_list();
@@ -191,4 +194,48 @@ fn a_scrub_without_a_server_is_not_complete() {
         (&rest["complete"], &rest["verified_bytes"]),
         (&true.into(), &(4 << 20).into())
     );
+}
+
+/// Ctrl-c pauses a scrub, which keeps to its rate; `--resume` verifies the rest and no more.
+#[test]
+fn a_paused_scrub_goes_on_where_it_was() {
+    let cluster = Cluster::three();
+    cluster.create("v", 36 * MIB);
+    let volume = cluster.open("v");
+    cluster
+        .block(volume.write(0, vec![1; 36 << 20].into()))
+        .unwrap();
+    let servers = cluster.server_list();
+    let arguments = [
+        "--servers",
+        &servers,
+        "--json",
+        "volume",
+        "scrub",
+        "v",
+        "--rate",
+        "2MiB",
+    ];
+    let mut command = Command::new(binary("blockctl"));
+    let child = command
+        .args(arguments)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    sleep(Duration::from_millis(3500));
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let part: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let verified = part["verified_bytes"].as_u64().unwrap();
+    // Three servers for three seconds or so, at 2 MiB a second each.
+    assert!((3 << 20..27 << 20).contains(&verified), "{part}");
+    assert_eq!(part["complete"], false);
+    let shown = json(&blockctl(&cluster, &["volume", "show", "v"]).ok());
+    assert_eq!(shown["scrub"]["complete"], false);
+    let rest = json(&blockctl(&cluster, &["volume", "scrub", "v", "--resume"]).ok());
+    let whole = verified + rest["verified_bytes"].as_u64().unwrap();
+    // What a server had begun when the client left is verified once more.
+    assert!((36 << 20..=44 << 20).contains(&whole), "{part} {rest}");
+    assert_eq!(rest["complete"], true);
 }

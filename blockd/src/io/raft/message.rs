@@ -30,6 +30,10 @@ pub(crate) enum Request {
         node: u64,
         address: String,
     },
+    /// To the leader: this server is none of the group any more.
+    RemoveVoter {
+        node: u64,
+    },
 }
 
 /// The answer.
@@ -47,4 +51,5 @@ pub(crate) enum Reply {
     NotLeader,
     /// Not answered; a proposal may or may not be executed.
     Failed(String),
+    VoterRemoved,
 }

@@ -74,6 +74,7 @@ impl Server {
             Request::Propose(command) => self.propose(command).await,
             Request::ReadIndex => self.read_index().await,
             Request::AddVoter { node, address } => self.add_voter(node, address).await,
+            Request::RemoveVoter { node } => self.remove_voter(node).await,
         }
     }
 
@@ -147,6 +148,17 @@ impl Server {
         }
         match self.change_voters(node, BasicNode::new(address)).await {
             Ok(()) => Reply::VoterAdded,
+            Err(e) => failed(e),
+        }
+    }
+
+    async fn remove_voter(&self, node: u64) -> Reply {
+        if !self.leads() {
+            return Reply::NotLeader;
+        }
+        let removed = ChangeMembers::RemoveVoters(BTreeSet::from([node]));
+        match self.engine.change_membership(removed, false).await {
+            Ok(_) => Reply::VoterRemoved,
             Err(e) => failed(e),
         }
     }

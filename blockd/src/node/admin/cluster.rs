@@ -36,12 +36,16 @@ pub(super) async fn define(node: &Rc<Node>, name: &str) -> Answer {
         let text = format!("this server belongs to cluster {} ({})", ours.name, ours.id);
         return Err(refused(AdminErrorKind::Exists, text));
     }
+    if node.identity.borrow().cluster.is_some() {
+        return Err(refused(AdminErrorKind::Conflict, node.why_no_member()));
+    }
     let membership = Membership {
         name: name.to_owned(),
         id: UniqueId(random_u128().map_err(internal)?).to_string(),
         number: NodeNo(1),
         node_name: "n1".to_owned(),
         address: node.config.listen.to_string(),
+        registry_made: false,
     };
     let member = node.become_member(membership).await.map_err(internal)?;
     found(node, &member).await
@@ -92,8 +96,9 @@ fn internal(error: impl ToString) -> AdminError {
     refused(AdminErrorKind::Internal, error.to_string())
 }
 
-/// Who this server is.
+/// Who this server is. One that has lost its registry says that it belongs to no cluster.
 pub(super) fn identify(node: &Node) -> AdminReply {
+    let is_member = node.member().is_some();
     let identity = node.identity.borrow();
     AdminReply::Identity(Identity {
         unique_id: identity.unique_id.clone(),
@@ -101,6 +106,7 @@ pub(super) fn identify(node: &Node) -> AdminReply {
         cluster: identity
             .cluster
             .as_ref()
+            .filter(|_| is_member)
             .map(|cluster| (cluster.name.clone(), cluster.id.clone())),
     })
 }
@@ -108,17 +114,20 @@ pub(super) fn identify(node: &Node) -> AdminReply {
 /// Takes on the identity that a member of the cluster offers.
 pub(super) async fn join(node: &Rc<Node>, offer: JoinOffer) -> Answer {
     let _joining = node.joining.lock().await;
-    if let Some(member) = node.member() {
-        let ours = &member.membership;
-        if ours.id == offer.cluster_id && ours.number == offer.number {
+    let ours = node.identity.borrow().cluster.clone();
+    if let Some(ours) = ours {
+        let same = ours.id == offer.cluster_id && ours.number == offer.number;
+        if same && node.member().is_some() {
             return Ok(identify(node));
         }
-        let text = format!(
-            "the server belongs to cluster {} ({}) as node {}; to move it, give it an empty \
-             state directory",
-            ours.name, ours.id, ours.number
-        );
-        return Err(refused(AdminErrorKind::Conflict, text));
+        if !same {
+            let text = format!(
+                "the server belongs to cluster {} ({}) as node {}; to move it, give it an empty \
+                 state directory",
+                ours.name, ours.id, ours.number
+            );
+            return Err(refused(AdminErrorKind::Conflict, text));
+        }
     }
     let membership = Membership {
         name: offer.cluster_name,
@@ -126,6 +135,7 @@ pub(super) async fn join(node: &Rc<Node>, offer: JoinOffer) -> Answer {
         number: offer.number,
         node_name: offer.name,
         address: offer.address,
+        registry_made: false,
     };
     node.become_member(membership).await.map_err(internal)?;
     Ok(identify(node))
@@ -181,6 +191,11 @@ pub(super) async fn define_node(
     };
     let record = member.registry.update(build).await?;
     if online {
+        let votes = member.registry.status().voters.contains(&record.number);
+        if votes && them.cluster.is_none() {
+            // It has lost its registry: the group must forget what that server has acknowledged.
+            member.registry.remove_voter(record.number).await?;
+        }
         let offer = JoinOffer {
             cluster_name: member.membership.name.clone(),
             cluster_id: member.membership.id.clone(),

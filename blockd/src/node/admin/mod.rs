@@ -39,11 +39,8 @@ async fn dispatch(node: &Rc<Node>, request: AdminRequest) -> Answer {
         AdminRequest::ClusterDefine { name } => return cluster::define(node, &name).await,
         _ => {}
     }
-    let member = &*node.member().ok_or_else(|| {
-        let text = "this server belongs to no cluster yet: `blockctl cluster define NAME` makes a \
-                    new one of it, `blockctl node define ADDR --online` on a member adds it";
-        refused(AdminErrorKind::Unavailable, text)
-    })?;
+    let no_member = || refused(AdminErrorKind::Unavailable, node.why_no_member());
+    let member = &*node.member().ok_or_else(no_member)?;
     match request {
         AdminRequest::ClusterStatus => cluster::status(node, member).await,
         AdminRequest::NodeDefine {
