@@ -1,21 +1,13 @@
 //! `check`: opens what is to be checked, runs the check, prints the report.
 
-use crate::backend::{Connect, ConnectOptions, TargetName};
+use crate::backend::Connect;
 use crate::daemon;
 use crate::error::{FuseFsError, fsck};
 use crate::ext4::check::{self, report::Report};
-use crate::ext4::device::{Device, FileDevice, TargetDevice};
+use crate::ext4_source::Source;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use std::io::{self, Write};
-use std::path::PathBuf;
-
-/// What is checked.
-pub enum Source {
-    Volume(TargetName, ConnectOptions),
-    /// A file or block device of this machine.
-    Image(PathBuf),
-}
 
 /// The arguments of `check`.
 pub struct CheckCommand {
@@ -33,12 +25,9 @@ pub fn run(connect: Connect, command: &CheckCommand) -> Result<u8, FuseFsError> 
         source,
     };
     let runtime = daemon::runtime().map_err(system)?;
-    let name = match &command.source {
-        Source::Volume(target, _) => target.to_string(),
-        Source::Image(file) => file.display().to_string(),
-    };
+    let name = command.source.to_string();
     let report = runtime.block_on(async {
-        let device = open(connect, &command.source, &name).await?;
+        let device = command.source.open(connect, false).await?;
         let bar = ProgressBar::new(0).with_style(style());
         let progress = |what, done, total| {
             bar.set_length(total);
@@ -47,7 +36,7 @@ pub fn run(connect: Connect, command: &CheckCommand) -> Result<u8, FuseFsError> 
         };
         let checked = check::check(device.as_ref(), &progress).await;
         bar.finish_and_clear();
-        checked.map_err(|source| FuseFsError::Check {
+        checked.map_err(|source| FuseFsError::Ext4 {
             target: name.clone(),
             source,
         })
@@ -67,33 +56,6 @@ fn style() -> ProgressStyle {
     style
         .unwrap_or_else(|_| ProgressStyle::default_bar())
         .progress_chars("=> ")
-}
-
-async fn open(
-    connect: Connect,
-    source: &Source,
-    name: &str,
-) -> Result<Box<dyn Device>, FuseFsError> {
-    let failed = |reason: String| FuseFsError::Open {
-        target: name.to_owned(),
-        reason,
-    };
-    match source {
-        Source::Image(file) => {
-            let device = FileDevice::open(file).map_err(|error| failed(error.to_string()))?;
-            Ok(Box::new(device))
-        }
-        Source::Volume(target, options) => {
-            let servers = connect(options.clone())
-                .await
-                .map_err(|error| failed(error.to_string()))?;
-            let opened = servers
-                .open(target)
-                .await
-                .map_err(|error| failed(error.to_string()))?;
-            Ok(Box::new(TargetDevice(opened)))
-        }
-    }
 }
 
 fn as_text(name: &str, report: &Report) -> String {

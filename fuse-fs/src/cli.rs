@@ -2,10 +2,12 @@
 
 use crate::adapter::ViewOptions;
 use crate::backend::{Connect, ConnectOptions, TargetName};
-use crate::check_command::{self, CheckCommand, Source};
+use crate::check_command::{self, CheckCommand};
 use crate::daemon::{self, Serve, Started};
 use crate::error::{EXIT_USAGE, FuseFsError, fsck};
+use crate::ext4_source::Source;
 use crate::kernel_mount::{self, KernelMount};
+use crate::mkfs_command::{self, MAX_LABEL_BYTES, MkfsCommand};
 use crate::mountinfo;
 use crate::state_file::RuntimeDir;
 use crate::umount::{self, UmountOptions};
@@ -35,6 +37,8 @@ enum Verb {
     ///
     /// Exit codes are those of fsck: 0 clean, 4 errors found, 8 not checked, 16 usage.
     Check(Check),
+    /// Makes an ext4 filesystem on a volume, or in a file, as mke2fs of Debian 12 does.
+    Mkfs(Mkfs),
     /// Unmounts what `volumes` or `mount` mounted, after its data is flushed.
     Umount(Umount),
 }
@@ -121,17 +125,38 @@ struct Mount {
 
 #[derive(Debug, Args)]
 struct Check {
-    /// VOL or VOL@SNAP. A volume that is mounted changes meanwhile: check a snapshot of it.
+    #[command(flatten)]
+    on: On,
+    /// Print the result as one line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct Mkfs {
+    #[command(flatten)]
+    on: On,
+    /// The filesystem's label, at most 16 bytes.
+    #[arg(short = 'L', long, default_value = "", value_parser = parse_label)]
+    label: String,
+    /// Overwrite a filesystem that is there.
+    #[arg(long)]
+    force: bool,
+    /// Print what was made as one line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct On {
+    /// VOL, or VOL@SNAP to look at a snapshot.
     #[arg(required_unless_present = "image", conflicts_with = "image")]
     target: Option<String>,
-    /// Check this file or block device instead.
+    /// A file or block device of this machine instead.
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,
     #[command(flatten)]
     servers: Servers,
-    /// Print the result as one line of JSON.
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -164,6 +189,7 @@ pub fn run(connect: Connect) -> ExitCode {
         Verb::Volumes(volumes) => show(connect, &volumes),
         Verb::Mount(mount) => mount_kernel(mount),
         Verb::Check(arguments) => check(connect, &arguments),
+        Verb::Mkfs(arguments) => mkfs(connect, arguments),
         Verb::Umount(umount) => unmount(&umount),
     };
     match result {
@@ -234,15 +260,34 @@ fn mount_kernel(mount: Mount) -> Result<u8, FuseFsError> {
 
 fn check(connect: Connect, check: &Check) -> Result<u8, FuseFsError> {
     start_log(None)?;
-    let source = match (&check.image, &check.target) {
-        (Some(file), _) => Source::Image(file.clone()),
-        (None, target) => {
-            let target = target_name(target.as_deref().unwrap_or_default())?;
-            Source::Volume(target, check.servers.connect_options()?)
-        }
-    };
-    let json = check.json;
+    let (source, json) = (source(&check.on)?, check.json);
     check_command::run(connect, &CheckCommand { source, json })
+}
+
+fn mkfs(connect: Connect, mkfs: Mkfs) -> Result<u8, FuseFsError> {
+    start_log(None)?;
+    let command = MkfsCommand {
+        source: source(&mkfs.on)?,
+        label: mkfs.label,
+        force: mkfs.force,
+        json: mkfs.json,
+    };
+    mkfs_command::run(connect, &command).map(|()| 0)
+}
+
+fn source(on: &On) -> Result<Source, FuseFsError> {
+    if let Some(file) = &on.image {
+        return Ok(Source::Image(file.clone()));
+    }
+    let target = target_name(on.target.as_deref().unwrap_or_default())?;
+    Ok(Source::Volume(target, on.servers.connect_options()?))
+}
+
+fn parse_label(text: &str) -> Result<String, String> {
+    match text.len() {
+        0..=MAX_LABEL_BYTES => Ok(text.to_owned()),
+        length => Err(format!("{length} bytes are more than {MAX_LABEL_BYTES}")),
+    }
 }
 
 fn target_name(text: &str) -> Result<TargetName, FuseFsError> {

@@ -85,7 +85,12 @@ pub enum FuseFsError {
     #[error("{}: detached by force, data may be unflushed: {reason}; check the filesystem before you use the volume again", dir.display())]
     Unflushed { dir: PathBuf, reason: String },
     #[error("{target}: {source}")]
-    Check { target: String, source: Ext4Error },
+    Ext4 { target: String, source: Ext4Error },
+    #[error("{target}: {filesystem} is on it; --force overwrites it")]
+    Overwrite {
+        target: String,
+        filesystem: &'static str,
+    },
     #[error("{target}: {reason}")]
     Open { target: String, reason: String },
     #[error("{what}: {source}")]

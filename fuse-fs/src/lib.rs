@@ -7,8 +7,8 @@
 //! | [`cli`] | the command `fuse-fs`: arguments, exit codes, one function per subcommand |
 //! | [`kernel_mount`], [`umount`] | `mount --kernel` and its reverse, step by step |
 //! | [`loopdev`], [`superblock`], [`mountinfo`], [`state_file`] | what these need from the host |
-//! | [`check_command`] | `check`: a report for people or programs |
-//! | [`ext4`] | our own ext4: so far what reads and checks it |
+//! | [`check_command`], [`mkfs_command`], [`ext4_source`] | `check` and `mkfs` on a volume or a file |
+//! | [`ext4`] | our own ext4: so far what makes, reads and checks it |
 //! | [`daemon`] | the process that serves a view: background, signals, deadlines by fork |
 //! | [`adapter`] | FUSE requests to operations of the view; the only file that names `fuser` |
 //! | [`view`], [`open_file`] | the operations: names to volumes, bytes of one open volume |
@@ -26,8 +26,10 @@ pub mod client_backend;
 pub mod daemon;
 pub mod error;
 pub mod ext4;
+pub mod ext4_source;
 pub mod kernel_mount;
 pub mod loopdev;
+pub mod mkfs_command;
 pub mod mountinfo;
 pub mod open_file;
 pub mod overlay;

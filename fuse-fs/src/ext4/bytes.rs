@@ -46,3 +46,8 @@ pub fn part(bytes: &[u8], from: usize, to: usize) -> &[u8] {
     let to = to.min(bytes.len());
     bytes.get(from..to).unwrap_or_default()
 }
+
+/// Writes `value` at `at`; the caller's buffer is large enough.
+pub fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+    bytes[at..at + value.len()].copy_from_slice(value);
+}

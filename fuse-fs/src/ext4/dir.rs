@@ -5,7 +5,7 @@
 //! tail (metadata_csum): a free entry of 12 bytes, 0 name length, kind 0xde, 8 u32 CRC-32C from the inode's seed
 //! ```
 
-use crate::ext4::bytes::{le16, le32, part};
+use crate::ext4::bytes::{le16, le32, part, put};
 use crate::ext4::crc::crc32c;
 
 const HEADER_BYTES: usize = 8;
@@ -48,6 +48,48 @@ pub fn entries(block: &[u8], stores_kinds: bool) -> Result<Vec<Entry<'_>>, Strin
         at += length;
     }
     Ok(entries)
+}
+
+/// Makes a block of `entries`, which fit, and a tail; without entries, of free room.
+#[must_use]
+pub fn write_block(entries: &[Entry<'_>], block_bytes: usize, seed: u32) -> Vec<u8> {
+    let mut block = vec![0; block_bytes];
+    let end = block_bytes - TAIL_BYTES;
+    let free = [Entry {
+        inode: 0,
+        kind: 0,
+        name: b"",
+    }];
+    let entries = if entries.is_empty() { &free } else { entries };
+    let mut at = 0;
+    for (index, entry) in entries.iter().enumerate() {
+        let own = (HEADER_BYTES + entry.name.len())
+            .next_multiple_of(4)
+            .max(MIN_ENTRY_BYTES);
+        let length = if index + 1 == entries.len() {
+            end - at
+        } else {
+            own
+        };
+        write_entry(&mut block[at..], entry, length);
+        at += length;
+    }
+    let tail = Entry {
+        inode: 0,
+        kind: TAIL_KIND,
+        name: b"",
+    };
+    write_entry(&mut block[end..], &tail, TAIL_BYTES);
+    let crc = crc32c(seed, part(&block, 0, end));
+    put(&mut block, end + 8, &crc.to_le_bytes());
+    block
+}
+
+fn write_entry(bytes: &mut [u8], entry: &Entry<'_>, length: usize) {
+    put(bytes, 0, &entry.inode.to_le_bytes());
+    put(bytes, 4, &(length as u16).to_le_bytes());
+    put(bytes, 6, &[entry.name.len() as u8, entry.kind]);
+    put(bytes, HEADER_BYTES, entry.name);
 }
 
 /// Lengths of blocks of 64 KiB do not fit 16 bits; their lowest two are the highest.

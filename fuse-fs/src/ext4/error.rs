@@ -61,6 +61,16 @@ pub enum Ext4Error {
         len_bytes: u64,
         source: io::Error,
     },
+    #[error("writing {len_bytes} bytes at {offset_bytes}: {source}")]
+    Write {
+        offset_bytes: u64,
+        len_bytes: u64,
+        source: io::Error,
+    },
+    #[error(
+        "{size_bytes} bytes are too few or too many for a filesystem: from 3 MiB to 16 TiB are possible"
+    )]
+    Size { size_bytes: u64 },
 }
 
 impl Ext4Error {

@@ -7,7 +7,7 @@
 //! behind the last entry's place, in blocks: u32 CRC-32C from the inode's seed over all before
 //! ```
 
-use crate::ext4::bytes::{join, le16, le32, part};
+use crate::ext4::bytes::{join, le16, le32, part, put};
 use crate::ext4::crc::crc32c;
 use crate::ext4::superblock::Superblock;
 use std::ops::Range;
@@ -151,6 +151,56 @@ fn index<'a>(
     Ok(children)
 }
 
+/// The most blocks that one written extent has.
+pub const MAX_RUN_BLOCKS: u64 = MAX_WRITTEN as u64;
+
+/// Writes a leaf of `runs`, which fit and are written, over the whole of `bytes`.
+pub fn write_leaf(bytes: &mut [u8], runs: &[Run]) {
+    write_header(bytes, runs.len(), 0);
+    for (at, run) in (ENTRY_BYTES..).step_by(ENTRY_BYTES).zip(runs) {
+        put(bytes, at, &(run.logical as u32).to_le_bytes());
+        put(bytes, at + 4, &(run.blocks as u16).to_le_bytes());
+        put(bytes, at + 6, &((run.physical >> 32) as u16).to_le_bytes());
+        put(bytes, at + 8, &(run.physical as u32).to_le_bytes());
+    }
+}
+
+/// Writes an index with one child, which maps the whole file, over the whole of `bytes`.
+pub fn write_index_of_one(bytes: &mut [u8], child: u64) {
+    write_header(bytes, 1, 1);
+    put(bytes, ENTRY_BYTES + 4, &(child as u32).to_le_bytes());
+    put(
+        bytes,
+        ENTRY_BYTES + 8,
+        &((child >> 32) as u16).to_le_bytes(),
+    );
+}
+
+fn write_header(bytes: &mut [u8], count: usize, depth: u16) {
+    bytes.fill(0);
+    let capacity = (bytes.len() - ENTRY_BYTES) / ENTRY_BYTES;
+    for (at, value) in [
+        (0, MAGIC),
+        (2, count as u16),
+        (4, capacity as u16),
+        (6, depth),
+    ] {
+        put(bytes, at, &value.to_le_bytes());
+    }
+}
+
+/// Puts the checksum behind the entries of a node in a block; `seed` is the inode's.
+pub fn seal(block: &mut [u8], seed: u32) {
+    let tail = tail(block);
+    let crc = crc32c(seed, part(block, 0, tail));
+    put(block, tail, &crc.to_le_bytes());
+}
+
+/// Behind the last place for an entry.
+fn tail(block: &[u8]) -> usize {
+    ENTRY_BYTES + usize::from(le16(block, 4)) * ENTRY_BYTES
+}
+
 /// The first logical block that the node in `bytes` names; `None` of an empty one.
 #[must_use]
 pub fn first_logical(bytes: &[u8]) -> Option<u64> {
@@ -160,6 +210,6 @@ pub fn first_logical(bytes: &[u8]) -> Option<u64> {
 /// Whether a node in a block has the right checksum; `seed` is the inode's.
 #[must_use]
 pub fn checksum_matches(block: &[u8], seed: u32) -> bool {
-    let tail = ENTRY_BYTES + usize::from(le16(block, 4)) * ENTRY_BYTES;
+    let tail = tail(block);
     tail + 4 <= block.len() && crc32c(seed, part(block, 0, tail)) == le32(block, tail)
 }

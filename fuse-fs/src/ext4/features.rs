@@ -5,6 +5,7 @@
 /// Compatible features that this code names.
 pub mod compat {
     pub const HAS_JOURNAL: u32 = 0x4;
+    pub const EXT_ATTR: u32 = 0x8;
     pub const RESIZE_INODE: u32 = 0x10;
     pub const DIR_INDEX: u32 = 0x20;
     pub const SPARSE_SUPER2: u32 = 0x200;

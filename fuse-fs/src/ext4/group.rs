@@ -9,7 +9,7 @@
 //! 0x20 to 0x3a: the high halves of all but flags and checksum, in the same order (64bit)
 //! ```
 
-use crate::ext4::bytes::{join, le16, le32, part};
+use crate::ext4::bytes::{join, le16, le32, part, put};
 use crate::ext4::crc::{crc16, crc32c};
 use crate::ext4::features::{compat, incompat, ro_compat};
 use crate::ext4::superblock::Superblock;
@@ -17,6 +17,7 @@ use std::ops::Range;
 
 const INODES_UNINIT: u16 = 1;
 const BLOCKS_UNINIT: u16 = 2;
+const TABLE_ZEROED: u16 = 4;
 const WIDE_BYTES: usize = 64;
 const CHECKSUM_AT: usize = 0x1e;
 
@@ -37,6 +38,8 @@ pub struct Group {
     pub inodes_uninit: bool,
     /// The bitmap of blocks is not on disk: only the group's own metadata is in use.
     pub blocks_uninit: bool,
+    /// What was never used of the inode table is zero on disk.
+    pub table_zeroed: bool,
 }
 
 impl Group {
@@ -70,26 +73,70 @@ impl Group {
             inode_bitmap_checksum: count(0x1a, 0x3a),
             inodes_uninit: flags & INODES_UNINIT != 0,
             blocks_uninit: flags & BLOCKS_UNINIT != 0,
+            table_zeroed: flags & TABLE_ZEROED != 0,
         }
+    }
+
+    /// The 64 bytes of descriptor `number`, with its checksum.
+    #[must_use]
+    pub fn write(&self, number: u32, superblock: &Superblock) -> [u8; WIDE_BYTES] {
+        let mut bytes = [0; WIDE_BYTES];
+        for (at, block) in [
+            (0, self.block_bitmap),
+            (4, self.inode_bitmap),
+            (8, self.inode_table),
+        ] {
+            put(&mut bytes, at, &(block as u32).to_le_bytes());
+            put(&mut bytes, at + 0x20, &((block >> 32) as u32).to_le_bytes());
+        }
+        for (low, high, count) in [
+            (0xc, 0x2c, self.free_blocks),
+            (0xe, 0x2e, self.free_inodes),
+            (0x10, 0x30, self.directories),
+            (0x1c, 0x32, self.unused_inodes),
+            (0x18, 0x38, self.block_bitmap_checksum),
+            (0x1a, 0x3a, self.inode_bitmap_checksum),
+        ] {
+            put(&mut bytes, low, &(count as u16).to_le_bytes());
+            put(&mut bytes, high, &((count >> 16) as u16).to_le_bytes());
+        }
+        let flag = |set, bit| if set { bit } else { 0 };
+        let flags = flag(self.inodes_uninit, INODES_UNINIT)
+            | flag(self.blocks_uninit, BLOCKS_UNINIT)
+            | flag(self.table_zeroed, TABLE_ZEROED);
+        put(&mut bytes, 0x12, &flags.to_le_bytes());
+        if let Some(checksum) = checksum(&bytes, number, superblock) {
+            put(&mut bytes, CHECKSUM_AT, &checksum.to_le_bytes());
+        }
+        bytes
     }
 }
 
 /// Whether the descriptor's own checksum is right; without the feature it has none.
 #[must_use]
 pub fn checksum_matches(bytes: &[u8], number: u32, superblock: &Superblock) -> bool {
-    let stored = le16(bytes, CHECKSUM_AT);
+    checksum(bytes, number, superblock).is_none_or(|checksum| checksum == le16(bytes, CHECKSUM_AT))
+}
+
+fn checksum(bytes: &[u8], number: u32, superblock: &Superblock) -> Option<u16> {
     let before = part(bytes, 0, CHECKSUM_AT);
     let after = part(bytes, CHECKSUM_AT + 2, bytes.len());
     if superblock.has_checksums() {
         let crc = crc32c(superblock.checksum_seed, &number.to_le_bytes());
         let crc = crc32c(crc32c(crc32c(crc, before), &[0, 0]), after);
-        crc & 0xffff == u32::from(stored)
+        Some((crc & 0xffff) as u16)
     } else if superblock.features.has_ro_compat(ro_compat::GDT_CSUM) {
         let crc = crc16(crc16(0xffff, &superblock.uuid), &number.to_le_bytes());
-        crc16(crc16(crc, before), after) == stored
+        Some(crc16(crc16(crc, before), after))
     } else {
-        true
+        None
     }
+}
+
+/// The checksum of `bitmap`, of which its first `bits` count.
+#[must_use]
+pub fn bitmap_checksum(bitmap: &[u8], bits: u32, superblock: &Superblock) -> u32 {
+    crc32c(superblock.checksum_seed, part(bitmap, 0, bits as usize / 8))
 }
 
 /// Whether `bitmap` of `bits` bits has the checksum `stored`, of which old descriptors keep half.
@@ -100,8 +147,7 @@ pub fn bitmap_matches(bitmap: &[u8], bits: u32, stored: u32, superblock: &Superb
     } else {
         0xffff
     };
-    let covered = part(bitmap, 0, bits as usize / 8);
-    !superblock.has_checksums() || crc32c(superblock.checksum_seed, covered) & kept == stored
+    !superblock.has_checksums() || bitmap_checksum(bitmap, bits, superblock) & kept == stored
 }
 
 /// Arithmetic of groups: all in blocks of the filesystem.

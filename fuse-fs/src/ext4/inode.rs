@@ -11,7 +11,7 @@
 //! The checksum is CRC-32C from the inode's seed (the filesystem's, number, generation) over all bytes, with
 //! its own two fields zero. A deleted inode that waits for its blocks to be freed has in dtime the next one.
 
-use crate::ext4::bytes::{array, join, le16, le32, part};
+use crate::ext4::bytes::{array, join, le16, le32, part, put};
 use crate::ext4::crc::crc32c;
 use crate::ext4::features::{incompat, ro_compat};
 use crate::ext4::superblock::Superblock;
@@ -19,6 +19,7 @@ use crate::ext4::superblock::Superblock;
 pub const BAD_BLOCKS: u32 = 1;
 pub const ROOT: u32 = 2;
 pub const RESIZE: u32 = 7;
+pub const JOURNAL: u32 = 8;
 
 /// Bytes of the part that every inode has; xattrs may stand behind it.
 pub const BASE_BYTES: usize = 128;
@@ -150,21 +151,37 @@ impl Inode {
         if !superblock.has_checksums() || bytes.iter().all(|byte| *byte == 0) {
             return true;
         }
-        let wide = bytes.len() > BASE_BYTES
-            && usize::from(self.extra_bytes) + BASE_BYTES >= CHECKSUM_HIGH_AT + 2;
-        let low = le16(bytes, CHECKSUM_LOW_AT);
-        let high = le16(bytes, CHECKSUM_HIGH_AT);
+        let low = u32::from(le16(bytes, CHECKSUM_LOW_AT));
+        let crc = self.checksum(bytes);
+        if self.has_wide_checksum(bytes) {
+            crc == u32::from(le16(bytes, CHECKSUM_HIGH_AT)) << 16 | low
+        } else {
+            crc & 0xffff == low
+        }
+    }
+
+    fn has_wide_checksum(&self, bytes: &[u8]) -> bool {
+        bytes.len() > BASE_BYTES
+            && usize::from(self.extra_bytes) + BASE_BYTES >= CHECKSUM_HIGH_AT + 2
+    }
+
+    fn checksum(&self, bytes: &[u8]) -> u32 {
         let crc = crc32c(self.checksum_seed, part(bytes, 0, CHECKSUM_LOW_AT));
         let crc = crc32c(crc, &[0, 0]);
-        if !wide {
-            let crc = crc32c(crc, part(bytes, CHECKSUM_LOW_AT + 2, bytes.len()));
-            return crc & 0xffff == u32::from(low);
+        if !self.has_wide_checksum(bytes) {
+            return crc32c(crc, part(bytes, CHECKSUM_LOW_AT + 2, bytes.len()));
         }
         let crc = crc32c(crc, part(bytes, CHECKSUM_LOW_AT + 2, CHECKSUM_HIGH_AT));
         let crc = crc32c(crc, &[0, 0]);
-        let crc = crc32c(crc, part(bytes, CHECKSUM_HIGH_AT + 2, bytes.len()));
-        crc == u32::from(high) << 16 | u32::from(low)
+        crc32c(crc, part(bytes, CHECKSUM_HIGH_AT + 2, bytes.len()))
     }
+}
+
+/// Puts the checksum into `bytes`, the slot of inode `number` in a filesystem with checksums and wide inodes.
+pub fn seal(number: u32, bytes: &mut [u8], superblock: &Superblock) {
+    let crc = Inode::read(number, bytes, superblock).checksum(bytes);
+    put(bytes, CHECKSUM_LOW_AT, &(crc as u16).to_le_bytes());
+    put(bytes, CHECKSUM_HIGH_AT, &((crc >> 16) as u16).to_le_bytes());
 }
 
 /// The name of a field that is not zero though the filesystem has no use for it.

@@ -1,10 +1,11 @@
 //! ext4 on an asynchronous block device: no FUSE, no kernel, no other code.
 //!
-//! From the check down to the byte:
+//! From the commands down to the byte:
 //!
 //! | module | what |
 //! |---|---|
 //! | [`check`] | whether a filesystem is consistent |
+//! | [`mkfs`] | makes a filesystem |
 //! | [`image`] | a filesystem with its journal replayed in memory |
 //! | [`journal`] | jbd2: layout and replay |
 //! | [`map`], [`extent`] | from an inode to the blocks of its file |
@@ -29,5 +30,6 @@ pub mod image;
 pub mod inode;
 pub mod journal;
 pub mod map;
+pub mod mkfs;
 pub mod superblock;
 pub mod xattr;

@@ -23,8 +23,8 @@ use crate::ext4::features::{Features, compat, incompat, ro_compat};
 pub const OFFSET_BYTES: u64 = 1024;
 pub const SIZE_BYTES: usize = 1024;
 
-const MAGIC: u16 = 0xef53;
-const CHECKSUM_AT: usize = 0x3fc;
+pub(super) const MAGIC: u16 = 0xef53;
+pub(super) const CHECKSUM_AT: usize = 0x3fc;
 const CHECKSUM_CRC32C: u8 = 1;
 const MIN_BLOCK_BYTES: u32 = 1024;
 const MAX_LOG_BLOCK: u32 = 6;

@@ -16,10 +16,14 @@ fn double() -> PathBuf {
         .join("examples/fuse-fs-double")
 }
 
-fn check(arguments: &[&str], store: &Path) -> Output {
+fn fuse_fs(arguments: &[&str], store: &Path) -> Output {
     let mut command = Command::new(double());
-    command.arg("check").args(arguments);
+    command.args(arguments);
     command.env("BLOCKD_SERVERS", store).output().unwrap()
+}
+
+fn check(arguments: &[&str], store: &Path) -> Output {
+    fuse_fs(&[&["check"], arguments].concat(), store)
 }
 
 fn json(output: &Output) -> Value {
@@ -119,5 +123,51 @@ fn what_cannot_be_checked_says_why() {
     assert!(
         String::from_utf8_lossy(&output.stderr).contains("planted fault"),
         "{output:?}"
+    );
+}
+
+#[test]
+fn mkfs_overwrites_only_by_force() {
+    let shop = Workshop::new();
+    let store = shop.path("store");
+    fs::create_dir(&store).unwrap();
+    for name in ["vol", "vol@snap"] {
+        File::create(store.join(name))
+            .unwrap()
+            .set_len(64 << 20)
+            .unwrap();
+    }
+    let first = fuse_fs(&["mkfs", "vol", "--label", "first", "--json"], &store);
+    assert_eq!(first.status.code(), Some(0), "{first:?}");
+    let made = json(&first);
+    assert_eq!(
+        (&made["blocks"], &made["inodes"]),
+        (&Value::from(65_536), &Value::from(16_384))
+    );
+    assert_eq!(check(&["vol"], &store).status.code(), Some(0));
+
+    let second = fuse_fs(&["mkfs", "vol"], &store);
+    let said = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert_eq!(second.status.code(), Some(32), "{said}");
+    assert!(
+        said.contains("vol: ext4 is on it; --force overwrites it"),
+        "{said}"
+    );
+    let label = crate::image::run("e2label", &[text(&store.join("vol"))]);
+    assert_eq!(String::from_utf8_lossy(&label.stdout).trim(), "first");
+
+    assert_eq!(
+        fuse_fs(&["mkfs", "vol", "--force"], &store).status.code(),
+        Some(0)
+    );
+    assert_eq!(
+        fuse_fs(&["mkfs", "vol@snap"], &store).status.code(),
+        Some(32)
+    );
+    assert_eq!(
+        fuse_fs(&["mkfs", "vol", "-L", "seventeen bytes!!"], &store)
+            .status
+            .code(),
+        Some(1)
     );
 }

@@ -157,7 +157,7 @@ pub(crate) fn check_file(path: &Path) -> Result<Report, Ext4Error> {
     check_bytes(fs::read(path).unwrap())
 }
 
-/// Bytes as a device.
+/// Bytes as a device that is read.
 pub(crate) struct Memory(pub(crate) Vec<u8>);
 
 impl Device for Memory {
@@ -169,6 +169,18 @@ impl Device for Memory {
         let at = usize::try_from(offset_bytes).unwrap();
         let bytes = Bytes::copy_from_slice(&self.0[at..at + len_bytes as usize]);
         Box::pin(std::future::ready(Ok(bytes)))
+    }
+
+    fn write(&self, _offset_bytes: u64, _data: Bytes) -> Pending<'_, ()> {
+        panic!("a check writes nothing")
+    }
+
+    fn zero(&self, _offset_bytes: u64, _len_bytes: u64) -> Pending<'_, ()> {
+        panic!("a check writes nothing")
+    }
+
+    fn flush(&self) -> Pending<'_, ()> {
+        panic!("a check writes nothing")
     }
 }
 

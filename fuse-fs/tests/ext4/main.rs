@@ -10,3 +10,4 @@ mod command;
 mod damage;
 mod image;
 mod journal;
+mod mkfs;

@@ -1,5 +1,6 @@
 //! Which blocks are in use, by what was found to use them.
 
+use crate::ext4::bytes::array;
 use crate::ext4::superblock::Superblock;
 
 const WORD_BITS: u32 = 64;
@@ -54,6 +55,25 @@ impl Claims {
         bits.is_some_and(|bits| {
             bits[(within / WORD_BITS) as usize] >> (within % WORD_BITS) & 1 != 0
         })
+    }
+
+    /// Whether the first `count` bits of `bitmap` say of `group` what is known here.
+    #[must_use]
+    pub fn matches(&self, group: u32, bitmap: &[u8], count: u32) -> bool {
+        let known = self.groups[group as usize].as_deref().unwrap_or_default();
+        let words = bitmap.chunks_exact(8).enumerate();
+        words
+            .take(count.div_ceil(WORD_BITS) as usize)
+            .all(|(at, bytes)| {
+                let left = count - at as u32 * WORD_BITS;
+                let mask = if left < WORD_BITS {
+                    (1 << left) - 1
+                } else {
+                    u64::MAX
+                };
+                let word = u64::from_le_bytes(array(bytes, 0));
+                (word ^ known.get(at).copied().unwrap_or(0)) & mask == 0
+            })
     }
 
     /// How many blocks of `group` are in use.

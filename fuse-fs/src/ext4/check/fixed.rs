@@ -82,6 +82,21 @@ impl Checker<'_> {
             || self.parts(group).into_iter().any(part)
     }
 
+    /// How many blocks of `group` belong to the group's own metadata, if nothing overlaps.
+    pub(super) fn own_metadata(&self, group: u32) -> u32 {
+        let superblock = &self.image.superblock;
+        let first = superblock.group_first(group);
+        let end = first + u64::from(superblock.group_blocks(group));
+        let within =
+            |start: u64, blocks: u64| (start + blocks).min(end).saturating_sub(start.max(first));
+        let head = superblock.group_head(group);
+        let parts = self
+            .parts(group)
+            .into_iter()
+            .map(|(_, start, blocks)| within(start, blocks));
+        (within(head.start, head.end - head.start) + parts.sum::<u64>()) as u32
+    }
+
     async fn check_mmp(&self) -> Result<(), Ext4Error> {
         let block = self.image.superblock.mmp_block;
         if !self.image.superblock.contains(block, 1) {

@@ -60,9 +60,12 @@ impl Checker<'_> {
         let claims = self.claims.borrow();
         match &bitmaps.blocks {
             Some(bitmap) => {
-                self.compare(place, "block", bitmap, count, |at| {
-                    claims.is_used(group, at)
-                });
+                if !claims.matches(group, bitmap, count) {
+                    self.compare(place, "block", bitmap, count, |at| {
+                        claims.is_used(group, at)
+                    });
+                }
+                self.check_rest(place, "block", bitmap, count);
                 if !bitmap_matches(
                     bitmap,
                     superblock.blocks_per_group,
@@ -72,7 +75,7 @@ impl Checker<'_> {
                     self.find(place, "its block bitmap has a wrong checksum");
                 }
             }
-            None if descriptor.blocks_uninit => {
+            None if descriptor.blocks_uninit && claims.used(group) != self.own_metadata(group) => {
                 let differs =
                     |at: &u32| claims.is_used(group, *at) != self.is_own_metadata(group, *at);
                 if let Some(at) = (0..count).find(differs) {
@@ -108,6 +111,7 @@ impl Checker<'_> {
         let is_used = |at: u32| slots.get(at as usize).is_some_and(|slot| slot.used);
         if let Some(bitmap) = &bitmaps.inodes {
             self.compare(place, "inode", bitmap, count, is_used);
+            self.check_rest(place, "inode", bitmap, count);
             if !bitmap_matches(bitmap, count, descriptor.inode_bitmap_checksum, superblock) {
                 self.find(place, "its inode bitmap has a wrong checksum");
             }
@@ -138,7 +142,7 @@ impl Checker<'_> {
         free
     }
 
-    /// Finds bits of `bitmap` that are not as they should; those behind `count` are set.
+    /// Finds bits among the first `count` of `bitmap` that are not as they should.
     fn compare(
         &self,
         place: Place,
@@ -147,7 +151,6 @@ impl Checker<'_> {
         count: u32,
         is_used: impl Fn(u32) -> bool,
     ) {
-        let bits = bitmap.len() as u32 * 8;
         let bit = |at: u32| bitmap[(at / 8) as usize] >> (at % 8) & 1 != 0;
         let wrong = |set: bool| {
             (0..count)
@@ -173,7 +176,12 @@ impl Checker<'_> {
                 ),
             );
         }
-        if (count..bits).any(|at| !bit(at)) {
+    }
+
+    /// Finds that `bitmap` is not filled up behind its first `count` bits.
+    fn check_rest(&self, place: Place, what: &str, bitmap: &[u8], count: u32) {
+        let mut rest = count..bitmap.len() as u32 * 8;
+        if rest.any(|at| bitmap[(at / 8) as usize] >> (at % 8) & 1 == 0) {
             self.find(
                 place,
                 format!("its {what} bitmap is not filled up behind the last {what}"),

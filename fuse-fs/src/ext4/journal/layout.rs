@@ -5,7 +5,7 @@
 //!   kinds: 1 descriptor, 2 commit, 3 and 4 superblock of version 1 and 2, 5 revoke
 //! superblock: 0x0c u32 block size, 0x10 u32 length, 0x14 u32 first log block, 0x18 u32 first sequence,
 //!   0x1c u32 start (0: empty), 0x20 u32 error; version 2: 0x24 u32 compatible, 0x28 u32 incompatible,
-//!   0x30 u8 x16 uuid, 0x50 u8 checksum type, 0x54 u32 fast-commit blocks, 0xfc u32 CRC-32C of its 1024 bytes
+//!   0x30 u8 x16 uuid, 0x40 u32 users, 0x50 u8 checksum type, 0x54 u32 fast-commit blocks, 0xfc u32 CRC-32C of its 1024 bytes
 //! descriptor: tags from 0x0c, each followed by a uuid of 16 bytes unless its flag says "same"
 //!   tag, checksum v3: 0 u32 block, 4 u32 flags, 8 u32 block high, 12 u32 checksum
 //!   other tags: 0 u32 block, 4 u16 checksum, 6 u16 flags, [8 u32 block high (64bit)], [2 unused (v2)]
@@ -16,7 +16,7 @@
 //!   sequence and logged block; all start from the CRC-32C of the uuid
 //! ```
 
-use crate::ext4::bytes::{be16, be32, join, part};
+use crate::ext4::bytes::{be16, be32, join, part, put};
 use crate::ext4::crc::{self, crc32c};
 
 pub const KIND_DESCRIPTOR: u32 = 1;
@@ -252,6 +252,25 @@ impl JournalSuperblock {
         };
         !self.has_checksums() || crc & kept == tag.checksum
     }
+}
+
+/// The superblock of an empty journal of `blocks` blocks, without features: who mounts it adds what it uses.
+#[must_use]
+pub fn empty(block_bytes: u32, blocks: u32, uuid: &[u8; UUID_BYTES]) -> [u8; SUPERBLOCK_BYTES] {
+    let mut bytes = [0; SUPERBLOCK_BYTES];
+    for (at, value) in [
+        (0, MAGIC),
+        (4, KIND_SUPERBLOCK_V2),
+        (0xc, block_bytes),
+        (0x10, blocks),
+        (0x14, 1),
+        (0x18, 1),
+        (0x40, 1),
+    ] {
+        put(&mut bytes, at, &value.to_be_bytes());
+    }
+    put(&mut bytes, 0x30, uuid);
+    bytes
 }
 
 /// Kind and sequence of a block of the log; `None` if it is none.
