@@ -65,59 +65,100 @@ async fn change(store: &PageStore, random: &mut SimRandom, head: &mut [u8]) {
     head[from..end].fill(byte);
 }
 
+/// What the store is to show.
+struct Model {
+    random: SimRandom,
+    head: Vec<u8>,
+    snapshots: Vec<(SnapshotId, Vec<u8>)>,
+    rounds: u32,
+}
+
+impl Model {
+    async fn changes(&mut self, store: &PageStore, below: u64) {
+        for _ in 0..self.random.below(below) {
+            change(store, &mut self.random, &mut self.head).await;
+        }
+    }
+
+    /// Splits, writes, and takes a snapshot of one of the eras.
+    async fn split_and_take(&mut self, store: &PageStore) {
+        self.rounds += 1;
+        self.changes(store, 6).await;
+        let before = store.split_eras(VOLUME).unwrap();
+        let mut images = vec![(before, self.head.clone())];
+        for _ in 0..self.random.below(12) {
+            change(store, &mut self.random, &mut self.head).await;
+            images.push((store.current_era(VOLUME), self.head.clone()));
+        }
+        let chosen = usize::try_from(self.random.below(images.len() as u64)).unwrap();
+        let (era, then) = images.swap_remove(chosen);
+        let id = SnapshotId(self.rounds);
+        store.take_snapshot_at(VOLUME, id, era).unwrap();
+        self.snapshots.push((id, then));
+        self.changes(store, 3).await;
+    }
+
+    async fn join_and_delete(&mut self, store: &PageStore) {
+        store.join_eras(VOLUME).await.unwrap();
+        if self.snapshots.len() > 4 {
+            let chosen = usize::try_from(self.random.below(5)).unwrap();
+            let (gone, _) = self.snapshots.remove(chosen);
+            store.delete_snapshot(VOLUME, gone).await.unwrap();
+        }
+    }
+
+    async fn check(&self, store: &PageStore) {
+        let round = self.rounds;
+        assert!(image(store, None).await == self.head, "round {round}");
+        for (id, then) in &self.snapshots {
+            let found = image(store, Some(*id)).await;
+            assert!(found == *then, "round {round}, snapshot {id}");
+        }
+    }
+}
+
+/// Runs until everything in it is dropped, as in a crash.
+fn session<T>(body: impl Future<Output = T>) -> T {
+    let runtime = { tokio::runtime::Builder::new_current_thread() }
+        .enable_all()
+        .build()
+        .unwrap();
+    tokio::task::LocalSet::new().block_on(&runtime, body)
+}
+
 /// S003-26, 41, 42: a snapshot of any era that was split off is the image after that write, before and
 /// after the eras are joined, and after a crash; the others are merged and take no space.
 #[test]
 fn a_snapshot_of_any_era_is_the_image_of_then() {
-    let runtime = tokio::runtime::Builder::new_current_thread();
-    let runtime = { runtime }.enable_all().build().unwrap();
     let dir = tempfile::tempdir().unwrap();
-    tokio::task::LocalSet::new().block_on(&runtime, async {
-        let mut random = SimRandom(11);
-        let (mut store, mut head) = (open(dir.path()), vec![0; LEN]);
-        let mut snapshots: Vec<(SnapshotId, Vec<u8>)> = Vec::new();
-        for round in 1..=ROUNDS {
-            for _ in 0..random.below(6) {
-                change(&store, &mut random, &mut head).await;
+    let mut model = Model {
+        random: SimRandom(11),
+        head: vec![0; LEN],
+        snapshots: Vec::new(),
+        rounds: 0,
+    };
+    while model.rounds < ROUNDS {
+        session(async {
+            let store = open(dir.path());
+            model.check(&store).await;
+            loop {
+                model.split_and_take(&store).await;
+                model.check(&store).await;
+                if model.random.below(3) == 0 {
+                    return;
+                }
+                model.join_and_delete(&store).await;
+                model.check(&store).await;
             }
-            let before = store.split_eras(VOLUME).unwrap();
-            let mut images = vec![(before, head.clone())];
-            for _ in 0..random.below(12) {
-                change(&store, &mut random, &mut head).await;
-                images.push((store.current_era(VOLUME), head.clone()));
-            }
-            let chosen = usize::try_from(random.below(images.len() as u64)).unwrap();
-            let (era, then) = images.swap_remove(chosen);
-            let id = SnapshotId(round);
-            store.take_snapshot_at(VOLUME, id, era).unwrap();
-            for _ in 0..random.below(3) {
-                change(&store, &mut random, &mut head).await;
-            }
-            assert!(image(&store, Some(id)).await == then, "round {round}");
-            snapshots.push((id, then));
-            if random.below(3) == 0 {
-                drop(store);
-                store = open(dir.path());
-            } else {
-                store.join_eras(VOLUME).await.unwrap();
-            }
-            if snapshots.len() > 4 {
-                let gone = snapshots.remove(usize::try_from(random.below(5)).unwrap());
-                store.delete_snapshot(VOLUME, gone.0).await.unwrap();
-            }
-            assert!(image(&store, None).await == head, "round {round}");
-            for (id, then) in &snapshots {
-                assert!(
-                    image(&store, Some(*id)).await == *then,
-                    "round {round}, {id}"
-                );
-            }
-        }
-        for (id, _) in snapshots {
+        });
+    }
+    session(async {
+        let store = open(dir.path());
+        for (id, _) in std::mem::take(&mut model.snapshots) {
             store.delete_snapshot(VOLUME, id).await.unwrap();
         }
+        model.check(&store).await;
         let used = store.volume_usage(VOLUME).allocated_bytes;
         assert!(used <= LEN as u64, "{used} bytes for {LEN}");
-        assert!(image(&store, None).await == head);
     });
 }

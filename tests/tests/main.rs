@@ -46,6 +46,8 @@ mod nbd_restarts;
 mod nbd_tls;
 #[path = "system/offline_check.rs"]
 mod offline_check;
+#[path = "system/orders.rs"]
+mod orders;
 #[path = "system/paths.rs"]
 mod paths;
 #[path = "system/procedures.rs"]

@@ -348,6 +348,24 @@ impl Registry {
         Err(RegistryError::Contention(REGISTRY_UPDATE_TRIES).into())
     }
 
+    /// As [`Self::update`], but builds the transaction from the state as this server has it at first,
+    /// which saves a round trip to the leader. For transactions that expect everything that they rest
+    /// on: an old state is then a conflict or a refusal, and both are tried again.
+    ///
+    /// # Errors
+    /// As [`Self::update`].
+    pub async fn update_at_once<T, E>(
+        &self,
+        mut f: impl FnMut(&RegistryState) -> Result<(Transaction, T), E>,
+    ) -> Result<T, UpdateError<E>> {
+        if let Ok((transaction, value)) = f(&self.state())
+            && let Outcome::Committed(_) = self.propose(transaction).await?
+        {
+            return Ok(value);
+        }
+        self.update(f).await
+    }
+
     /// The state as this server has it; may be old.
     #[must_use]
     pub fn state(&self) -> Arc<RegistryState> {

@@ -48,8 +48,6 @@ pub(super) async fn create(
         let text = format!("{volume}@{snapshot} is named twice");
         return Err(refused(AdminErrorKind::Invalid, text));
     }
-    catch_up(member).await?;
-    let procedure = procedure.unwrap_or_else(|| procedure_of(&member.registry.state(), &targets));
     let hold_max_ms = node.config.snapshot_hold_max_ms;
     let mut verdict = run(member, &targets, procedure, limits(hold_max_ms, 0)).await?;
     for again in 1..TRIES {
@@ -83,10 +81,10 @@ pub(super) async fn create(
 
 /// That of the volumes, if they agree; else `barrier`, which covers what the others do and makes
 /// no write wait.
-fn procedure_of(state: &RegistryState, targets: &[SnapshotName]) -> Procedure {
-    let volumes = targets.iter();
-    let volumes = volumes.filter_map(|target| state.volume_by_name(&target.volume));
-    let mut wanted = volumes.map(|volume| state.settings(volume.id).procedure());
+fn procedure_of(state: &RegistryState, records: &[SnapshotRecord]) -> Procedure {
+    let mut wanted = records
+        .iter()
+        .map(|record| state.settings(record.volume).procedure());
     let first = wanted.next().unwrap_or_default();
     if wanted.all(|other| other == first) {
         first
@@ -110,7 +108,7 @@ fn limits(hold_max_ms: u64, again: usize) -> Limits {
 async fn run(
     member: &Member,
     targets: &[SnapshotName],
-    procedure: Procedure,
+    procedure: Option<Procedure>,
     limits: Limits,
 ) -> Result<(Verdict, Vec<SnapshotRecord>), AdminError> {
     let random = random_u64();
@@ -123,14 +121,13 @@ async fn run(
             Ok((volume.id, target.snapshot.clone()))
         });
         let wanted: Vec<_> = wanted.collect::<Result<_, AdminError>>()?;
-        Ok(begin_snapshots(
-            state,
-            &wanted,
-            ticket,
-            member.clock.unix_ms(),
-        )?)
+        let now_ms = member.clock.unix_ms();
+        let (transaction, records) = begin_snapshots(state, &wanted, ticket, now_ms)?;
+        let procedure = procedure.unwrap_or_else(|| procedure_of(state, &records));
+        Ok((transaction, (records, procedure)))
     };
-    let records = member.registry.update(build).await?;
+    let (records, procedure) = member.registry.update_at_once(build).await?;
+    member.publish();
     let plans: Vec<Plan> = records.iter().flat_map(plans_of).collect();
     let me = member.number();
     let machine = Coordinator::new(me, ticket, procedure, &plans, limits, 0);
@@ -226,7 +223,7 @@ async fn commit(member: &Member, records: &[SnapshotRecord]) -> Option<Coordinat
     let build = |state: &RegistryState| -> Result<(Transaction, ()), ChangeError> {
         Ok((commit_snapshots(state, records)?, ()))
     };
-    let result = match member.registry.update(build).await {
+    let result = match member.registry.update_at_once(build).await {
         Ok(()) => CommitResult::Committed,
         Err(UpdateError::Registry(RegistryError::UnknownOutcome(_))) => CommitResult::Unknown,
         Err(error) => {
