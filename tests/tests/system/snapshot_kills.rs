@@ -40,6 +40,13 @@ fn kill_during(procedure: Procedure, start: fn(&Cluster, [&'static str; 2]) -> L
     let load = start(&cluster, ["v", "w"]);
     let mut marks = BTreeMap::new();
     let mut committed = 0;
+    let (before_all, started) = (load.marks(), Instant::now());
+    cluster
+        .snapshot_by(0, &["v@first", "w@first"], procedure)
+        .unwrap();
+    marks.insert("first".to_owned(), (before_all, load.marks()));
+    // From before the first order until after the commit, however slow the machine is.
+    let window_us = u64::try_from(started.elapsed().as_micros() * 3 / 2).unwrap();
     for round in 0..ROUNDS {
         let name = format!("s{round}");
         let coordinator = round % 3;
@@ -50,7 +57,7 @@ fn kill_during(procedure: Procedure, start: fn(&Cluster, [&'static str; 2]) -> L
         };
         let before = load.marks();
         let taking = start_snapshot(&cluster, coordinator, &name, procedure);
-        sleep(Duration::from_micros(random.within(0..25_000)));
+        sleep(Duration::from_micros(random.within(0..window_us)));
         cluster.servers[victim].kill();
         let answered_well = taking.join().unwrap();
         committed += usize::from(answered_well);
