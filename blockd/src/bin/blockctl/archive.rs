@@ -2,7 +2,7 @@
 //! or a bucket.
 
 use crate::args::{Cli, parse_snapshot};
-use crate::backup::unless_interrupted;
+use crate::backup::{half_done, unless_interrupted};
 use crate::command::connect;
 use crate::failure::Failure;
 use crate::output::{ago, facts, now_unix_ms, print, table};
@@ -113,7 +113,9 @@ pub(crate) async fn restore(cli: &Cli, args: &Restore) -> Result<(), Failure> {
         bar.set_position(done);
     };
     let at = args.at.as_deref();
-    let restored = backup::restore(session.client(), &store, &args.volume, at, progress).await?;
+    let restore = backup::restore(session.client(), &store, &args.volume, at, progress);
+    let restored = unless_interrupted(async { Ok(restore.await?) }).await;
+    let restored = restored.map_err(|failure| half_done(&args.volume, failure))?;
     bar.finish_and_clear();
     let Restored {
         snapshot,

@@ -268,7 +268,9 @@ pub(crate) async fn import(cli: &Cli, args: &Import) -> Result<(), Failure> {
         },
     };
     let progress = |done| bar.set_position(done);
-    let imported = backup::import(session.client(), &target, input, progress).await?;
+    let import = backup::import(session.client(), &target, input, progress);
+    let imported = unless_interrupted(async { Ok(import.await?) }).await;
+    let imported = imported.map_err(|failure| half_done(&args.volume, failure))?;
     bar.finish_and_clear();
     let facts_json = json!({
         "volume": args.volume,
@@ -300,6 +302,17 @@ pub(crate) async fn unless_interrupted<T>(
     tokio::select! {
         done = work => done,
         () = interrupt.wait() => Err(Failure::Interrupted),
+    }
+}
+
+/// What an interrupt leaves of a volume that was being filled.
+pub(crate) fn half_done(volume: &str, failure: Failure) -> Failure {
+    match failure {
+        Failure::Interrupted => Failure::Partly {
+            source: Box::new(failure),
+            aftermath: format!("volume {volume} may have a part of it"),
+        },
+        other => other,
     }
 }
 

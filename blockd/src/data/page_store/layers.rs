@@ -86,13 +86,19 @@ impl<D: Disk> Engine<D> {
         let mut runs = Vec::new();
         let (mut next, end) = (at.offset_bytes, at.offset_bytes + at.len_bytes);
         while next < end {
+            let absent = view.map_or(end - next, |(volume, _)| volume.absent_bytes(at.page, next));
+            let absent = absent.min(end - next);
             let chunk_end = ((next / CHUNK_BYTES + 1) * CHUNK_BYTES).min(end);
-            let range = (next, chunk_end);
-            match view {
-                Some((volume, era)) => chunk_runs(volume, &at, range, era, since, &mut runs),
-                None => LayerRun::unallocated(u64::from(chunk_end - next)).append_to(&mut runs),
-            }
-            next = chunk_end;
+            next = match view {
+                Some((volume, era)) if absent == 0 => {
+                    chunk_runs(volume, &at, (next, chunk_end), era, since, &mut runs);
+                    chunk_end
+                }
+                _ => {
+                    LayerRun::unallocated(u64::from(absent)).append_to(&mut runs);
+                    next + absent
+                }
+            };
         }
         Ok(runs)
     }

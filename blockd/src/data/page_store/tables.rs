@@ -3,12 +3,13 @@
 //! Invariant: the tables are a function of the log alone. At run time a change is logged and then
 //! executed; recovery executes the same records over the tables of the last checkpoint.
 
+use super::engine::chunk_of;
 use super::hash::FastMap;
 use super::meta::{SlotContent, SlotRecord};
 use super::record::{Change, ChunkAt, DataKind};
 use super::slots::Slots;
 use super::version::{ALL, GROUP_CHUNKS, Group, SUBS, Version, bits};
-use crate::id::{PageNo, SnapshotId, VolumeId};
+use crate::id::{CHUNK_BYTES, PageNo, SnapshotId, VolumeId};
 use std::collections::VecDeque;
 
 /// Positions in the log file are kept in units of the record alignment.
@@ -41,6 +42,19 @@ impl Volume {
                 .iter()
                 .find(|(s, _)| *s == id)
                 .map(|(_, era)| *era),
+        }
+    }
+
+    /// Bytes of the page from `offset_bytes` on, to the end of a run of chunks that have no versions at
+    /// all; 0 if the first one may have some.
+    pub(super) fn absent_bytes(&self, page: PageNo, offset_bytes: u32) -> u32 {
+        let group = chunk_of(offset_bytes) / GROUP_CHUNKS;
+        match self.groups.contains_key(&group_key(page, group)) {
+            true => 0,
+            false => {
+                let group_bytes = u32::from(GROUP_CHUNKS) * CHUNK_BYTES;
+                group_bytes - offset_bytes % group_bytes
+            }
         }
     }
 
