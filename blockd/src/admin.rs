@@ -4,7 +4,7 @@
 //! printed by `blockctl --json` as they are. Adding a variant at the end keeps older peers
 //! readable; anything else takes a new protocol version.
 
-use crate::control::registry::{LeaseHolder, LeaseState, ScrubRecord};
+use crate::control::registry::{LeaseHolder, LeaseState, MovePhase, MoveWish, ScrubRecord};
 use crate::control::snapshot::Procedure;
 use crate::data::page_store::DamagedRange;
 use crate::id::{
@@ -119,6 +119,40 @@ pub enum AdminRequest {
     },
     /// What keeps requests waiting on all servers.
     HoldList,
+    /// Moves pages of a volume to a node; answers the move as it begins.
+    PageMove {
+        volume: String,
+        /// First page and number of pages; `None`: all.
+        pages: Option<(u32, u32)>,
+        to: NodeNo,
+        /// Bytes a second, at the most.
+        rate_bytes: u64,
+    },
+    /// Evens space, then load, over the nodes; `None`: all volumes. Answers the moves that it takes.
+    VolumeRebalance {
+        volume: Option<String>,
+        rate_bytes: u64,
+    },
+    /// Moves under way and, of each volume, the last one that ended.
+    MoveList {
+        volume: Option<String>,
+    },
+    MoveWish {
+        volume: String,
+        wish: MoveWish,
+    },
+    /// Moves all pages away from a node and gives it none any more, or ends that.
+    NodeDrain {
+        node: NodeNo,
+        drain: bool,
+        rate_bytes: u64,
+    },
+    /// What nodes are to own nothing and how far that is.
+    DrainList,
+    /// Verifiers under which nodes gave pages of a volume away; for clients.
+    MoveGiven {
+        volume: VolumeId,
+    },
 }
 
 /// `VOL@SNAP`.
@@ -175,6 +209,9 @@ pub enum AdminReply {
     /// The last scrub of a volume, if there was one.
     Scrub(Option<ScrubRecord>),
     Holds(HoldsInfo),
+    Moves(Vec<MoveInfo>),
+    Drains(Vec<DrainInfo>),
+    Given(Vec<(NodeNo, u64)>),
 }
 
 /// What a step of a scrub found.
@@ -352,6 +389,39 @@ pub struct LeaseInfo {
     pub volume_id: VolumeId,
     pub epoch: LeaseEpoch,
     pub state: LeaseState,
+}
+
+/// A move of pages of one volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoveInfo {
+    pub volume: String,
+    /// What asked for it.
+    pub reason: String,
+    pub phase: MovePhase,
+    pub wish: MoveWish,
+    pub pages_total: u64,
+    pub pages_moved: u64,
+    pub bytes_moved: u64,
+    /// Bytes a second, at the most.
+    pub rate_bytes: u64,
+    pub started_unix_ms: u64,
+    /// Pages still to move, with their new owners.
+    pub left: Vec<RouteRun>,
+    /// Why it does not go on at the moment, as the server says whose step is next.
+    pub trouble: Option<String>,
+}
+
+/// A node that shall own nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainInfo {
+    pub node: NodeNo,
+    pub since_unix_ms: u64,
+    pub rate_bytes: u64,
+    /// Pages that it owns still, and volumes of which it owns pages or holds parts of snapshots.
+    pub pages_left: u64,
+    pub volumes_left: Vec<String>,
+    /// Why a move away from it does not go on, if one does not.
+    pub trouble: Option<String>,
 }
 
 /// All settings of a volume, in the order in which they are shown.

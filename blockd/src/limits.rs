@@ -61,6 +61,31 @@ pub const SCHEDULE_RETRY_S: u64 = 30;
 /// Rules of one volume, and snapshots that a rule keeps.
 pub const SCHEDULE_RULES_MAX: usize = 8;
 pub const SCHEDULE_KEEP_MAX: u32 = 1000;
+/// Pages that change their owner together, at the most: thin ones cost nothing.
+pub const MOVE_BATCH_PAGES: u32 = 1 << 16;
+/// Bytes of data after which a batch of moving pages ends: a second or so of copying, so that a
+/// batch that must be copied again, or the memory of what changed in it, is little.
+pub const MOVE_BATCH_BYTES: u64 = 128 << 20;
+/// Bytes of data in one message of moving pages, and messages that wait for an answer.
+pub const MOVE_FRAME_BYTES: usize = 512 << 10;
+pub const MOVE_FRAMES_IN_FLIGHT: usize = 4;
+/// Chunks that may be left to copy when changes are held: 16 MiB.
+pub const MOVE_TAIL_CHUNKS: usize = 256;
+/// Milliseconds for which changes are held before the flip is proposed.
+pub const MOVE_HOLD_MAX_MS: u64 = 500;
+/// Tries to hand a batch over before it is copied again.
+pub const MOVE_TURNS_MAX: u32 = 50;
+/// Milliseconds that the new owner waits for its own part of a snapshot that the source has taken.
+pub const MOVE_SNAPSHOT_WAIT_MS: u64 = 100;
+/// A rate below this is refused.
+pub const MOVE_RATE_MIN_BYTES: u64 = 1 << 20;
+/// Milliseconds over which the load of servers is sampled before they are evened out.
+pub const LOAD_SAMPLE_MS: u64 = 1_000;
+/// Milliseconds between two looks at the moves, and before a step that failed is tried again.
+pub const MOVE_TICK_MS: u64 = 500;
+pub const MOVE_RETRY_MS: u64 = 1_000;
+/// Milliseconds after which a drained node's volume whose move failed is planned again.
+pub const DRAIN_RETRY_MS: u64 = 10_000;
 
 /// Milliseconds between two sweeps of what the registry does not have.
 pub const SWEEP_INTERVAL_MS: u64 = 10_000;

@@ -25,6 +25,8 @@ pub struct Server {
     pub directory: PathBuf,
     pub state: PathBuf,
     pub config: String,
+    /// Variables of the next start.
+    pub environment: Vec<(String, String)>,
     process: Option<Child>,
 }
 
@@ -39,6 +41,7 @@ impl Server {
             directory: directory.to_owned(),
             state: directory.join("state"),
             config: String::new(),
+            environment: Vec::new(),
             process: None,
         }
     }
@@ -90,6 +93,7 @@ impl Server {
             .arg("--config")
             .arg(config);
         command.env("BLOCKD_LOG", "info,openraft=warn");
+        command.envs(self.environment.iter().cloned());
         command
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())

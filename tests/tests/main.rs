@@ -36,6 +36,10 @@ mod kernel;
 mod leases;
 #[path = "system/lost_owners.rs"]
 mod lost_owners;
+#[path = "system/move_kills.rs"]
+mod move_kills;
+#[path = "system/moves.rs"]
+mod moves;
 #[path = "system/nbd_clients.rs"]
 mod nbd_clients;
 #[path = "system/nbd_oracle.rs"]

@@ -402,6 +402,9 @@ fn changes(request: &AdminRequest) -> bool {
             | AdminRequest::Open { .. }
             | AdminRequest::LeaseList
             | AdminRequest::HoldList
+            | AdminRequest::MoveGiven { .. }
+            | AdminRequest::MoveList { .. }
+            | AdminRequest::DrainList
             | AdminRequest::LeaseShow { .. }
             | AdminRequest::LeaseRenew { .. }
             | AdminRequest::VolumeGet { .. }

@@ -104,6 +104,21 @@ impl Replay {
         }
     }
 
+    /// Whether a server that was heard owns nothing any more.
+    pub(super) fn has_former_owners(&self, owners: &[NodeNo]) -> bool {
+        self.verifiers.keys().any(|node| !owners.contains(node))
+    }
+
+    /// Forgets servers that own nothing any more. `given` are the verifiers under which servers gave
+    /// their last pages away: under another one they may have lost changes before.
+    pub(super) fn former_owners(&mut self, owners: &[NodeNo], given: &[(NodeNo, u64)]) {
+        let former = self.verifiers.extract_if(|node, _| !owners.contains(node));
+        let lost = former.filter(|entry| !given.contains(entry)).count();
+        if lost > 0 && !self.entries.is_empty() {
+            self.losses += 1;
+        }
+    }
+
     /// Losses up to now.
     pub(super) fn losses(&self) -> u64 {
         self.losses
@@ -189,6 +204,22 @@ mod tests {
             (2, 1),
             "lost again meanwhile"
         );
+    }
+
+    /// S003-19: what a former owner acknowledged is with the new one, unless it was lost before.
+    #[test]
+    fn a_former_owner_that_gave_its_pages_unharmed_asks_for_no_replay() {
+        for (given, losses) in [(7, 0), (8, 1)] {
+            let mut replay = Replay::default();
+            replay.heard(NodeNo(1), 7);
+            replay.heard(NodeNo(2), 9);
+            replay.issued(0, write("a"));
+            assert!(!replay.has_former_owners(&[NodeNo(1), NodeNo(2)]));
+            assert!(replay.has_former_owners(&[NodeNo(2)]));
+            replay.former_owners(&[NodeNo(2)], &[(NodeNo(1), given)]);
+            assert_eq!(replay.losses(), losses);
+            assert!(!replay.has_former_owners(&[NodeNo(2)]));
+        }
     }
 
     #[test]

@@ -271,16 +271,38 @@ impl Volume {
         let mark = self.replay_buffer().mark();
         let opened = self.opened();
         let flushes = opened.table.owners().iter().map(|node| {
-            let request = Frame::request(Kind::Flush, opened.table.volume);
+            let mut request = Frame::request(Kind::Flush, opened.table.volume);
+            request.epoch = opened.table.epoch;
             self.call(&opened, *node, request, None)
         });
         try_join_all(flushes).await?;
+        self.ask_for_former_owners(opened.table.owners()).await?;
         let mut replay = self.replay_buffer();
         if replay.losses() > replay.made_good() {
             return Err(TryError::Lost);
         }
         replay.flushed(mark);
         Ok(())
+    }
+
+    /// Servers that gave all their pages away since the last flush: what they acknowledged is with
+    /// the new owners, unless they lost it before.
+    async fn ask_for_former_owners(&self, owners: &[NodeNo]) -> Result<(), TryError> {
+        if !self.replay_buffer().has_former_owners(owners) {
+            return Ok(());
+        }
+        let volume = self.opened().info.volume.id;
+        let asked = self.shared.client.admin(AdminRequest::MoveGiven { volume });
+        match asked.await {
+            Ok(AdminReply::Given(given)) => {
+                self.replay_buffer().former_owners(owners, &given);
+                Ok(())
+            }
+            other => {
+                let text = format!("no answer about former owners: {other:?}");
+                Err(DataError::Unavailable(text).into())
+            }
+        }
     }
 
     /// Allocation of the range, in order, covering it exactly.

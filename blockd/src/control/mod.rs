@@ -1,5 +1,6 @@
 //! The control plane: pure state machines. Nothing here does IO or reads a clock.
 
+pub mod balance;
 pub mod calendar;
 pub mod lease;
 pub mod recovery;

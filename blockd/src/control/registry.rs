@@ -7,6 +7,7 @@
 pub mod change;
 pub mod lease;
 mod machine;
+pub mod moves;
 mod name;
 mod object;
 pub mod routes;
@@ -19,6 +20,7 @@ mod transaction;
 pub use change::{ChangeError, VolumeSpec};
 pub use lease::{LeaseEnd, LeaseHolder, LeaseRecord, LeaseState};
 pub use machine::{Command, Machine};
+pub use moves::{DrainRecord, Duty, MoveBatch, MovePhase, MoveRecord, MoveWish};
 pub use name::{NameError, check_name, split_volume_name};
 pub use object::{
     ClusterRecord, Key, NodeRecord, Object, SnapshotRecord, SnapshotState, UniqueId, VolumeRecord,

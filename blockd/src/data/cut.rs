@@ -9,6 +9,7 @@
 //! reaches the page store. While a mark stands, nobody but the store knows of what came behind it.
 
 use super::error::DataError;
+use super::moving::OpenSpan;
 use crate::id::{SnapshotId, Stamp};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -59,6 +60,14 @@ pub struct Cut {
 pub struct Executing {
     cut: Rc<Cut>,
     width: Width,
+    span: Option<OpenSpan>,
+}
+
+impl Executing {
+    /// Keeps a span open for as long.
+    pub fn belongs_to(&mut self, span: OpenSpan) {
+        self.span = Some(span);
+    }
 }
 
 impl Drop for Executing {
@@ -203,7 +212,11 @@ impl Cut {
         }
         self.count(width, |count| count + 1);
         let cut = Rc::clone(self);
-        Ok(Executing { cut, width })
+        Ok(Executing {
+            cut,
+            width,
+            span: None,
+        })
     }
 
     /// Passes the gate when it is open; that it is closed is bounded by a deadline.

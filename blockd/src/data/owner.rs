@@ -9,14 +9,16 @@
 use super::cut::{Cut, Executing, Width};
 use super::error::DataError;
 use super::fence::{Fence, FenceGate};
+use super::moving::{Hold, Moving, Noted};
 use super::page_store::{PageAt, PageStore, ReadPart, StoreError};
 use super::router::{EpochVerdict, RoutingTable, judge_epoch};
 use crate::id::{Epoch, LayerRun, LeaseEpoch, NodeNo, PageNo, SnapshotId, VolumeId};
 use crate::io::hlc::Hlc;
 use crate::limits::FORWARD_DEADLINE_MS;
 use bytes::Bytes;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,6 +44,12 @@ pub struct VolumeState {
     pub cut: Rc<Cut>,
     fence: RefCell<FenceGate>,
     fence_changed: Notify,
+    /// Pages that move to another owner.
+    pub moving: Rc<Moving>,
+    /// The write verifier with which each server gave pages of the volume away.
+    given: RefCell<Vec<(NodeNo, u64)>>,
+    /// Requests for pages since the start.
+    requests: Cell<u64>,
 }
 
 /// The part of a server that executes requests for its own pages.
@@ -54,6 +62,8 @@ pub struct Owner {
     volumes: RefCell<HashMap<VolumeId, Rc<VolumeState>>>,
     /// Lease epochs that were confirmed before the start.
     confirmed: HashMap<VolumeId, LeaseEpoch>,
+    /// Pages that were being handed over before the start.
+    doubted: RefCell<HashMap<VolumeId, Range<u32>>>,
     tables_changed: Notify,
 }
 
@@ -61,6 +71,7 @@ pub struct Owner {
 struct Changing {
     state: Rc<VolumeState>,
     began: LeaseEpoch,
+    _noted: Noted,
 }
 
 impl Drop for Changing {
@@ -85,10 +96,12 @@ impl VolumeState {
         self.fence.borrow().check(lease)
     }
 
-    fn begin_change(self: &Rc<Self>, lease: LeaseEpoch) -> Result<Changing, DataError> {
+    fn begin_change(self: &Rc<Self>, at: Target) -> Result<Changing, DataError> {
+        let bytes = at.offset_bytes..at.offset_bytes.saturating_add(at.len_bytes);
         Ok(Changing {
-            began: self.fence.borrow_mut().begin(lease)?,
+            began: self.fence.borrow_mut().begin(at.lease)?,
             state: Rc::clone(self),
+            _noted: self.moving.change(at.page, bytes),
         })
     }
 
@@ -108,6 +121,32 @@ impl VolumeState {
     pub fn confirm_lease(&self, epoch: LeaseEpoch) {
         self.fence.borrow_mut().confirm(epoch);
     }
+
+    /// Lets in a change over several pages, unless a snapshot is being taken or pages are handed over.
+    ///
+    /// # Errors
+    /// [`DataError::Held`].
+    pub fn try_span(&self) -> Result<Executing, DataError> {
+        let span = self.moving.open_span()?;
+        let mut executing = self.cut.try_execute(Width::Wide)?;
+        executing.belongs_to(span);
+        Ok(executing)
+    }
+
+    /// The verifier with which a server gave its last pages of the volume away.
+    #[must_use]
+    pub fn given_by(&self, node: NodeNo) -> Option<u64> {
+        let given = self.given.borrow();
+        let found = given.iter().find(|(giver, _)| *giver == node);
+        found.map(|(_, verifier)| *verifier)
+    }
+
+    /// Takes over what the registry says of pages that were given away.
+    pub fn publish_given(&self, given: &[(NodeNo, u64)]) {
+        if *self.given.borrow() != given {
+            *self.given.borrow_mut() = given.to_vec();
+        }
+    }
 }
 
 impl Owner {
@@ -126,9 +165,15 @@ impl Owner {
             hlc,
             verifier,
             confirmed,
+            doubted: RefCell::default(),
             volumes: RefCell::default(),
             tables_changed: Notify::new(),
         }
+    }
+
+    /// Says which pages were being handed over before the start, before any table is published.
+    pub fn doubt(&self, pages: impl Iterator<Item = (VolumeId, Range<u32>)>) {
+        self.doubted.borrow_mut().extend(pages);
     }
 
     /// Takes over the routing tables and leases of the registry; volumes that are not among them
@@ -139,7 +184,7 @@ impl Owner {
         for (table, fence) in tables {
             let state = match volumes.remove(&table.volume) {
                 Some(state) => state,
-                None => Rc::new(VolumeState::new(&table, self.confirmed.get(&table.volume))),
+                None => self.new_volume(&table),
             };
             state.fence.borrow_mut().publish(fence);
             if *state.table.borrow().as_ref() != table {
@@ -150,6 +195,24 @@ impl Owner {
         *volumes = next;
         drop(volumes);
         self.tables_changed.notify_waiters();
+    }
+
+    /// Requests for pages of each volume since the start.
+    #[must_use]
+    pub fn requests(&self) -> Vec<(VolumeId, u64)> {
+        let volumes = self.volumes.borrow();
+        let counts = volumes
+            .values()
+            .map(|state| (state.id, state.requests.get()));
+        counts.collect()
+    }
+
+    fn new_volume(&self, table: &RoutingTable) -> Rc<VolumeState> {
+        let state = VolumeState::new(table, self.confirmed.get(&table.volume));
+        if let Some(pages) = self.doubted.borrow_mut().remove(&table.volume) {
+            state.moving.doubt(pages);
+        }
+        Rc::new(state)
     }
 
     /// The volume's state, if the published tables have it.
@@ -171,8 +234,24 @@ impl Owner {
         }
     }
 
-    /// Admits a request for a page: right epoch, ours, inside the page.
-    async fn admit(&self, volume: VolumeId, at: Target) -> Result<Rc<VolumeState>, DataError> {
+    /// Admits a request for a page: right epoch, ours, inside the page, and not held by a move.
+    async fn admit(
+        &self,
+        volume: VolumeId,
+        at: Target,
+        least: Hold,
+    ) -> Result<Rc<VolumeState>, DataError> {
+        loop {
+            let state = self.admit_now(volume, at).await?;
+            if !state.moving.holds(at.page, least) {
+                state.requests.set(state.requests.get() + 1);
+                return Ok(state);
+            }
+            state.moving.passed(at.page, least).await;
+        }
+    }
+
+    async fn admit_now(&self, volume: VolumeId, at: Target) -> Result<Rc<VolumeState>, DataError> {
         let state = match self.volume(volume) {
             Some(state) if state.table.borrow().epoch >= at.epoch => state,
             _ => self.catch_up(volume, at.epoch).await?,
@@ -219,8 +298,13 @@ impl Owner {
         snapshot: Option<SnapshotId>,
         at: Target,
     ) -> Result<Vec<ReadPart>, DataError> {
-        let state = self.admit(volume, at).await?;
+        let state = self.admit(volume, at, Hold::Everything).await?;
         let parts = self.store.read(at.in_store(volume), snapshot).await?;
+        // The store may have dropped the page while its bytes were fetched.
+        let epoch = state.table.borrow().epoch;
+        if epoch != at.epoch {
+            return Err(DataError::Stale(epoch));
+        }
         self.show(&state, snapshot, at).await;
         Ok(parts)
     }
@@ -247,7 +331,7 @@ impl Owner {
         snapshot: Option<SnapshotId>,
         at: Target,
     ) -> Result<Vec<(u32, bool)>, DataError> {
-        let state = self.admit(volume, at).await?;
+        let state = self.admit(volume, at, Hold::Everything).await?;
         let extents = self.store.extents(at.in_store(volume), snapshot)?;
         self.show(&state, snapshot, at).await;
         Ok(extents)
@@ -264,7 +348,7 @@ impl Owner {
         since: Option<SnapshotId>,
         at: Target,
     ) -> Result<Vec<LayerRun>, DataError> {
-        let state = self.admit(volume, at).await?;
+        let state = self.admit(volume, at, Hold::Everything).await?;
         let layers = self.store.layers(at.in_store(volume), snapshot, since)?;
         self.show(&state, snapshot, at).await;
         Ok(layers)
@@ -315,19 +399,18 @@ impl Owner {
         width: Width,
         span: Option<&Executing>,
     ) -> Result<(Option<Executing>, Changing), DataError> {
-        let state = self.admit(volume, at).await?;
         if span.is_some() {
-            return Ok((None, state.begin_change(at.lease)?));
+            // A hand-over waits for open spans: their parts are not held.
+            let state = self.admit(volume, at, Hold::Everything).await?;
+            return Ok((None, state.begin_change(at)?));
         }
-        let gate = match state.cut.try_execute(width) {
-            Ok(gate) => gate,
-            Err(_) => {
-                let gate = state.cut.execute(width).await;
-                self.admit(volume, at).await?;
-                gate
+        loop {
+            let state = self.admit(volume, at, Hold::Changes).await?;
+            if let Ok(gate) = state.cut.try_execute(width) {
+                return Ok((Some(gate), state.begin_change(at)?));
             }
-        };
-        Ok((Some(gate), state.begin_change(at.lease)?))
+            drop(state.cut.execute(width).await);
+        }
     }
 
     /// Makes a range of one page read as zeros.
@@ -352,11 +435,22 @@ impl Owner {
         self.complete(passed, fua).await
     }
 
-    /// Everything that this owner acknowledged is durable when it returns.
+    /// Everything that this owner acknowledged of the volume is durable when it returns. `epoch` is
+    /// that of the table from which the requester knows whom to ask: with an older one it would
+    /// leave out an owner.
     ///
     /// # Errors
-    /// [`DataError::Damaged`] when the store has failed.
-    pub async fn flush(&self) -> Result<(), DataError> {
+    /// [`DataError::Damaged`] when the store has failed; [`DataError::Stale`].
+    pub async fn flush(&self, volume: VolumeId, epoch: Epoch) -> Result<(), DataError> {
+        let state = match self.volume(volume) {
+            Some(state) if state.table.borrow().epoch >= epoch => state,
+            _ => self.catch_up(volume, epoch).await?,
+        };
+        state.moving.settled().await;
+        let now = state.table.borrow().epoch;
+        if judge_epoch(now, epoch) != EpochVerdict::Serve {
+            return Err(DataError::Stale(now));
+        }
         Ok(self.store.flush().await?)
     }
 }
@@ -369,6 +463,9 @@ impl VolumeState {
             cut: Rc::default(),
             fence: RefCell::new(FenceGate::new(confirmed.copied().unwrap_or_default())),
             fence_changed: Notify::new(),
+            moving: Rc::default(),
+            given: RefCell::default(),
+            requests: Cell::new(0),
         }
     }
 }

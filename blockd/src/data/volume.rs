@@ -8,7 +8,7 @@
 //! an owner that has agreed does not take a snapshot before the part was executed, and one that
 //! holds already refuses, so that the whole request waits until the snapshot is taken.
 
-use super::cut::{Executing, Width};
+use super::cut::Executing;
 use super::error::DataError;
 use super::forward::{self, ForwardError, PartIo, Since};
 use super::owner::{Owner, Target, VolumeState};
@@ -443,7 +443,7 @@ impl Volume {
         let mut wanted = span.progress.to_begin();
         if wanted.remove(&group.owner.me) {
             self.state.check_lease(LeaseEpoch(0))?;
-            *local = Some(self.state.cut.try_execute(Width::Wide)?);
+            *local = Some(self.state.try_span()?);
             span.progress.began(group.owner.me);
         }
         let links = wanted.into_iter().map(async |node| {
@@ -460,21 +460,43 @@ impl Volume {
     /// # Errors
     /// [`DataError`]; `Damaged` when an owner may have lost writes since the last flush.
     pub async fn flush(&self) -> Result<(), DataError> {
+        let mut retry = Retry::new();
+        loop {
+            match self.try_flush().await {
+                Ok(lost) => return lost.map_or(Ok(()), |node| Err(lost_by(node))),
+                Err(error) => retry.after(&self.group.owner, &self.state, error).await?,
+            }
+        }
+    }
+
+    /// Flushes on the owners of one routing table; gives a server that may have lost writes.
+    async fn try_flush(&self) -> Result<Option<NodeNo>, ForwardError> {
         let table = self.state.table();
-        let verifiers = join_all(table.owners().iter().map(|node| self.flush_owner(*node))).await;
-        let mut lost = None;
+        let flushes = table
+            .owners()
+            .iter()
+            .map(|node| self.flush_owner(&table, *node));
+        let verifiers = try_join_all(flushes).await?;
+        let mut lost = self.lost_by_former_owners(&table);
         for (node, verifier) in table.owners().iter().zip(verifiers) {
-            let before = self.verifiers.borrow_mut().insert(*node, verifier?);
-            if before.is_some_and(|before| self.verifiers.borrow().get(node) != Some(&before)) {
+            let before = self.verifiers.borrow_mut().insert(*node, verifier);
+            if before.is_some_and(|before| before != verifier) {
                 lost = Some(*node);
             }
         }
-        match lost {
-            None => Ok(()),
-            Some(node) => Err(DataError::Damaged(format!(
-                "node {node} lost power after writes that were not flushed; they may be gone"
-            ))),
-        }
+        Ok(lost)
+    }
+
+    /// A server that gave all its pages away, if it may have lost writes of this connection before:
+    /// what it had under the verifier of then is durable with the new owners.
+    fn lost_by_former_owners(&self, table: &RoutingTable) -> Option<NodeNo> {
+        let mut verifiers = self.verifiers.borrow_mut();
+        let former = verifiers.extract_if(|node, _| !table.owners().contains(node));
+        former
+            .filter(|(node, verifier)| self.state.given_by(*node) != Some(*verifier))
+            .map(|(node, _)| node)
+            .collect::<Vec<_>>()
+            .pop()
     }
 
     /// Learns the verifiers of the owners that answer now, as the point from which this
@@ -498,24 +520,21 @@ impl Volume {
         self.verifiers.borrow_mut().entry(node).or_insert(verifier);
     }
 
-    async fn flush_owner(&self, node: NodeNo) -> Result<u64, DataError> {
-        let mut retry = Retry::new();
-        loop {
-            match self.try_flush(node).await {
-                Ok(verifier) => return Ok(verifier),
-                Err(error) => retry.after(&self.group.owner, &self.state, error).await?,
-            }
-        }
-    }
-
-    async fn try_flush(&self, node: NodeNo) -> Result<u64, ForwardError> {
+    async fn flush_owner(&self, table: &RoutingTable, node: NodeNo) -> Result<u64, ForwardError> {
         if node == self.group.owner.me {
-            self.group.owner.flush().await?;
+            self.group.owner.flush(table.volume, table.epoch).await?;
             return Ok(self.group.owner.verifier);
         }
-        let request = Frame::request(Kind::Flush, self.state.id);
+        let mut request = Frame::request(Kind::Flush, table.volume);
+        request.epoch = table.epoch;
         Ok(self.group.call(node, request).await?.aux)
     }
+}
+
+fn lost_by(node: NodeNo) -> DataError {
+    DataError::Damaged(format!(
+        "node {node} lost power after writes that were not flushed; they may be gone"
+    ))
 }
 
 /// The gates that a part of a span passes without waiting.

@@ -123,6 +123,15 @@ wire_enum! {
         Admin = 14,
         /// What keeps requests waiting on this server. Reply payload: a list of `HoldInfo`.
         Holds = 15,
+        /// Pages that move to this server: what the source tells. Payload `MoveOrder`.
+        Move = 25,
+        /// Data of moving pages, for the attempt in `aux`. Payload: u32 length of a postcard
+        /// `MovedData`, that, and the data of its versions one behind the other.
+        MoveData = 26,
+        /// Requests for each volume since the start of the server. Reply payload: pairs.
+        Load = 27,
+        /// Why the last step of a move of the volume failed. Reply payload: a text or none.
+        MoveTrouble = 28,
         /// Exclusive writer lease of a volume. Payload `LeaseOrder`.
         Lease = 20,
         /// Verify what is stored of a volume, for about a second. Payload `ScrubOrder`, reply

@@ -97,7 +97,7 @@ impl Leases {
 
     /// As an owner: when this returns, no change of an epoch before `epoch` is or will be executed
     /// here, not even after a restart.
-    async fn confirm(
+    pub(super) async fn confirm(
         &self,
         member: &Member,
         volume: VolumeId,

@@ -9,9 +9,12 @@ mod admin;
 pub mod check;
 pub mod config;
 mod facts;
+mod fault;
+mod handover_file;
 mod identity;
 mod lease;
 mod lease_file;
+mod moves;
 mod nbd;
 mod participant;
 mod peer_server;
@@ -74,6 +77,7 @@ pub(crate) struct Member {
     pub(crate) group: Rc<Group>,
     pub(crate) participant: participant::Participants,
     pub(crate) leases: lease::Leases,
+    pub(crate) moves: moves::Moves,
 }
 
 impl Node {
@@ -129,5 +133,10 @@ impl Member {
             .collect();
         self.group.publish_addresses(addresses);
         self.owner().publish(tables);
+        for record in state.page_moves() {
+            if let Some(volume) = self.owner().volume(record.volume) {
+                volume.publish_given(&record.given);
+            }
+        }
     }
 }

@@ -4,8 +4,8 @@
 //! that one has stopped executing. So a request that its requester sent again is not executed a
 //! second time behind the answer to the repetition.
 
-use super::{Member, Node, admin, scrub};
-use crate::data::cut::{Executing, Width};
+use super::{Member, Node, admin, moves, scrub};
+use crate::data::cut::Executing;
 use crate::data::error::DataError;
 use crate::data::owner::Target;
 use crate::id::{SnapshotId, Stamp, VolumeId};
@@ -218,6 +218,7 @@ async fn handle(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
         }
         Kind::Snapshot => member.participant.answer(&member, &request).await,
         Kind::Lease => member.leases.answer(&member, &request).await,
+        Kind::Move | Kind::MoveData => moves::answer(&member, &request).await,
         _ => match execute_known(&node, &member, &spans, &request).await {
             Ok((frame_flags, payload)) => {
                 let mut reply = request.answer(Status::Ok, payload);
@@ -275,7 +276,10 @@ async fn execute(node: &Node, member: &Member, spans: &Spans, request: &Frame) -
             change(member, request, span.as_deref()).await?;
             Ok((0, Payload::default()))
         }
-        Kind::Flush => owner.flush().await.map(|()| (0, Payload::default())),
+        Kind::Flush => {
+            owner.flush(volume, request.epoch).await?;
+            Ok((0, Payload::default()))
+        }
         Kind::SpanBegin => begin_span(member, spans, request).await,
         Kind::SpanEnd => {
             spans.borrow_mut().remove(&(volume, request.aux));
@@ -290,12 +294,19 @@ async fn execute(node: &Node, member: &Member, spans: &Spans, request: &Frame) -
         Kind::Usage => Ok((0, encode_control(&usage(node, member, volume, snapshot)?))),
         Kind::Scrub => Ok((0, scrub::answer(node, member, request).await?)),
         Kind::Holds => {
-            let holds = member.participant.holds(member);
+            let mut holds = member.participant.holds(member);
+            holds.extend(member.moves.holds(member));
             Ok((0, encode_control(&holds)))
         }
-        Kind::Hello | Kind::Admin | Kind::Registry | Kind::Snapshot | Kind::Lease => {
-            Err(DataError::Malformed("not a request for an owner"))
-        }
+        Kind::Load => Ok((0, encode_control(&owner.requests()))),
+        Kind::MoveTrouble => Ok((0, encode_control(&member.moves.trouble(volume)))),
+        Kind::Hello
+        | Kind::Admin
+        | Kind::Registry
+        | Kind::Snapshot
+        | Kind::Lease
+        | Kind::Move
+        | Kind::MoveData => Err(DataError::Malformed("not a request for an owner")),
     }
 }
 
@@ -372,7 +383,7 @@ async fn pass_span_gate(member: &Member, request: &Frame) -> Result<Executing, D
         return Err(DataError::Stale(epoch));
     }
     state.check_lease(request.lease())?;
-    state.cut.try_execute(Width::Wide)
+    state.try_span()
 }
 
 fn end_late_span(spans: &Spans, key: (VolumeId, u64), gate: &Rc<Executing>) {
@@ -435,6 +446,7 @@ async fn drop_pages(member: &Member, request: &Frame) -> Executed {
             len_bytes: page_bytes - offset_bytes,
         };
         if at.len_bytes > 0 {
+            let _noted = state.moving.change(page, offset_bytes..page_bytes);
             owner.store.zero(at, false, request.epoch).await?;
         }
     }

@@ -2,9 +2,11 @@
 
 use super::config::Config;
 use super::facts::FactsFile;
+use super::handover_file::HandoverFileError;
 use super::identity::{Identity, IdentityError, Membership, claim};
 use super::lease::Leases;
 use super::lease_file::{LeaseFile, LeaseFileError};
+use super::moves::{self, Moves};
 use super::registry::{RaftTransport, Registry, RegistryError, RegistryOptions};
 use super::{Member, Node, lease, nbd, participant, peer_server, schedule, sweep};
 use crate::data::owner::Owner;
@@ -42,6 +44,8 @@ pub enum ServeError {
     Identity(#[from] IdentityError),
     #[error(transparent)]
     LeaseFile(#[from] LeaseFileError),
+    #[error(transparent)]
+    HandoverFile(#[from] HandoverFileError),
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
@@ -234,7 +238,7 @@ async fn start(
 }
 
 /// Connections of a new requester.
-fn peers(
+pub(super) fn peers(
     environment: &Environment,
     hlc: &Arc<Hlc>,
     cluster_id: Option<String>,
@@ -284,6 +288,8 @@ impl Node {
             self.verifier,
             confirmed.epochs().clone(),
         ));
+        let moves = Moves::open(&self.environment, &self.hlc, &membership)?;
+        owner.doubt(moves.doubted().into_iter());
         let cluster_id = Some(membership.id.clone());
         let forwarding = peers(&self.environment, &self.hlc, cluster_id, membership.number)?;
         let group = Rc::new(Group::new(owner, forwarding));
@@ -298,11 +304,13 @@ impl Node {
             group,
             participant,
             leases: Leases::new(confirmed, Arc::clone(&self.environment.state)),
+            moves,
         });
         member.publish();
         tokio::task::spawn_local(follow(Rc::clone(&member)));
         let facts = self.facts_file(&member.membership);
         tokio::task::spawn_local(facts.follow(member.registry.watch()));
+        tokio::task::spawn_local(moves::run(Rc::clone(&member), self.verifier));
         Ok(Rc::clone(self.member.get_or_init(|| member)))
     }
 

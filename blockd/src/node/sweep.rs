@@ -6,7 +6,7 @@
 //! first byte is stored, so what a confirmed state does not have can only be garbage. An id that
 //! the state has not reached yet is left alone all the same.
 
-use super::{Member, Node, snapshot};
+use super::{Member, Node, moves, snapshot};
 use crate::control::registry::RegistryState;
 use crate::limits::{SNAPSHOT_PENDING_MAX_MS, SWEEP_INTERVAL_MS};
 use std::rc::Rc;
@@ -28,6 +28,7 @@ pub(crate) async fn run(node: Rc<Node>) {
         {
             sweep_store(&member, &confirmed).await;
         }
+        moves::sweep(&member).await;
         if member.registry.status().leader == Some(member.number()) {
             snapshot::sweep_records(&member, SNAPSHOT_PENDING_MAX_MS).await;
         }

@@ -3,6 +3,7 @@
 use crate::archive::{Archive, Restore};
 use crate::attach::{Attach, AttachmentVerb, Detach};
 use crate::backup::{Diff, Export, Import};
+use crate::moves::{Drain, MoveVerb, PageVerb, Rebalance};
 use crate::size::{parse_duration, parse_volume_size};
 use blockd::admin::SnapshotName;
 use blockd::control::snapshot::Procedure;
@@ -64,6 +65,12 @@ pub(crate) enum Noun {
     /// Who alone may write a volume
     #[command(subcommand)]
     Lease(LeaseVerb),
+    /// Pages of volumes
+    #[command(subcommand)]
+    Page(PageVerb),
+    /// Moves of pages between servers
+    #[command(subcommand)]
+    Move(MoveVerb),
     /// Which server owns which pages
     #[command(subcommand)]
     Route(RouteVerb),
@@ -118,6 +125,13 @@ pub(crate) enum NodeVerb {
     },
     /// All nodes
     List,
+    /// Move all pages away from a node, and give it none any more
+    Drain(Drain),
+    /// Let a drained node own pages again
+    Undrain {
+        #[arg(value_name = "NODE", value_parser = parse_node)]
+        node: NodeNo,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -138,6 +152,8 @@ pub(crate) enum VolumeVerb {
         #[arg(long)]
         allow_shrink: bool,
     },
+    /// Even space, then load, out over the servers, moving the fewest pages
+    Rebalance(Rebalance),
     /// Give a volume another name
     Rename { name: String, new_name: String },
     /// Change a setting of a volume

@@ -10,7 +10,7 @@ use crate::interrupt::Interrupt;
 use crate::output::{print, reply_json, reply_text};
 use crate::session::Session;
 use crate::{
-    archive, attach, backup, documents, lease, mount, page_map, progress, scrub, settings,
+    archive, attach, backup, documents, lease, mount, moves, page_map, progress, scrub, settings,
 };
 use blockd::admin::{AdminReply, AdminRequest, SnapshotInfo, SnapshotName, VolumeCreate};
 use blockd::control::snapshot::Procedure;
@@ -22,13 +22,14 @@ use std::time::Instant;
 pub(crate) async fn run(cli: &Cli) -> Result<(), Failure> {
     match &cli.noun {
         Noun::Cluster(verb) => ask_and_print(cli, cluster_request(verb)).await,
+        Noun::Node(NodeVerb::Drain(args)) => moves::drain(cli, args).await,
+        Noun::Node(NodeVerb::Undrain { node }) => moves::undrain(cli, *node).await,
         Noun::Node(verb) => ask_and_print(cli, node_request(verb)).await,
+        Noun::Page(verb) => moves::page(cli, verb).await,
+        Noun::Move(verb) => moves::moves(cli, verb).await,
         Noun::Volume(verb) => run_volume(cli, verb).await,
         Noun::Snapshot(verb) => run_snapshot(cli, verb).await,
-        Noun::Route(RouteVerb::Show { volume }) => {
-            let volume = volume.clone();
-            ask_and_print(cli, AdminRequest::RouteShow { volume }).await
-        }
+        Noun::Route(RouteVerb::Show { volume }) => moves::show_route(cli, volume).await,
         Noun::Lease(verb) => lease::run(cli, verb).await,
         Noun::Io(IoVerb::Holds { .. }) => ask_and_print(cli, AdminRequest::HoldList).await,
         Noun::Version => ask_and_print(cli, AdminRequest::Version).await,
@@ -53,6 +54,7 @@ async fn run_volume(cli: &Cli, verb: &VolumeVerb) -> Result<(), Failure> {
         VolumeVerb::List => AdminRequest::VolumeList,
         VolumeVerb::Show { name } => return show_volume(cli, name).await,
         VolumeVerb::Scrub(args) => return scrub::run(cli, args).await,
+        VolumeVerb::Rebalance(args) => return moves::rebalance(cli, args).await,
         VolumeVerb::Resize {
             name,
             size,
@@ -70,7 +72,7 @@ async fn run_volume(cli: &Cli, verb: &VolumeVerb) -> Result<(), Failure> {
     ask_and_print(cli, request).await
 }
 
-/// The volume with its last scrub.
+/// The volume with its last scrub, and the move of its pages.
 async fn show_volume(cli: &Cli, name: &str) -> Result<(), Failure> {
     let session = connect(cli).await?;
     let name = name.to_owned();
@@ -79,12 +81,20 @@ async fn show_volume(cli: &Cli, name: &str) -> Result<(), Failure> {
         return print_reply(cli, &reply);
     };
     let last = scrub::last(&session, &volume.name).await;
+    let moving = moves::moving(&session, &volume.name).await;
     if !cli.json {
         let text = reply_text(&reply);
-        return print(&format!("{text}\n{}", scrub::last_text(last.as_ref())));
+        let (last, moving) = (
+            scrub::last_text(last.as_ref()),
+            moves::moving_text(moving.as_ref()),
+        );
+        return print(&format!("{text}\n{last}{moving}"));
     }
     let mut json = reply_json(&reply);
     json["scrub"] = scrub::last_json(last.as_ref());
+    json["move"] = moving
+        .as_ref()
+        .map_or(serde_json::Value::Null, moves::move_json);
     print(&json.to_string())
 }
 
@@ -134,7 +144,7 @@ fn cluster_request(verb: &ClusterVerb) -> AdminRequest {
 
 fn node_request(verb: &NodeVerb) -> AdminRequest {
     match verb {
-        NodeVerb::List => AdminRequest::NodeList,
+        NodeVerb::List | NodeVerb::Drain(_) | NodeVerb::Undrain { .. } => AdminRequest::NodeList,
         NodeVerb::Define {
             address,
             name,

@@ -14,6 +14,7 @@ mod holds;
 mod interrupt;
 mod lease;
 mod mount;
+mod moves;
 mod output;
 mod page_map;
 mod progress;

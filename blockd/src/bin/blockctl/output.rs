@@ -3,6 +3,7 @@
 use crate::failure::Failure;
 use crate::holds::{holds_json, holds_text};
 use crate::lease::{lease_json, leases_text};
+use crate::moves::{drains_text, move_json, moves_text};
 use crate::settings::{settings_json, settings_text};
 use crate::size::{human_age, human_bytes};
 use blockd::admin::{
@@ -52,6 +53,9 @@ pub(crate) fn reply_json(reply: &AdminReply) -> Value {
         AdminReply::Lease(lease) | AdminReply::LeaseConflict(lease) => lease_json(lease),
         AdminReply::Settings(settings) => settings_json(settings),
         AdminReply::Holds(holds) => holds_json(holds),
+        AdminReply::Moves(moves) => moves.iter().map(move_json).collect(),
+        AdminReply::Drains(drains) => json!(drains),
+        AdminReply::Given(given) => json!(given),
     }
 }
 
@@ -80,11 +84,14 @@ pub(crate) fn reply_text(reply: &AdminReply) -> String {
         AdminReply::Lease(lease) | AdminReply::LeaseConflict(lease) => lease.to_string(),
         AdminReply::Settings(settings) => settings_text(settings),
         AdminReply::Holds(holds) => holds_text(holds),
+        AdminReply::Moves(moves) => moves_text(moves, now_unix_ms()),
+        AdminReply::Drains(drains) => drains_text(drains),
         AdminReply::Open(_)
         | AdminReply::Identity(_)
         | AdminReply::Refused(_)
         | AdminReply::ScrubStep(_)
-        | AdminReply::Scrub(_) => reply_json(reply).to_string(),
+        | AdminReply::Scrub(_)
+        | AdminReply::Given(_) => reply_json(reply).to_string(),
     }
 }
 

@@ -54,6 +54,26 @@ pub enum ChangeError {
     /// The lease is not held, or is in another state, at this epoch.
     #[error("the lease of volume {0} has moved on from epoch {1}")]
     LeaseNotHeld(VolumeId, LeaseEpoch),
+    /// Another move of the volume's pages is under way; carries what asked for it.
+    #[error(
+        "pages of volume {0} are being moved already ({1}): wait for it, or `blockctl move cancel {0}`"
+    )]
+    Moving(String, String),
+    /// No move is under way.
+    #[error("no pages of volume {0} are being moved")]
+    NoMove(String),
+    /// All pages are where they are wanted.
+    #[error("nothing to move: the pages of volume {0} are there already")]
+    NothingToMove(String),
+    /// The move is at another step by now.
+    #[error("the move of pages of volume {0} has gone on")]
+    MoveWentOn(String),
+    /// The node shall own nothing.
+    #[error("node {0} is drained: `blockctl node undrain {0}` lets it own pages again")]
+    Drained(NodeNo),
+    /// Every other node is drained.
+    #[error("node {0} is the last one that may own pages: define another one first")]
+    LastNode(NodeNo),
     /// All ids of a kind are used.
     #[error("no number is left for a new {0}")]
     NumbersUsedUp(&'static str),
@@ -236,6 +256,7 @@ pub fn delete_volume(state: &RegistryState, id: VolumeId) -> Result<Transaction,
         Key::VolumeSettings(id),
         Key::Scrub(id),
         Key::Schedule(id),
+        Key::Move(id),
     ];
     let transaction = reading(state, &keys);
     Ok(keys.into_iter().fold(transaction, Transaction::remove))
@@ -417,10 +438,16 @@ fn snapshot_keys(record: &SnapshotRecord) -> [Key; 3] {
 
 fn known(state: &RegistryState, servers: &[NodeNo]) -> Result<(), ChangeError> {
     let unknown = servers.iter().find(|server| state.node(**server).is_none());
-    unknown.map_or(Ok(()), |server| Err(ChangeError::NoNode(*server)))
+    if let Some(server) = unknown {
+        return Err(ChangeError::NoNode(*server));
+    }
+    let drained = servers
+        .iter()
+        .find(|server| state.drain(**server).is_some());
+    drained.map_or(Ok(()), |server| Err(ChangeError::Drained(*server)))
 }
 
-fn next_epoch(epoch: Epoch) -> Result<Epoch, ChangeError> {
+pub(super) fn next_epoch(epoch: Epoch) -> Result<Epoch, ChangeError> {
     epoch
         .0
         .checked_add(1)

@@ -1,6 +1,7 @@
 //! The objects of the registry and the keys under which they lie.
 
 use super::lease::{LeaseRecord, LeaseState};
+use super::moves::{DrainRecord, MovePhase, MoveRecord};
 use super::name::{NameError, check_name};
 use super::routes::{self, RouteError, RouteRun};
 use super::scrub::ScrubRecord;
@@ -9,7 +10,7 @@ use super::transaction::Refusal;
 use crate::control::schedule::ScheduleProgress;
 use crate::id::{Epoch, NodeNo, SnapshotId, TicketId, VolumeId, page_count};
 use crate::limits::{
-    PAGE_BLOCKS_MAX, REGISTRY_TEXT_BYTES_MAX, VOLUME_OWNERS_MAX, VOLUME_PAGES_MAX,
+    PAGE_BLOCKS_MAX, REGISTRY_TEXT_BYTES_MAX, ROUTE_RUNS_MAX, VOLUME_OWNERS_MAX, VOLUME_PAGES_MAX,
 };
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -70,6 +71,10 @@ pub enum Key {
     Scrub(VolumeId),
     /// What its scheduled snapshots have come to.
     Schedule(VolumeId),
+    /// The moves of the pages of a volume.
+    Move(VolumeId),
+    /// The wish that a node own nothing.
+    Drain(NodeNo),
 }
 
 impl fmt::Display for Key {
@@ -87,6 +92,8 @@ impl fmt::Display for Key {
             Key::VolumeSettings(volume) => write!(f, "settings of volume {volume}"),
             Key::Scrub(volume) => write!(f, "scrub of volume {volume}"),
             Key::Schedule(volume) => write!(f, "schedule of volume {volume}"),
+            Key::Move(volume) => write!(f, "page move of volume {volume}"),
+            Key::Drain(node) => write!(f, "drain of node {node}"),
         }
     }
 }
@@ -114,6 +121,10 @@ pub enum Object {
     Scrub(ScrubRecord),
     /// Under [`Key::Schedule`].
     Schedule(ScheduleProgress),
+    /// Under [`Key::Move`].
+    Move(MoveRecord),
+    /// Under [`Key::Drain`].
+    Drain(DrainRecord),
 }
 
 /// The cluster itself.
@@ -263,6 +274,10 @@ impl Object {
             (Key::Schedule(volume), Object::Schedule(progress)) if *volume == progress.volume => {
                 Ok(())
             }
+            (Key::Move(volume), Object::Move(record)) if *volume == record.volume => {
+                check_move(record)
+            }
+            (Key::Drain(node), Object::Drain(record)) if *node == record.node => Ok(()),
             _ => Err(Refusal::WrongObject(key.clone())),
         }
     }
@@ -305,6 +320,16 @@ fn check_lease(record: &LeaseRecord) -> Result<(), Refusal> {
     };
     text("host", &holder.host)?;
     text("purpose", &holder.purpose)
+}
+
+fn check_move(record: &MoveRecord) -> Result<(), Refusal> {
+    if record.left.len() > ROUTE_RUNS_MAX {
+        return Err(RouteError::TooManyRuns(record.left.len()).into());
+    }
+    if let MovePhase::Failed(why) = &record.phase {
+        text("failure", why)?;
+    }
+    text("reason", &record.reason)
 }
 
 fn check_snapshot(record: &SnapshotRecord) -> Result<(), Refusal> {

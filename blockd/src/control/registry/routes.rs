@@ -90,6 +90,34 @@ pub fn cut(runs: &[RouteRun], page_count: u32) -> Vec<RouteRun> {
     .collect()
 }
 
+/// Gives pages to a server; neighbours of the same owner become one run.
+#[must_use]
+pub fn assign(runs: &[RouteRun], first_page: u32, page_count: u32, owner: NodeNo) -> Vec<RouteRun> {
+    let end = first_page.saturating_add(page_count);
+    let mut all = Vec::new();
+    for run in runs {
+        let run_end = run.first_page + run.page_count;
+        let cuts = [first_page, end].map(|cut| cut.clamp(run.first_page, run_end));
+        let parts = [
+            (run.first_page, cuts[0], run.owner),
+            (cuts[0], cuts[1], owner),
+            (cuts[1], run_end, run.owner),
+        ];
+        for (first_page, end, owner) in parts.into_iter().filter(|(first, end, _)| first < end) {
+            let page_count = end - first_page;
+            push(
+                &mut all,
+                RouteRun {
+                    first_page,
+                    page_count,
+                    owner,
+                },
+            );
+        }
+    }
+    all
+}
+
 /// Owner of a page; `None` behind the end of the volume.
 #[must_use]
 pub fn owner(runs: &[RouteRun], page: u32) -> Option<NodeNo> {
@@ -234,6 +262,18 @@ mod tests {
             page_count,
             owner: NodeNo(owner),
         }
+    }
+
+    #[test]
+    fn pages_are_given_away_and_runs_stay_joined() {
+        let runs = [run(0, 4, 1), run(4, 4, 2), run(8, 4, 1)];
+        assert_eq!(assign(&runs, 4, 4, NodeNo(1)), [run(0, 12, 1)]);
+        assert_eq!(
+            assign(&runs, 2, 4, NodeNo(3)),
+            [run(0, 2, 1), run(2, 4, 3), run(6, 2, 2), run(8, 4, 1)]
+        );
+        assert_eq!(assign(&runs, 3, 1, NodeNo(2))[1], run(3, 5, 2));
+        assert_eq!(assign(&runs, 11, 9, NodeNo(1)), runs);
     }
 
     /// (pages, servers, runs at the most, pages of a run at the most)

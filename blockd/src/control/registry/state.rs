@@ -1,6 +1,7 @@
 //! The state of the registry: what the transactions so far have made.
 
 use super::lease::LeaseRecord;
+use super::moves::{DrainRecord, MoveRecord};
 use super::object::{ClusterRecord, Key, NodeRecord, Object, SnapshotRecord, VolumeRecord};
 use super::transaction::{Outcome, Refusal, Transaction};
 use crate::id::{NodeNo, Revision, SnapshotId, VolumeId};
@@ -155,6 +156,35 @@ impl RegistryState {
                 Object::Lease(record) => Some(record),
                 _ => None,
             })
+    }
+
+    /// The moves of the pages of a volume, under way or ended.
+    #[must_use]
+    pub fn page_move(&self, volume: VolumeId) -> Option<&MoveRecord> {
+        match self.get(&Key::Move(volume))? {
+            Object::Move(record) => Some(record),
+            _ => None,
+        }
+    }
+
+    /// Moves by volume.
+    pub fn page_moves(&self) -> impl Iterator<Item = &MoveRecord> {
+        let all = Key::Move(VolumeId(0))..=Key::Move(VolumeId(u64::MAX));
+        self.objects
+            .range(all)
+            .filter_map(|(_, (_, object))| match &**object {
+                Object::Move(record) => Some(record),
+                _ => None,
+            })
+    }
+
+    /// The wish that a node own nothing, if there is one.
+    #[must_use]
+    pub fn drain(&self, node: NodeNo) -> Option<&DrainRecord> {
+        match self.get(&Key::Drain(node))? {
+            Object::Drain(record) => Some(record),
+            _ => None,
+        }
     }
 
     /// Snapshots of a volume by id, in every state; users see only the committed ones.

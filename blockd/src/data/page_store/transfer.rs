@@ -52,6 +52,8 @@ pub struct MovedChunk {
 #[derive(Clone, Debug)]
 pub struct Exported {
     pub moved: MovedChunk,
+    /// The snapshots of the volume, oldest first, by which its versions are placed.
+    pub snapshots: Vec<SnapshotId>,
     pub data: Vec<u8>,
     /// Where the next piece begins; `None`: this was the last.
     pub next: Option<u32>,
@@ -139,6 +141,7 @@ impl<D: Disk> Engine<D> {
                 is_first: from.is_none(),
                 versions: Vec::new(),
             },
+            snapshots: self.snapshots(volume),
             data: Vec::new(),
             next: None,
         };

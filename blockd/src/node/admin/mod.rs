@@ -4,6 +4,7 @@
 mod cluster;
 mod holds;
 mod lease;
+mod moves;
 mod settings;
 mod volume;
 
@@ -94,6 +95,24 @@ async fn dispatch(node: &Rc<Node>, request: AdminRequest) -> Answer {
         } => scrub::order(member, volume, node, from, rate_bytes).await,
         AdminRequest::ScrubKeep(record) => scrub::keep(member, &record).await,
         AdminRequest::ScrubShow { volume } => scrub::show(member, &volume),
+        AdminRequest::PageMove {
+            volume,
+            pages,
+            to,
+            rate_bytes,
+        } => moves::page_move(member, &volume, pages, to, rate_bytes).await,
+        AdminRequest::VolumeRebalance { volume, rate_bytes } => {
+            moves::rebalance(member, volume.as_deref(), rate_bytes).await
+        }
+        AdminRequest::MoveList { volume } => moves::list(member, volume.as_deref()).await,
+        AdminRequest::MoveWish { volume, wish } => moves::wish(member, &volume, wish).await,
+        AdminRequest::NodeDrain {
+            node,
+            drain,
+            rate_bytes,
+        } => moves::drain(member, node, drain, rate_bytes).await,
+        AdminRequest::DrainList => moves::drains(member).await,
+        AdminRequest::MoveGiven { volume } => moves::given(member, volume).await,
         AdminRequest::Version
         | AdminRequest::Identify
         | AdminRequest::Join(_)
@@ -162,7 +181,13 @@ impl From<ChangeError> for AdminError {
             ChangeError::SnapshotState(..)
             | ChangeError::EpochChanged(..)
             | ChangeError::Leased(..)
-            | ChangeError::LeaseNotHeld(..) => AdminErrorKind::Conflict,
+            | ChangeError::LeaseNotHeld(..)
+            | ChangeError::Moving(..)
+            | ChangeError::NoMove(_)
+            | ChangeError::NothingToMove(_)
+            | ChangeError::MoveWentOn(_)
+            | ChangeError::Drained(_)
+            | ChangeError::LastNode(_) => AdminErrorKind::Conflict,
             ChangeError::NumbersUsedUp(_) => AdminErrorKind::Internal,
             ChangeError::Name(_) | ChangeError::Route(_) => AdminErrorKind::Invalid,
         };

@@ -8,6 +8,7 @@ use crate::admin::{
 use crate::control::registry::change::{
     VolumeSpec, create_volume, delete_volume, rename_volume, resize_volume,
 };
+use crate::control::registry::moves::open_nodes;
 use crate::control::registry::routes::owners;
 use crate::control::registry::{RegistryState, SnapshotState, VolumeRecord};
 use crate::data::router::RoutingTable;
@@ -42,7 +43,7 @@ fn check_size(size_bytes: u64) -> Result<(), AdminError> {
 pub(super) async fn create(member: &Member, create: VolumeCreate) -> Answer {
     check_size(create.size_bytes)?;
     let build = |state: &RegistryState| {
-        let all = || state.nodes().map(|node| node.number).collect();
+        let all = || open_nodes(state).map(|node| node.number).collect();
         let spec = VolumeSpec {
             name: create.name.clone(),
             size_bytes: create.size_bytes,
@@ -100,7 +101,7 @@ pub(super) async fn resize(
         if size_bytes < before.size_bytes {
             check_shrink(state, &before, size_bytes, allow_shrink)?;
         }
-        let servers: Vec<NodeNo> = owners(&before.routes).into_keys().collect();
+        let servers = growing_servers(state, &before);
         let (transaction, after) = resize_volume(state, before.id, size_bytes, &servers)?;
         Ok((transaction, after))
     };
@@ -113,6 +114,14 @@ pub(super) async fn resize(
         })?;
     }
     Ok(AdminReply::Volume(info(member, &after).await))
+}
+
+/// Servers that get new pages of a volume: those that have pages, or all if these are drained.
+fn growing_servers(state: &RegistryState, volume: &VolumeRecord) -> Vec<NodeNo> {
+    let open: Vec<NodeNo> = open_nodes(state).map(|node| node.number).collect();
+    let mut servers: Vec<NodeNo> = owners(&volume.routes).into_keys().collect();
+    servers.retain(|server| open.contains(server));
+    if servers.is_empty() { open } else { servers }
 }
 
 fn check_shrink(
