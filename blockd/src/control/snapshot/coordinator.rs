@@ -355,6 +355,29 @@ mod tests {
         CoordinatorEvent::Answer(part(node), Answer::Taken)
     }
 
+    /// S003-24: the prepares of all owners go out in one step, so that the own server's, which has not
+    /// been answered, keeps nobody waiting.
+    #[test]
+    fn prepare_goes_to_the_others_before_the_own_one_has_ended() {
+        let plan = |node| Plan {
+            part: part(node),
+            snapshot: SnapshotId(1),
+            epoch: Epoch(2),
+        };
+        for me in [161, 162, 163] {
+            let plans = [161, 162, 163].map(plan);
+            let mut c = Coordinator::new(NodeNo(me), T, Procedure::Hold, &plans, LIMITS, 0);
+            let sent = c.step(0, CoordinatorEvent::Started);
+            let prepared = |action: &Action| match action {
+                Action::Send(part, Order::PrepareBy(_)) => Some(part.node.0),
+                _ => None,
+            };
+            let nodes: Vec<u16> = sent.iter().filter_map(prepared).collect();
+            assert_eq!(nodes, [161, 162, 163], "{sent:?}");
+            assert_eq!(c.step(1, ready(me)), [], "nothing has waited for it");
+        }
+    }
+
     /// S003-38: with one late `ready`, its own even, no `take` goes out before it.
     #[test]
     fn take_waits_for_every_ready_and_commit_for_every_taken() {
