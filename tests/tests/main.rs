@@ -52,6 +52,8 @@ mod nbd_tls;
 mod offline_check;
 #[path = "system/orders.rs"]
 mod orders;
+#[path = "system/own_ext4.rs"]
+mod own_ext4;
 #[path = "system/paths.rs"]
 mod paths;
 #[path = "system/procedures.rs"]
