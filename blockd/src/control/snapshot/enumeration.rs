@@ -363,6 +363,7 @@ impl World {
         if matches!(server.write, Write::Waiting | Write::Executing) {
             server.write = Write::NotIssued;
         }
+        server.write.forget_stamp();
         self.span.lost(at);
     }
 

@@ -30,6 +30,13 @@ pub(super) struct Logged {
 }
 
 impl Write {
+    /// The server has restarted: what is in its log comes before whatever it stamps from now on.
+    pub(super) fn forget_stamp(&mut self) {
+        if let Self::Executed(logged) | Self::Acknowledged(logged) = self {
+            logged.stamp = None;
+        }
+    }
+
     /// Whether a part that is made now has it.
     pub(super) fn is_in(self, cut: Option<Stamp>) -> bool {
         match self {
