@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 pub use crate::io::raft::RaftTransport;
 
@@ -471,6 +471,9 @@ impl Registry {
                     None => missed = Missed::Unanswered,
                 },
             }
+            // The metrics change with every message; without a pause a leader that has lost its
+            // majority would be asked again and again at once.
+            sleep(self.inner.options.heartbeat / 10).await;
             let next = until.min(Instant::now() + self.inner.options.heartbeat);
             if matches!(timeout_at(next, changes.changed()).await, Ok(Err(_))) {
                 break;
