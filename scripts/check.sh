@@ -2,7 +2,7 @@
 # Every check of the repository; all run, the exit code tells.
 set -euo pipefail
 
-STEPS=(fmt clippy doc build test deny tidy tidytest requirements shell)
+STEPS=(fmt clippy doc build test sim deny tidy tidytest requirements shell)
 
 usage() {
     cat <<EOF
@@ -14,6 +14,7 @@ Runs the steps named, or all: ${STEPS[*]}
   doc       cargo doc with private items, warnings are errors
   build     cargo build
   test      cargo test (unit, system and doc tests)
+  sim       the simulator: a fixed set of seeds, the planted faults, two minutes of fresh seeds
   deny      licences and duplicate versions (scripts/deny.txt)
   tidy      the rules of the house (scripts/tidy.py)
   tidytest  plants one violation of each rule and sees that it is caught
@@ -38,6 +39,16 @@ step_doc() {
         cargo doc --workspace --no-deps --document-private-items --locked --quiet
 }
 step_build() { cargo build --workspace --locked --quiet; }
+
+step_sim() {
+    scripts/sim.sh --seed 1 --seeds 300 --quiet
+    scripts/sim.sh --check-plants
+    scripts/sim.sh --minutes 2 --seeds 1000000 >"$scratch/seeds.log" || {
+        cat "$scratch/seeds.log"
+        return 1
+    }
+    sed -n 's/^[0-9]* seeds from/ok sim: &/p' "$scratch/seeds.log"
+}
 
 metadata() {
     local host

@@ -20,7 +20,7 @@ CODE_SUFFIXES = (".rs", ".sh", ".py")
 # Crates of the workspace that a crate may depend on; tests may use all.
 CRATE_MAY_USE = {"nbd-server": set(), "blockd": {"nbd-server"}, "fuse-fs": {"blockd"}}
 # Modules of blockd that a module may name behind `crate::`; None: any but the ones after `not`.
-CONTROL_MAY_USE = {"id", "limits", "control"}
+CONTROL_MAY_USE = {"id", "limits", "control", "planted"}
 DATA_MUST_NOT_USE = {"control"}
 IO_AND_CLOCKS = ("tokio", "std::fs", "std::net", "Instant::now", "SystemTime::now")
 

@@ -31,3 +31,4 @@ pub mod id;
 pub mod io;
 pub mod limits;
 pub mod node;
+pub mod planted;

@@ -1,13 +1,15 @@
 //! The replay buffer: changes that were sent but not yet flushed (promise 3).
 //!
-//! An owner's write verifier changes when it may have lost such changes. Then all of them are sent
-//! again, in the order in which they were issued, before anything else is done with the volume. A
+//! An owner's write verifier changes when it may have lost such changes. Then its part of them is sent
+//! again, in the order in which they were issued, before anything else is done with the volume. What
+//! other owners have is left alone: another client may have written over it meanwhile. A
 //! flush that found all verifiers unchanged empties the buffer of everything that was acknowledged
 //! before it began.
 
+use crate::data::router::Part;
 use crate::id::NodeNo;
 use bytes::Bytes;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// A change of a range of the volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +22,19 @@ pub(super) enum Change {
 }
 
 impl Change {
+    /// A piece of it.
+    fn piece(&self, at_bytes: u64, len_bytes: u64) -> Self {
+        let at = usize::try_from(at_bytes).unwrap_or(usize::MAX);
+        let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
+        match self {
+            Self::Write(data) => Self::Write(data.slice(at..at + len)),
+            Self::Zero { keep_allocated, .. } => Self::Zero {
+                len_bytes,
+                keep_allocated: *keep_allocated,
+            },
+        }
+    }
+
     pub(super) fn len_bytes(&self) -> u64 {
         match self {
             Self::Write(data) => data.len() as u64,
@@ -41,6 +56,30 @@ struct Entry {
     change: Change,
     /// When it was acknowledged, on the scale of `Replay::clock`.
     acknowledged: Option<u64>,
+    /// Who executed it, once it was acknowledged.
+    owners: Vec<NodeNo>,
+}
+
+impl Entry {
+    /// What has to be sent again: offset and change, none if no owner that lost something has it.
+    /// `parts` are those of its range by the routing table of now.
+    fn lost(&self, parts: &[Part], lost: &BTreeSet<NodeNo>) -> Vec<(u64, Change)> {
+        let mut pieces: Vec<(u64, u64)> = Vec::new();
+        for part in parts.iter().filter(|part| lost.contains(&part.owner)) {
+            match pieces.last_mut() {
+                Some((at, len)) if *at + *len == part.at_bytes => *len += u64::from(part.len_bytes),
+                _ => pieces.push((part.at_bytes, u64::from(part.len_bytes))),
+            }
+        }
+        let moved = pieces.is_empty() && self.owners.iter().any(|node| lost.contains(node));
+        if moved || self.acknowledged.is_none() {
+            return vec![(self.offset_bytes, self.change.clone())];
+        }
+        let pieces = pieces.into_iter();
+        pieces
+            .map(|(at, len)| (self.offset_bytes + at, self.change.piece(at, len)))
+            .collect()
+    }
 }
 
 /// Unflushed changes in the order of their issue, and what is known of the owners.
@@ -53,6 +92,8 @@ pub(super) struct Replay {
     verifiers: HashMap<NodeNo, u64>,
     /// How often owners have lost changes that are in the buffer.
     losses: u64,
+    /// The owners that have, since the last complete replay.
+    lost: BTreeSet<NodeNo>,
     /// How many of these a complete replay has made good.
     made_good: u64,
 }
@@ -71,16 +112,18 @@ impl Replay {
             offset_bytes,
             change,
             acknowledged: None,
+            owners: Vec::new(),
         };
         self.entries.insert(number, entry);
         number
     }
 
     /// All owners have answered; the change is kept until a flush.
-    pub(super) fn acknowledged(&mut self, number: u64) {
+    pub(super) fn acknowledged(&mut self, number: u64, owners: Vec<NodeNo>) {
         let now = self.tick();
         if let Some(entry) = self.entries.get_mut(&number) {
             entry.acknowledged = Some(now);
+            entry.owners = owners;
         }
     }
 
@@ -101,6 +144,7 @@ impl Replay {
         let before = self.verifiers.insert(node, verifier);
         if before.is_some_and(|before| before != verifier) && !self.entries.is_empty() {
             self.losses += 1;
+            self.lost.insert(node);
         }
     }
 
@@ -132,6 +176,9 @@ impl Replay {
     /// A replay that began at so many losses is complete.
     pub(super) fn replayed(&mut self, losses: u64) {
         self.made_good = self.made_good.max(losses);
+        if self.made_good == self.losses {
+            self.lost.clear();
+        }
     }
 
     /// The mark that a flush must take before it begins.
@@ -151,18 +198,57 @@ impl Replay {
         });
     }
 
-    /// What must be sent again, oldest first.
-    pub(super) fn changes(&self) -> Vec<(u64, Change)> {
+    /// What must be sent again, oldest first; `parts` cuts a range by the routing table.
+    pub(super) fn changes(&self, parts: impl Fn(u64, u64) -> Vec<Part>) -> Vec<(u64, Change)> {
         let entries = self.entries.values();
-        entries
-            .map(|entry| (entry.offset_bytes, entry.change.clone()))
-            .collect()
+        let lost = entries.flat_map(|entry| {
+            let parts = parts(entry.offset_bytes, entry.change.len_bytes());
+            entry.lost(&parts, &self.lost)
+        });
+        lost.collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::id::PageNo;
+
+    /// Pages of 4 bytes; the owner of page n is node n + 1.
+    fn parts(offset: u64, len: u64) -> Vec<Part> {
+        let pages = offset / 4..=(offset + len - 1) / 4;
+        let part = |page: u64| {
+            let (from, to) = (offset.max(page * 4), (offset + len).min(page * 4 + 4));
+            Part {
+                owner: NodeNo(u16::try_from(page).unwrap() + 1),
+                page: PageNo(u32::try_from(page).unwrap()),
+                offset_bytes: u32::try_from(from % 4).unwrap(),
+                len_bytes: u32::try_from(to - from).unwrap(),
+                at_bytes: from - offset,
+            }
+        };
+        pages.map(part).collect()
+    }
+
+    /// What an owner that lost nothing has may have been written over by another client.
+    #[test]
+    fn only_what_the_loser_had_is_sent_again() {
+        let mut replay = Replay::default();
+        replay.heard(NodeNo(2), 7);
+        let first = replay.issued(2, write("abcdefgh"));
+        let second = replay.issued(0, write("x"));
+        replay.acknowledged(first, vec![NodeNo(1), NodeNo(2), NodeNo(3)]);
+        replay.acknowledged(second, vec![NodeNo(1)]);
+        let moved = replay.issued(12, write("m"));
+        replay.acknowledged(moved, vec![NodeNo(2)]);
+        replay.heard(NodeNo(2), 8);
+        let sent = replay.changes(parts);
+        assert_eq!(sent, [(4, write("cdef")), (12, write("m"))]);
+        replay.replayed(1);
+        replay.heard(NodeNo(3), 1);
+        replay.heard(NodeNo(3), 2);
+        assert_eq!(replay.changes(parts), [(8, write("gh"))]);
+    }
 
     fn write(text: &'static str) -> Change {
         Change::Write(Bytes::from_static(text.as_bytes()))
@@ -175,14 +261,14 @@ mod tests {
             replay.issued(0, write("aa")),
             replay.issued(4, write("bbb")),
         );
-        replay.acknowledged(first);
+        replay.acknowledged(first, vec![NodeNo(1)]);
         let mark = replay.mark();
         let third = replay.issued(8, write("c"));
-        replay.acknowledged(third);
-        replay.acknowledged(second);
+        replay.acknowledged(third, vec![NodeNo(1)]);
+        replay.acknowledged(second, vec![NodeNo(1)]);
         replay.flushed(mark);
         assert_eq!(replay.buffered_bytes(), 4);
-        assert_eq!(replay.changes(), [(4, write("bbb")), (8, write("c"))]);
+        assert_eq!(replay.entries.len(), 2);
     }
 
     #[test]
@@ -196,7 +282,7 @@ mod tests {
         assert_eq!(replay.losses(), 0);
         replay.heard(NodeNo(1), 8);
         assert_eq!((replay.losses(), replay.made_good()), (1, 0));
-        assert_eq!(replay.changes(), [(0, write("a")), (0, write("b"))]);
+        assert_eq!(replay.changes(parts), [(0, write("a")), (0, write("b"))]);
         replay.heard(NodeNo(2), 10);
         replay.replayed(1);
         assert_eq!(

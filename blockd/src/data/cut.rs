@@ -11,6 +11,7 @@
 use super::error::DataError;
 use super::moving::OpenSpan;
 use crate::id::{SnapshotId, Stamp};
+use crate::planted::{Plant, planted};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tokio::sync::Notify;
@@ -99,11 +100,17 @@ impl Drop for Waiting<'_> {
 impl Cut {
     /// From now on changes of this width and more wait (S003-36).
     pub fn close(&self, width: Width) {
+        if planted(Plant::HoldNothing) {
+            return;
+        }
         self.closed.set(Some(width));
     }
 
     /// From now on the completions of what is executed are parked, and what would show it.
     pub fn park(&self, mark: SnapshotId) {
+        if planted(Plant::ParkNothing) {
+            return;
+        }
         self.mark.set(Some(mark));
     }
 
@@ -148,7 +155,7 @@ impl Cut {
     pub async fn quiet(&self, width: Width) {
         loop {
             let changed = self.changed.notified();
-            if self.executing(width) == 0 {
+            if self.executing(width) == 0 || planted(Plant::SkipQuiet) {
                 return;
             }
             changed.await;
@@ -167,6 +174,18 @@ impl Cut {
         if width == Width::Wide {
             self.wide.set(change(self.wide.get()));
         }
+    }
+
+    /// Whether anything is closed or parked.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.closed.get().is_some() || self.mark.get().is_some() || self.is_stamping()
+    }
+
+    /// Changes that passed the gate and have not been executed.
+    #[must_use]
+    pub fn all_executing(&self) -> u32 {
+        self.executing.get()
     }
 
     /// Changes that wait at the gate now.
@@ -207,7 +226,8 @@ impl Cut {
     /// # Errors
     /// [`DataError::Held`].
     pub fn try_execute(self: &Rc<Self>, width: Width) -> Result<Executing, DataError> {
-        if self.closed.get().is_some_and(|closed| closed <= width) {
+        let ignored = width == Width::Wide && planted(Plant::SpanIgnoresHold);
+        if self.closed.get().is_some_and(|closed| closed <= width) && !ignored {
             return Err(DataError::Held);
         }
         self.count(width, |count| count + 1);

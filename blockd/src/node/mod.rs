@@ -12,6 +12,7 @@ mod facts;
 mod fault;
 mod handover_file;
 mod identity;
+mod inspect;
 mod lease;
 mod lease_file;
 mod moves;
@@ -28,6 +29,7 @@ mod sweep;
 pub mod text_file;
 
 pub use identity::IdentityError;
+pub use inspect::Inspection;
 pub use serve::{ServeError, Server, serve};
 
 use crate::data::owner::Owner;

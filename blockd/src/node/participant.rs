@@ -21,6 +21,7 @@ use crate::id::{SnapshotId, Stamp, TicketId, VolumeId};
 use crate::io::hlc::Hlc;
 use crate::io::link::{decode_control, encode_control};
 use crate::io::wire::{Frame, Status};
+use crate::planted::{Plant, planted};
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
@@ -120,7 +121,8 @@ impl Participants {
                     }
                 }
                 Output::Sync { ticket } => {
-                    let synced = self.store.flush().await.is_ok();
+                    let synced =
+                        planted(Plant::TakenBeforeSync) || self.store.flush().await.is_ok();
                     ParticipantEvent::Synced { ticket, synced }
                 }
                 Output::Drop { snapshot } => {
@@ -144,6 +146,9 @@ impl Participants {
 
     /// A mark is made durable while it goes round, so that `take` finds it done.
     fn sync_early(&self) {
+        if planted(Plant::TakenBeforeSync) {
+            return;
+        }
         let store = self.store.clone();
         tokio::task::spawn_local(async move { store.flush().await });
     }
@@ -259,6 +264,9 @@ impl Participants {
         let state = Rc::clone(state);
         tokio::task::spawn_local(async move {
             sleep_until(deadline).await;
+            if planted(Plant::HoldForever) {
+                return;
+            }
             this.carry_out(&state, ParticipantEvent::Tick).await;
         });
         deadline

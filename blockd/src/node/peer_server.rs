@@ -16,6 +16,7 @@ use crate::io::wire::{
     self, Frame, Kind, Payload, Run, Status, encode_extents, encode_layers, encode_runs, flags,
 };
 use crate::limits::{PEER_CONNECTIONS, PEER_HELLO_MS, REQUEST_PART_BYTES, SPAN_MAX_MS};
+use crate::planted::{Plant, planted};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -179,6 +180,10 @@ impl Connections {
             live.insert(hello.requester, now)
         };
         if let Some(mut before) = before {
+            if planted(Plant::KeepOldConnection) {
+                std::mem::forget(before);
+                return Some((end, ended_sender));
+            }
             drop(before.end.take());
             if let Some(ended) = before.ended.take() {
                 let _: Result<(), _> = ended.await;

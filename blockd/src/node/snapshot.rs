@@ -22,6 +22,7 @@ use crate::limits::{
     SNAPSHOT_PARK_MAX_MS, SNAPSHOT_RELEASE_MS, SNAPSHOT_RETRY_MS, SNAPSHOT_TAKEN_MS,
 };
 use crate::node::registry::{RegistryError, UpdateError};
+use crate::planted::{Plant, planted};
 use futures_util::future::{Either, LocalBoxFuture, join_all, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::VecDeque;
@@ -336,6 +337,7 @@ pub(super) async fn sweep_records(member: &Member, pending_max_ms: u64) {
         for record in state.snapshots(volume.id) {
             let old = now.saturating_sub(record.created_unix_ms) > pending_max_ms;
             match record.state {
+                SnapshotState::Pending if planted(Plant::KeepPending) => {}
                 SnapshotState::Pending if old => {
                     discard(member, std::slice::from_ref(record)).await;
                 }

@@ -7,8 +7,9 @@
 //! the state has not reached yet is left alone all the same.
 
 use super::{Member, Node, moves, snapshot};
-use crate::control::registry::RegistryState;
+use crate::control::registry::{RegistryState, SnapshotState};
 use crate::limits::{SNAPSHOT_PENDING_MAX_MS, SWEEP_INTERVAL_MS};
+use crate::planted::{Plant, planted};
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
@@ -23,7 +24,8 @@ pub(crate) async fn run(node: Rc<Node>) {
             continue;
         };
         let state = member.registry.state();
-        if has_garbage(&member, &state)
+        let planted = planted(Plant::SweepLive) || planted(Plant::SweepPending);
+        if (has_garbage(&member, &state) || planted)
             && let Ok(confirmed) = member.registry.barrier().await
         {
             sweep_store(&member, &confirmed).await;
@@ -58,7 +60,12 @@ async fn sweep_store(member: &Member, confirmed: &RegistryState) {
         };
         let known = store.snapshots(volume).into_iter();
         for snapshot in known.filter(|snapshot| *snapshot < record.next_snapshot) {
-            if confirmed.snapshot(volume, snapshot).is_none() {
+            let found = confirmed.snapshot(volume, snapshot);
+            let is_pending = found.is_some_and(|found| found.state == SnapshotState::Pending);
+            if found.is_none()
+                || planted(Plant::SweepLive)
+                || (planted(Plant::SweepPending) && is_pending)
+            {
                 let dropped = store.delete_snapshot(volume, snapshot).await;
                 log(
                     dropped,

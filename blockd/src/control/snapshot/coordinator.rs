@@ -2,6 +2,7 @@
 
 use super::{Answer, Order, Preparation, Procedure};
 use crate::id::{Epoch, NodeNo, SnapshotId, Stamp, TicketId, VolumeId};
+use crate::planted::{Plant, planted};
 use std::collections::BTreeMap;
 
 /// One volume on one server that owns pages of it.
@@ -226,6 +227,10 @@ impl Coordinator {
             }
             (Phase::Taking, Answer::Ready { .. } | Answer::ReadyAt { .. }) => {}
             (Phase::Taking, Answer::Taken) => progress.taken = true,
+            (Phase::Taking, _) if planted(Plant::CommitWithoutTicket) => progress.taken = true,
+            (Phase::Preparing, _) if planted(Plant::CommitWithoutTicket) => {
+                progress.ready = Some((0, Stamp::default()));
+            }
             (Phase::Preparing | Phase::Taking, other) => {
                 return self.abort(Abort::Answer(part, other));
             }
@@ -257,7 +262,12 @@ impl Coordinator {
             parts
                 .filter_map(|(part, p)| p.ready.map(|(incarnation, now)| (*part, incarnation, now)))
         };
-        let latest = ready().map(|(_, _, now)| now).max().unwrap_or_default();
+        let times = ready().map(|(_, _, now)| now);
+        let latest = match planted(Plant::EarlyCut) {
+            true => times.min(),
+            false => times.max(),
+        };
+        let latest = latest.unwrap_or_default();
         let order = |incarnation| match self.procedure {
             Procedure::Barrier | Procedure::Hold => Order::Take { incarnation },
             Procedure::Stamp => Order::TakeAt {

@@ -22,6 +22,7 @@ use super::superblock::Superblock;
 use super::tables::Redo;
 use crate::id::{CHUNK_BYTES, VolumeId};
 use crate::io::disk::{Disk, DiskFile};
+use crate::planted::{Plant, planted};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSlice};
 
@@ -97,6 +98,7 @@ impl Job {
         let outcome = match &self {
             Job::Sync(job) => job.run(disk),
             Job::Apply(job) => job.run(disk),
+            Job::SyncSlab if planted(Plant::SkipSlabSync) => Ok(0),
             Job::SyncSlab => disk.sync(DiskFile::Slab).map(|()| 0),
             Job::Meta(job) => job.updates.iter().try_fold(0, |digest, update| {
                 update
@@ -117,6 +119,9 @@ impl Job {
 
 impl SyncJob {
     fn run<D: Disk + ?Sized>(&self, disk: &D) -> io::Result<u64> {
+        if planted(Plant::SkipSync) {
+            return Ok(0);
+        }
         disk.sync(self.file).map(|()| 0)
     }
 }
@@ -311,9 +316,9 @@ impl<D: Disk> Engine<D> {
         if !flush && !limit && !record {
             return Ok(None);
         }
-        self.upkeep.sync_runs = true;
         let (head, carried) = (self.log.head, self.log.carried);
         if self.upkeep.in_slab.lsn < self.upkeep.last_pointer && !self.upkeep.slab_was_synced {
+            self.upkeep.sync_runs = true;
             return Ok(Some(Job::Sync(SyncJob {
                 upto: head,
                 carried,
@@ -327,8 +332,13 @@ impl<D: Disk> Engine<D> {
             && self.log.carried < self.upkeep.recorded_wanted
             && self.log.has_room(64, 0)
         {
-            self.mark()?;
+            match self.mark() {
+                // A full disk: only the mark has to wait.
+                Err(StoreError::NoSpace) if flush || limit => {}
+                marked => marked?,
+            }
         }
+        self.upkeep.sync_runs = true;
         let all_in_slab = self.upkeep.last_pointer <= self.upkeep.in_slab.lsn;
         let upto = if all_in_slab {
             self.log.head
@@ -403,7 +413,7 @@ impl<D: Disk> Engine<D> {
         if target < first {
             return None;
         }
-        if self.log.recorded < first {
+        if self.log.recorded < first && !planted(Plant::SlabBeforeLog) {
             let back = self.tables.redo.back().map_or(0, Redo::lsn);
             self.upkeep.recorded_wanted = self.upkeep.recorded_wanted.max(back.min(target));
             return None;
@@ -416,7 +426,7 @@ impl<D: Disk> Engine<D> {
             let Some(entry) = self
                 .tables
                 .redo
-                .pop_front_if(|entry| entry.lsn() <= recorded)
+                .pop_front_if(|entry| entry.lsn() <= recorded || planted(Plant::SlabBeforeLog))
             else {
                 break;
             };

@@ -16,6 +16,7 @@ use super::types::{
 use crate::id::{Epoch, LayerRun, PageNo, ScrubPosition, SnapshotId, VolumeId};
 use crate::io::device::Device;
 use crate::io::disk::{Disk, FileDisk};
+use crate::planted::{Plant, planted};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -27,6 +28,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 
+/// Time after which groups are swept again that a full disk kept from it.
+const SWEEP_PAUSE: Duration = Duration::from_secs(5);
 /// Groups swept before other tasks get a turn.
 const SWEEP_TURN: usize = 16;
 /// Times that a scrub looks at a chunk that changes under it.
@@ -147,6 +150,15 @@ impl PageStore {
 
     /// Writes; when it returns the bytes survive the death of the process.
     pub async fn write(&self, at: PageAt, data: Bytes, epoch: Epoch) -> Result<(), StoreError> {
+        if planted(Plant::AcknowledgeBeforeLog) {
+            let store = self.clone();
+            tokio::task::spawn_local(async move { store.write_parts(at, data, epoch).await });
+            return Ok(());
+        }
+        self.write_parts(at, data, epoch).await
+    }
+
+    async fn write_parts(&self, at: PageAt, data: Bytes, epoch: Epoch) -> Result<(), StoreError> {
         for part in at.parts() {
             let from = (part.offset_bytes - at.offset_bytes) as usize;
             let bytes = data
@@ -255,12 +267,15 @@ impl PageStore {
             .attempt(|engine, _| engine.drop_snapshot(volume, snapshot))
             .await?;
         self.inner.after_change();
+        if planted(Plant::LeakSnapshot) {
+            return Ok(());
+        }
         self.sweep(volume, groups).await
     }
 
     /// Merges the versions in these groups that nobody sees; goes on after an error, gives the first.
     async fn sweep(&self, volume: VolumeId, groups: Vec<u64>) -> Result<(), StoreError> {
-        let mut outcome = Ok(());
+        let (mut outcome, mut left) = (Ok(()), Vec::new());
         for (turn, key) in groups.into_iter().enumerate() {
             loop {
                 match self
@@ -271,6 +286,9 @@ impl PageStore {
                     Ok(true) => {}
                     Ok(false) => break,
                     Err(error) => {
+                        if matches!(error, StoreError::NoSpace) {
+                            left.push(key);
+                        }
                         outcome = outcome.and(Err(error));
                         break;
                     }
@@ -281,7 +299,21 @@ impl PageStore {
             }
         }
         self.inner.after_change();
+        if !left.is_empty() {
+            self.sweep_later(volume, left);
+        }
         outcome
+    }
+
+    /// What a full disk kept from being freed is freed when it has space again.
+    fn sweep_later(&self, volume: VolumeId, groups: Vec<u64>) {
+        let weak = Rc::downgrade(&self.inner);
+        tokio::task::spawn_local(async move {
+            tokio::time::sleep(SWEEP_PAUSE).await;
+            if let Some(inner) = weak.upgrade() {
+                drop(PageStore { inner }.sweep(volume, groups).await);
+            }
+        });
     }
 
     /// Snapshots of a volume, oldest first.

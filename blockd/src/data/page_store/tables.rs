@@ -10,6 +10,7 @@ use super::record::{Change, ChunkAt, DataKind};
 use super::slots::Slots;
 use super::version::{ALL, GROUP_CHUNKS, Group, SUBS, Version, bits};
 use crate::id::{CHUNK_BYTES, PageNo, SnapshotId, VolumeId};
+use crate::planted::{Plant, planted};
 use std::collections::VecDeque;
 
 /// Positions in the log file are kept in units of the record alignment.
@@ -552,6 +553,9 @@ impl Tables {
 
     fn free(&mut self, lsn: u64, slot: u32, warm: bool) {
         self.dirty.remove(&slot);
+        if planted(Plant::ReuseFreedAtOnce) {
+            return self.slots.release(slot, true);
+        }
         self.redo.push_back(Redo::Free { lsn, slot, warm });
         self.freed_in_redo += 1;
     }

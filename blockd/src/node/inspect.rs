@@ -1,0 +1,46 @@
+//! What a server holds on to, for tests that wait until nothing is left.
+
+use super::Server;
+use crate::control::registry::SnapshotState;
+use crate::data::page_store::StoreUsage;
+
+/// One look at a server.
+#[derive(Clone, Debug, Default)]
+pub struct Inspection {
+    /// Volumes whose writes are held.
+    pub held: usize,
+    /// Writes and spans that passed the gate and have not ended.
+    pub executing: usize,
+    /// Snapshot records that are neither committed nor gone, in this server's copy of the registry.
+    pub unfinished_snapshots: usize,
+    /// Whether changes of the registry are possible.
+    pub has_leader: bool,
+    pub usage: StoreUsage,
+}
+
+impl Server {
+    /// Looks.
+    #[must_use]
+    pub fn inspect(&self) -> Inspection {
+        let mut found = Inspection {
+            usage: self.node.store.usage(),
+            ..Inspection::default()
+        };
+        let Some(member) = self.node.member() else {
+            return found;
+        };
+        let state = member.registry.state();
+        for record in state.volumes() {
+            if let Some(volume) = member.owner().volume(record.id) {
+                found.held += usize::from(volume.cut.is_held());
+                found.executing += volume.cut.all_executing() as usize;
+            }
+            let snapshots = state.snapshots(record.id);
+            found.unfinished_snapshots += snapshots
+                .filter(|snapshot| snapshot.state != SnapshotState::Committed)
+                .count();
+        }
+        found.has_leader = member.registry.status().leader.is_some();
+        found
+    }
+}

@@ -1,0 +1,43 @@
+//! Promises 1 to 3: every block is a register with crash semantics.
+
+use super::intervals::Intervals;
+
+pub(super) fn check(intervals: &Intervals<'_>) -> Vec<String> {
+    let mut found = Vec::new();
+    for ((volume, block), entry) in &intervals.blocks {
+        let mut looks = entry.looks.clone();
+        looks.sort_unstable_by_key(|look| std::cmp::Reverse(look.from));
+        for read in looks.iter().filter(|look| look.is_read) {
+            let Some(last) = entry.last_effect(read.tag, read.to, intervals.ops) else {
+                found.push(format!(
+                    "volume {volume} block {block}: read {} shows a value of operation {} that was \
+                     never written there by then",
+                    read.op,
+                    i64::from(read.tag) - 1
+                ));
+                continue;
+            };
+            let killer = looks
+                .iter()
+                .take_while(|look| look.from > last)
+                .find(|look| look.tag != read.tag && look.to < read.from && look.until > read.from);
+            if let Some(killer) = killer {
+                found.push(format!(
+                    "volume {volume} block {block}: read {} (moments {} to {}) shows operation {} \
+                     (last effect {last}) although {} {} (moments {} to {}) showed operation {} before",
+                    read.op,
+                    read.from,
+                    read.to,
+                    i64::from(read.tag) - 1,
+                    if killer.is_read { "read" } else { "change" },
+                    killer.op,
+                    killer.from,
+                    killer.to,
+                    i64::from(killer.tag) - 1,
+                ));
+                break;
+            }
+        }
+    }
+    found
+}

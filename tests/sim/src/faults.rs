@@ -1,0 +1,215 @@
+//! What goes wrong in a run, chosen by the seed: each fault begins when so many operations were
+//! called, and ends by itself.
+
+use crate::machine::{Death, lock};
+use crate::random::Random;
+use crate::trace;
+use crate::world::{CLIENTS, SERVERS, World};
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::time::{Instant, sleep};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Kill,
+    Power,
+    PowerAll,
+    DieAtOperation,
+    CutOneWay,
+    Cut,
+    Clog,
+    Isolate,
+    Reset,
+    DiskError,
+    DiskSlow,
+    DiskFull,
+    LoseWrite,
+    Misdirect,
+    Rot,
+    ClockJump,
+    Pause,
+}
+
+impl Kind {
+    pub(crate) const ALL: [Kind; 17] = [
+        Kind::Kill,
+        Kind::Power,
+        Kind::PowerAll,
+        Kind::DieAtOperation,
+        Kind::CutOneWay,
+        Kind::Cut,
+        Kind::Clog,
+        Kind::Isolate,
+        Kind::Reset,
+        Kind::DiskError,
+        Kind::DiskSlow,
+        Kind::DiskFull,
+        Kind::LoseWrite,
+        Kind::Misdirect,
+        Kind::Rot,
+        Kind::ClockJump,
+        Kind::Pause,
+    ];
+}
+
+/// A fault to come.
+#[derive(Clone, Debug)]
+pub(crate) struct Fault {
+    pub kind: Kind,
+    /// Operations called before it begins, in 1/1000 of the run.
+    pub at: u64,
+    pub host: usize,
+    pub other: usize,
+    pub lasts_ms: u64,
+    pub number: u64,
+}
+
+/// The faults of a seed; `mask` has a bit for each kind that is allowed.
+#[must_use]
+pub(crate) fn plan(seed: u64, mask: u32) -> Vec<Fault> {
+    let mut random = Random::new(seed, 2);
+    if random.one_in(12) {
+        return Vec::new();
+    }
+    let likely = random.between(2, 6);
+    let kinds: Vec<Kind> = Kind::ALL
+        .into_iter()
+        .filter(|_| random.one_in(likely))
+        .collect();
+    let count = random.between(1, 8);
+    let mut faults: Vec<Fault> = (0..count)
+        .filter_map(|_| {
+            let chosen = random.below(kinds.len() as u64) as usize;
+            Some(Fault {
+                at: random.between(10, 900),
+                host: random.below(SERVERS as u64) as usize,
+                other: random.below((SERVERS + CLIENTS) as u64) as usize,
+                lasts_ms: match random.below(10) {
+                    0 => random.between(8_000, 40_000),
+                    1..4 => random.between(1_000, 8_000),
+                    _ => random.between(1, 900),
+                },
+                number: random.next_u64(),
+                kind: *kinds.get(chosen)?,
+            })
+        })
+        .collect();
+    faults.retain(|fault| mask >> fault.kind as u32 & 1 == 1);
+    faults.sort_by_key(|fault| fault.at);
+    faults
+}
+
+fn death(number: u64) -> Death {
+    let keeps = [0, 40, 128, 220, 255];
+    match number % 8 {
+        0..3 => Death::Process,
+        other => Death::Power(keeps[other as usize - 3]),
+    }
+}
+
+/// Lets a fault happen, and waits for its end.
+pub(crate) async fn happen(world: Rc<World>, fault: Fault) {
+    if fault.number.is_multiple_of(3) {
+        sleep(Duration::from_millis(fault.number / 3 % 200)).await;
+    }
+    trace::count(&format!("fault: {:?}", fault.kind));
+    trace::say(|| format!("fault {fault:?}"));
+    trace::mix(fault.kind as u64 + 900);
+    let (host, other) = (fault.host, fault.other);
+    let medium = world.medium(host);
+    let power = Death::Power([0, 40, 128, 220, 255][fault.number as usize % 5]);
+    let lasts = sleep(Duration::from_millis(fault.lasts_ms));
+    match fault.kind {
+        Kind::Kill => world.kill(host, Death::Process),
+        Kind::Power => world.kill(host, power),
+        Kind::PowerAll => (0..SERVERS).for_each(|host| world.kill(host, power)),
+        Kind::DieAtOperation => {
+            let operation = fault.number / 8 % 120;
+            lock(&medium).faults.die_in = Some((operation, death(fault.number)));
+        }
+        Kind::CutOneWay | Kind::Cut | Kind::Clog => {
+            let both = fault.kind != Kind::CutOneWay;
+            world.net.set_cut(host, other, true);
+            if both {
+                world.net.set_cut(other, host, true);
+            }
+            match fault.kind {
+                Kind::Clog => sleep(Duration::from_millis(fault.lasts_ms % 300)).await,
+                _ => lasts.await,
+            }
+            world.net.set_cut(host, other, false);
+            world.net.set_cut(other, host, false);
+            if fault.kind == Kind::Cut && fault.number.is_multiple_of(2) {
+                world.net.reset(host, Some(other));
+            }
+        }
+        Kind::Isolate => {
+            let others = || (0..SERVERS).filter(|other| *other != host);
+            for other in others() {
+                world.net.set_cut(host, other, true);
+                world.net.set_cut(other, host, true);
+            }
+            lasts.await;
+            for other in others() {
+                world.net.set_cut(host, other, false);
+                world.net.set_cut(other, host, false);
+            }
+        }
+        Kind::Reset => world.net.reset(host, (host != other).then_some(other)),
+        Kind::DiskError => lock(&medium).faults.fail_in = Some(fault.number % 60),
+        Kind::DiskSlow => {
+            let before = std::mem::replace(&mut lock(&medium).faults.latency_ms, (20, 400));
+            lasts.await;
+            lock(&medium).faults.latency_ms = before;
+        }
+        Kind::DiskFull => {
+            lock(&medium).faults.full = true;
+            lasts.await;
+            lock(&medium).faults.full = false;
+        }
+        Kind::LoseWrite => lock(&medium).faults.lose_in = Some(fault.number % 40),
+        Kind::Misdirect => lock(&medium).faults.misdirect_in = Some(fault.number % 40),
+        Kind::Rot => {
+            if lock(&medium).rot() {
+                trace::count("fault: bit flipped");
+            }
+        }
+        Kind::ClockJump => {
+            let jump = i64::try_from(fault.number % 240_000).unwrap_or_default() - 120_000;
+            let clock = std::sync::Arc::clone(&world.slots.borrow()[host].clock);
+            clock.offset_ms.fetch_add(jump, Ordering::Relaxed);
+        }
+        Kind::Pause => {
+            let until = Instant::now() + Duration::from_millis(fault.lasts_ms);
+            world.pause(host, until);
+        }
+    }
+}
+
+/// The operator: starts servers that are down, and those again whose disk failed.
+pub(crate) async fn operate(world: Rc<World>, seed: u64) {
+    let mut random = Random::new(seed, 3);
+    let mut wait_ms = [0; SERVERS];
+    loop {
+        sleep(Duration::from_millis(50)).await;
+        for (host, wait_ms) in wait_ms.iter_mut().enumerate() {
+            if let Some(down_ms) = world.down_ms(host) {
+                if down_ms >= *wait_ms || world.stopping.get() {
+                    *wait_ms = match random.below(8) {
+                        0 => random.between(3_000, 12_000),
+                        1..4 => random.between(300, 3_000),
+                        _ => random.below(300),
+                    };
+                    world.start(host);
+                }
+            } else if lock(&world.medium(host)).failed && random.one_in(20) {
+                trace::count("operator: restart after a disk error");
+                world.kill(host, Death::Process);
+            } else if world.refusal(host).is_some() && !world.stopping.get() {
+                trace::count("operator: restart of a server that refused to start");
+                world.kill(host, Death::Process);
+            }
+        }
+    }
+}

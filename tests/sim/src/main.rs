@@ -1,0 +1,20 @@
+//! The simulator: many runs of a whole cluster, each by its seed. See `blockd/DESIGN.md`.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod check;
+mod child;
+mod driver;
+mod faults;
+mod history;
+mod machine;
+mod net;
+mod plants;
+mod random;
+mod run;
+mod trace;
+mod workload;
+mod world;
+
+fn main() -> std::process::ExitCode {
+    driver::main()
+}

@@ -1,0 +1,428 @@
+//! What clients do: each has several lanes, and each lane does one operation after the other.
+
+use crate::history::{BLOCK, NEVER, Snap, Tag, What, decode, fill};
+use crate::machine::Incarnation;
+use crate::net::address;
+use crate::random::Random;
+use crate::trace;
+use crate::world::{SERVERS, World};
+use blockd::admin::{AdminErrorKind, AdminReply, AdminRequest, SnapshotName};
+use blockd::client::{Client, ClientError, ClientOptions, IoErrorKind, Volume};
+use blockd::control::registry::settings::Procedure;
+use bytes::Bytes;
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::time::sleep;
+
+/// A volume of the cluster: name, blocks, blocks of a page.
+pub(crate) const VOLUMES: [(&str, u32, u32); 2] = [("a", 1536, 128), ("b", 512, 32)];
+/// Snapshots that exist at a time.
+const SNAPSHOTS_MAX: usize = 6;
+
+/// What all lanes share.
+pub(crate) struct Load {
+    pub world: Rc<World>,
+    pub seed: u64,
+    pub ops: u64,
+    pub called: Cell<u64>,
+    pub finished: Cell<u64>,
+    /// No fault was planned: every error is a violation.
+    pub quiet: bool,
+    /// Disks were full, damaged, or failed: such errors are right.
+    pub think_ms: u64,
+    pub hot_blocks: u32,
+}
+
+/// One client host with its volumes.
+#[derive(Clone)]
+pub(crate) struct User {
+    pub number: usize,
+    pub client: Client,
+    pub volumes: Rc<Vec<Volume>>,
+}
+
+impl User {
+    /// Connects, as long as it takes.
+    pub(crate) async fn connect(world: &World, number: usize) -> Self {
+        let network = world.net.of(Incarnation::new(SERVERS + number));
+        let servers: Vec<String> = (0..SERVERS)
+            .map(|server| address((server + number) % SERVERS).to_string())
+            .collect();
+        loop {
+            let options = ClientOptions::default();
+            let network = std::sync::Arc::clone(&network);
+            if let Ok(client) = Client::connect_over(network, &servers, options).await
+                && let Ok(a) = client.open(VOLUMES[0].0).await
+                && let Ok(b) = client.open(VOLUMES[1].0).await
+            {
+                let volumes = Rc::new(vec![a, b]);
+                return Self {
+                    number,
+                    client,
+                    volumes,
+                };
+            }
+            sleep(Duration::from_millis(100)).await;
+        }
+    }
+}
+
+/// Reads blocks and tells which operations wrote them.
+pub(crate) async fn show(
+    volume: &Volume,
+    number: usize,
+    first: u32,
+    blocks: u32,
+) -> Result<Vec<Tag>, ClientError> {
+    let at = u64::from(first) * BLOCK as u64;
+    let data = volume.read(at, blocks * BLOCK as u32).await?;
+    let tags = (first..).zip(data.chunks_exact(BLOCK));
+    Ok(tags
+        .map(|(block, data)| match decode(number, block, data) {
+            Ok(tag) => tag,
+            Err(text) => {
+                trace::problem(format!("wrong bytes: {} {text}", volume.name()));
+                0
+            }
+        })
+        .collect())
+}
+
+impl Load {
+    /// One lane until all operations of the run are called.
+    pub(crate) async fn lane(self: Rc<Self>, user: User, lane: u64) {
+        let mut random = Random::new(self.seed, 1000 + user.number as u64 * 16 + lane);
+        while self.called.get() < self.ops {
+            self.called.set(self.called.get() + 1);
+            self.operate(&user, &mut random).await;
+            if self.think_ms > 0 && random.one_in(3) {
+                sleep(Duration::from_millis(random.below(self.think_ms))).await;
+            }
+        }
+        self.finished.set(self.finished.get() + 1);
+    }
+
+    async fn operate(&self, user: &User, random: &mut Random) {
+        let volume = usize::from(random.one_in(3));
+        match random.below(100) {
+            0..42 => self.write(user, volume, random).await,
+            42..76 => self.read(user, volume, random).await,
+            76..80 => self.zero(user, volume, random).await,
+            80..90 => self.flush(user, volume).await,
+            90..93 => self.snapshot(user, random).await,
+            93..96 => self.read_snapshot(user, random).await,
+            96..98 => self.delete_snapshot(user, random).await,
+            _ => self.resize(user, volume, random).await,
+        }
+    }
+
+    fn range(&self, volume: usize, random: &mut Random) -> (u32, u32) {
+        let (_, size, page) = VOLUMES[volume];
+        let size = u64::from(size.min(self.hot_blocks));
+        let (first, blocks) = match random.below(10) {
+            0..5 => (random.below(size / 8) * 8, 8),
+            5..7 => (random.below(size), random.between(1, 7)),
+            7..9 => {
+                let page = u64::from(page);
+                let middle = (1 + random.below((size / page).max(2) - 1)) * page;
+                let before = random.between(1, 16);
+                (middle - before, before + random.between(1, 16))
+            }
+            _ => (random.below(size / 8) * 8, 8 * random.between(1, 24)),
+        };
+        let blocks = blocks.min(u64::from(VOLUMES[volume].1) - first);
+        (first as u32, blocks as u32)
+    }
+
+    async fn write(&self, user: &User, volume: usize, random: &mut Random) {
+        let (first, blocks) = self.range(volume, random);
+        let history = &self.world.history;
+        let op = history.invoke(user.number, volume, What::Write, first, blocks);
+        trace::say(|| {
+            format!(
+                "{op}: client {} writes {volume}/{first}+{blocks}",
+                user.number
+            )
+        });
+        let data = Bytes::from(fill(volume, first, blocks, op as Tag + 1));
+        let (handle, at) = (&user.volumes[volume], u64::from(first) * BLOCK as u64);
+        let done = match random.one_in(12) {
+            true => handle.write_through(at, data).await,
+            false => handle.write(at, data).await,
+        };
+        self.ended(op, done.map(|()| None));
+    }
+
+    async fn read(&self, user: &User, volume: usize, random: &mut Random) {
+        let (first, blocks) = self.range(volume, random);
+        let history = &self.world.history;
+        let op = history.invoke(user.number, volume, What::Read(Vec::new()), first, blocks);
+        trace::say(|| {
+            format!(
+                "{op}: client {} reads {volume}/{first}+{blocks}",
+                user.number
+            )
+        });
+        let shown = show(&user.volumes[volume], volume, first, blocks).await;
+        self.ended(op, shown.map(Some));
+    }
+
+    async fn zero(&self, user: &User, volume: usize, random: &mut Random) {
+        let (first, blocks) = self.range(volume, random);
+        let history = &self.world.history;
+        let op = history.invoke(user.number, volume, What::Zero, first, blocks);
+        trace::say(|| {
+            format!(
+                "{op}: client {} zeroes {volume}/{first}+{blocks}",
+                user.number
+            )
+        });
+        let (at, len) = (first as usize * BLOCK, blocks as usize * BLOCK);
+        let handle = &user.volumes[volume];
+        let done = handle.zero(at as u64, len as u64, random.one_in(3)).await;
+        self.ended(op, done.map(|()| None));
+    }
+
+    async fn flush(&self, user: &User, volume: usize) {
+        let history = &self.world.history;
+        let op = history.invoke(user.number, volume, What::Flush, 0, 0);
+        trace::say(|| format!("{op}: client {} flushes {volume}", user.number));
+        let done = user.volumes[volume].flush().await;
+        self.ended(op, done.map(|()| None));
+    }
+
+    fn ended(&self, op: usize, result: Result<Option<Vec<Tag>>, ClientError>) {
+        trace::mix(op as u64 | u64::from(result.is_ok()) << 40);
+        match result {
+            Ok(shown) => {
+                trace::say(|| format!("{op}: done {}", brief(shown.as_deref())));
+                self.world.history.answer(op, shown);
+            }
+            Err(error) => {
+                trace::say(|| format!("{op}: {error}"));
+                self.judge(op, &error);
+            }
+        }
+    }
+
+    /// Errors that a client may see.
+    fn judge(&self, op: usize, error: &ClientError) {
+        let name = match error {
+            ClientError::Io { reason, .. } => format!("{reason:?}"),
+            ClientError::Refused(refusal) => format!("refused {:?}", refusal.kind),
+            ClientError::Unreachable { .. } => "unreachable".to_owned(),
+            ClientError::Leased(_) => "leased".to_owned(),
+            ClientError::Fenced { .. } => "fenced".to_owned(),
+        };
+        trace::count(&format!("client error: {name}"));
+        let right = match error {
+            ClientError::Io { reason, .. } => matches!(
+                reason,
+                IoErrorKind::NoSpace | IoErrorKind::Damaged | IoErrorKind::Deadline
+            ),
+            ClientError::Refused(refusal) => refusal.kind == AdminErrorKind::Unavailable,
+            ClientError::Unreachable { .. } => true,
+            _ => false,
+        };
+        if self.quiet || !right {
+            trace::problem(format!("operation {op} failed without a cause: {error}"));
+        }
+    }
+
+    async fn snapshot(&self, user: &User, random: &mut Random) {
+        let history = &self.world.history;
+        let live = history
+            .snaps
+            .borrow()
+            .iter()
+            .filter(|snap| snap.taken && !snap.deleting)
+            .count();
+        if live >= SNAPSHOTS_MAX {
+            return self.delete_snapshot(user, random).await;
+        }
+        let volumes = match random.below(4) {
+            0 => vec![0],
+            1 => vec![1],
+            _ => vec![0, 1],
+        };
+        let number = history.snaps.borrow().len();
+        let name = format!("s{number}");
+        history.snaps.borrow_mut().push(Snap {
+            name: name.clone(),
+            volumes: volumes.clone(),
+            invoked: history.now(),
+            answered: NEVER,
+            ..Snap::default()
+        });
+        trace::say(|| {
+            format!(
+                "client {} takes snapshot {name} of {volumes:?}",
+                user.number
+            )
+        });
+        let targets = volumes
+            .iter()
+            .map(|volume| SnapshotName {
+                volume: VOLUMES[*volume].0.to_owned(),
+                snapshot: name.clone(),
+            })
+            .collect();
+        let procedure =
+            [Procedure::Barrier, Procedure::Hold, Procedure::Stamp][random.below(3) as usize];
+        let request = AdminRequest::SnapshotCreateBy { targets, procedure };
+        let taken = user.client.admin(request).await;
+        let now = history.now();
+        let mut snaps = history.snaps.borrow_mut();
+        let snap = &mut snaps[number];
+        trace::say(|| format!("snapshot {}: {taken:?}", snap.name));
+        match taken {
+            Ok(_) => {
+                trace::count(&format!("snapshot: taken by {procedure:?}"));
+                (snap.taken, snap.answered) = (true, now);
+            }
+            Err(ClientError::Refused(refusal)) if refusal.kind == AdminErrorKind::Conflict => {
+                // Another snapshot or a resize came in between, or a fault.
+                trace::count("snapshot: aborted");
+                snap.refused = true;
+            }
+            Err(ClientError::Refused(refusal)) => {
+                // `Exists`: an attempt before, whose records are not gone yet.
+                trace::count(&format!("snapshot: {:?}", refusal.kind));
+                let right = [AdminErrorKind::Unavailable, AdminErrorKind::Exists];
+                if !right.contains(&refusal.kind) {
+                    trace::problem(format!("snapshot refused without a cause: {refusal}"));
+                }
+            }
+            Err(_) => trace::count("snapshot: unknown"),
+        }
+    }
+
+    /// Reads a part of a snapshot that was taken.
+    async fn read_snapshot(&self, user: &User, random: &mut Random) {
+        let live: Vec<usize> = {
+            let snaps = self.world.history.snaps.borrow();
+            let live = (0..snaps.len()).filter(|at| snaps[*at].taken && !snaps[*at].deleting);
+            live.collect()
+        };
+        if live.is_empty() {
+            return;
+        }
+        let number = live[random.below(live.len() as u64) as usize];
+        let volumes = self.world.history.snaps.borrow()[number].volumes.clone();
+        let volume = volumes[random.below(volumes.len() as u64) as usize];
+        let (first, blocks) = self.range(volume, random);
+        let _ = look(&self.world, user, number, volume, first, blocks).await;
+    }
+
+    async fn delete_snapshot(&self, user: &User, random: &mut Random) {
+        let history = &self.world.history;
+        let live: Vec<usize> = {
+            let snaps = history.snaps.borrow();
+            (0..snaps.len())
+                .filter(|at| snaps[*at].taken && !snaps[*at].deleting)
+                .collect()
+        };
+        if live.is_empty() {
+            return;
+        }
+        let number = live[random.below(live.len() as u64) as usize];
+        delete(&self.world, user, number).await;
+    }
+
+    /// Grows a volume behind the part that is checked, or takes that back: a new epoch.
+    async fn resize(&self, user: &User, volume: usize, random: &mut Random) {
+        let (name, blocks, page) = VOLUMES[volume];
+        let pages = random.below(3);
+        let size = u64::from(blocks) + pages * u64::from(page);
+        let request = AdminRequest::VolumeResize {
+            name: name.to_owned(),
+            size_bytes: size * BLOCK as u64,
+            allow_shrink: true,
+        };
+        trace::say(|| format!("client {} resizes {name}", user.number));
+        let done = user.client.admin(request).await;
+        trace::count(match &done {
+            Ok(_) => "resize: done",
+            Err(ClientError::Refused(_)) => "resize: refused",
+            Err(_) => "resize: unknown",
+        });
+    }
+}
+
+fn brief(shown: Option<&[Tag]>) -> String {
+    let mut runs: Vec<(Tag, u32)> = Vec::new();
+    for tag in shown.unwrap_or_default() {
+        match runs.last_mut() {
+            Some((last, count)) if last == tag => *count += 1,
+            _ => runs.push((*tag, 1)),
+        }
+    }
+    let runs = runs
+        .iter()
+        .map(|(tag, count)| format!("{}x{count}", i64::from(*tag) - 1));
+    runs.collect::<Vec<_>>().join(" ")
+}
+
+/// Reads a part of a snapshot and notes what it shows; it must never change.
+///
+/// # Errors
+/// It cannot be opened or read.
+pub(crate) async fn look(
+    world: &World,
+    user: &User,
+    number: usize,
+    volume: usize,
+    first: u32,
+    blocks: u32,
+) -> Result<(), ClientError> {
+    let name = world.history.snaps.borrow()[number].name.clone();
+    let target = format!("{}@{name}", VOLUMES[volume].0);
+    let handle = user.client.open(&target);
+    let shown = show(&handle.await?, volume, first, blocks).await?;
+    trace::say(|| {
+        format!(
+            "snapshot {name} {volume}/{first}+{blocks}: {}",
+            brief(Some(&shown))
+        )
+    });
+    let snap = &mut world.history.snaps.borrow_mut()[number];
+    for (block, tag) in (first..).zip(shown) {
+        let before = snap.shown.insert((volume, block), tag);
+        if before.is_some_and(|before| before != tag) {
+            trace::problem(format!(
+                "snapshot {name} changed: volume {volume} block {block} showed operation {}, now {}",
+                i64::from(before.unwrap_or_default()) - 1,
+                i64::from(tag) - 1
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Deletes a snapshot; true if the server says that it is gone.
+pub(crate) async fn delete(world: &World, user: &User, number: usize) -> bool {
+    let (name, volumes) = {
+        let snap = &mut world.history.snaps.borrow_mut()[number];
+        snap.deleting = true;
+        (snap.name.clone(), snap.volumes.clone())
+    };
+    let mut gone = true;
+    for volume in volumes {
+        let target = SnapshotName {
+            volume: VOLUMES[volume].0.to_owned(),
+            snapshot: name.clone(),
+        };
+        let done = user.client.admin(AdminRequest::SnapshotDelete { target });
+        gone &= match done.await {
+            Ok(AdminReply::Done) => true,
+            Err(ClientError::Refused(refusal)) => refusal.kind == AdminErrorKind::NotFound,
+            _ => false,
+        };
+    }
+    trace::count(match gone {
+        true => "snapshot: deleted",
+        false => "snapshot: delete failed",
+    });
+    gone
+}

@@ -1,0 +1,223 @@
+//! The servers of a run: started, killed, cut off and started again, all on one thread.
+
+use crate::history::{History, Loss};
+use crate::machine::{Death, Incarnation, Medium, SharedMedium, SimClock, SimState, lock};
+use crate::net::{Net, address};
+use crate::random::Random;
+use crate::trace;
+use blockd::io::environment::Environment;
+use blockd::node::Server;
+use blockd::node::config::ConfigFile;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::atomic::AtomicI64;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::task::LocalSet;
+use tokio::time::{Instant, interval};
+
+/// Servers of a cluster.
+pub(crate) const SERVERS: usize = 3;
+/// Client hosts.
+pub(crate) const CLIENTS: usize = 4;
+
+/// One server's place.
+pub(crate) struct Slot {
+    pub medium: SharedMedium,
+    pub clock: Arc<SimClock>,
+    incarnation: Arc<Incarnation>,
+    tasks: Option<LocalSet>,
+    server: Rc<RefCell<Option<Rc<Server>>>>,
+    /// It could not start: why.
+    refused: Rc<RefCell<Option<String>>>,
+    paused_until: Option<Instant>,
+    down_since: Option<Instant>,
+}
+
+pub(crate) struct World {
+    pub net: Arc<Net>,
+    pub history: History,
+    pub slots: RefCell<Vec<Slot>>,
+    pub users: LocalSet,
+    pub stopping: Cell<bool>,
+    /// Which server owns which page of which volume.
+    pub owners: RefCell<BTreeMap<(usize, u32), usize>>,
+}
+
+impl World {
+    /// A world of these media; nothing runs yet. Needs a runtime.
+    #[must_use]
+    pub(crate) fn new(media: Vec<Medium>, seed: u64) -> Rc<Self> {
+        let start = Instant::now();
+        let slots = media.into_iter().enumerate().map(|(host, mut medium)| {
+            medium.arm(Random::new(seed, 100 + host as u64));
+            let incarnation = Incarnation::new(host);
+            incarnation.die(Death::Process);
+            incarnation.take_death();
+            Slot {
+                medium: Arc::new(Mutex::new(medium)),
+                clock: Arc::new(SimClock {
+                    start,
+                    offset_ms: AtomicI64::new(0),
+                }),
+                incarnation,
+                tasks: None,
+                server: Rc::default(),
+                refused: Rc::default(),
+                paused_until: None,
+                down_since: None,
+            }
+        });
+        Rc::new(Self {
+            net: Net::new(SERVERS + CLIENTS + 1, Random::new(seed, 1)),
+            history: History::default(),
+            slots: RefCell::new(slots.collect()),
+            users: LocalSet::new(),
+            stopping: Cell::new(false),
+            owners: RefCell::default(),
+        })
+    }
+
+    /// Starts a server; it answers when it has recovered.
+    pub(crate) fn start(&self, host: usize) {
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[host];
+        if slot.tasks.is_some() {
+            return;
+        }
+        trace::say(|| format!("start {host}"));
+        slot.incarnation = Incarnation::new(host);
+        slot.server = Rc::default();
+        slot.refused = Rc::default();
+        slot.down_since = None;
+        slot.paused_until = None;
+        let environment = Environment {
+            network: self.net.of(Arc::clone(&slot.incarnation)),
+            clock: Arc::clone(&slot.clock) as _,
+            state: Arc::new(SimState::new(
+                Arc::clone(&slot.medium),
+                Arc::clone(&slot.incarnation),
+            )),
+        };
+        let file = ConfigFile {
+            listen: Some(address(host).to_string()),
+            log_bytes: Some(1 << 20),
+            ..ConfigFile::default()
+        };
+        let config = file.resolve(format!("/sim/{host}").into());
+        let (server, refused) = (Rc::clone(&slot.server), Rc::clone(&slot.refused));
+        let tasks = LocalSet::new();
+        tasks.spawn_local(async move {
+            let control = tokio::runtime::Handle::current();
+            let started = match config {
+                Ok(config) => Server::start(config, environment, control).await,
+                Err(error) => return *refused.borrow_mut() = Some(error.to_string()),
+            };
+            match started {
+                Ok(started) => *server.borrow_mut() = Some(Rc::new(started)),
+                Err(error) => {
+                    trace::say(|| format!("server {host} refuses to start: {error}"));
+                    *refused.borrow_mut() = Some(error.to_string());
+                }
+            }
+        });
+        slot.tasks = Some(tasks);
+    }
+
+    /// Ends a server where it stands.
+    pub(crate) fn kill(&self, host: usize, death: Death) {
+        let slots = self.slots.borrow_mut();
+        slots[host].incarnation.die(death);
+        drop(slots);
+        self.reap(host);
+    }
+
+    /// Buries a server that has died.
+    fn reap(&self, host: usize) {
+        let mut slots = self.slots.borrow_mut();
+        let slot = &mut slots[host];
+        let Some(death) = slot.incarnation.take_death() else {
+            return;
+        };
+        trace::say(|| format!("server {host} dies: {death:?}"));
+        let tasks = slot.tasks.take();
+        slot.server = Rc::default();
+        slot.down_since = Some(Instant::now());
+        lock(&slot.medium).die(death);
+        drop(slots);
+        drop(tasks);
+        self.net.die(host, death != Death::Process);
+        if let Death::Power(_) = death {
+            let at = self.history.now();
+            self.history
+                .losses
+                .borrow_mut()
+                .push(Loss { node: host, at });
+        }
+    }
+
+    /// Lets a server do nothing for a while.
+    pub(crate) fn pause(&self, host: usize, until: Instant) {
+        self.slots.borrow_mut()[host].paused_until = Some(until);
+    }
+
+    #[must_use]
+    pub(crate) fn server(&self, host: usize) -> Option<Rc<Server>> {
+        self.slots.borrow()[host].server.borrow().clone()
+    }
+
+    #[must_use]
+    pub(crate) fn refusal(&self, host: usize) -> Option<String> {
+        self.slots.borrow()[host].refused.borrow().clone()
+    }
+
+    /// How long a server has been down; `None` if it runs.
+    #[must_use]
+    pub(crate) fn down_ms(&self, host: usize) -> Option<u64> {
+        let since = self.slots.borrow()[host].down_since;
+        since.map(|since| u64::try_from(since.elapsed().as_millis()).unwrap_or_default())
+    }
+
+    #[must_use]
+    pub(crate) fn medium(&self, host: usize) -> SharedMedium {
+        Arc::clone(&self.slots.borrow()[host].medium)
+    }
+
+    fn poll_slot(&self, host: usize, cx: &mut std::task::Context<'_>) {
+        let tasks = {
+            let mut slots = self.slots.borrow_mut();
+            let slot = &mut slots[host];
+            match slot.paused_until {
+                Some(until) if until > Instant::now() && !slot.incarnation.is_dead() => None,
+                _ => {
+                    slot.paused_until = None;
+                    slot.tasks.take()
+                }
+            }
+        };
+        if let Some(mut tasks) = tasks {
+            let _ = Pin::new(&mut tasks).poll(cx);
+            self.slots.borrow_mut()[host].tasks = Some(tasks);
+        }
+        self.reap(host);
+    }
+}
+
+/// Runs everything until `main` has ended.
+pub(crate) async fn run<T>(world: Rc<World>, main: impl Future<Output = T>) -> T {
+    let users = Rc::clone(&world);
+    let mut main = pin!(users.users.run_until(main));
+    let mut ticks = interval(Duration::from_millis(20));
+    poll_fn(move |cx| {
+        // A server that died by an operation of its registry's file is buried at the next tick.
+        while ticks.poll_tick(cx).is_ready() {}
+        for host in 0..SERVERS {
+            world.poll_slot(host, cx);
+        }
+        main.as_mut().poll(cx)
+    })
+    .await
+}
