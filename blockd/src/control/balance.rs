@@ -212,8 +212,8 @@ impl Balance {
             full.sort_by_key(|level| std::cmp::Reverse(level.surplus()));
             let Some(to) = self.emptiest() else { return };
             let shift = full.into_iter().find_map(|from| {
-                let amount = from.surplus().min(to.deficit());
-                let (index, pages) = self.heaviest(from.node, amount)?;
+                let (surplus, deficit) = (from.surplus(), to.deficit());
+                let (index, pages) = self.heaviest(from.node, surplus, deficit)?;
                 Some((index, from.node, pages))
             });
             let Some((index, from, pages)) = shift else {
@@ -223,12 +223,15 @@ impl Balance {
         }
     }
 
-    /// The volume whose pages bring an amount of bytes away from a server in the fewest moves.
-    fn heaviest(&self, node: NodeNo, amount: u64) -> Option<(usize, u64)> {
+    /// The volume whose pages bring bytes away from a server in the fewest moves; one page if that
+    /// makes both servers more even, although it is more than one of them needs.
+    fn heaviest(&self, node: NodeNo, surplus: u64, deficit: u64) -> Option<(usize, u64)> {
         let volumes = self.volumes.iter().enumerate();
         let movable = volumes.filter_map(|(index, volume)| {
             let weight = volume.weight(node).bytes;
-            let pages = (amount / weight).min(volume.pages(node));
+            let one = u64::from(surplus + deficit >= 2 * weight);
+            let pages = (surplus.min(deficit) / weight).max(one);
+            let pages = pages.min(volume.pages(node));
             (pages > 0).then_some((weight, index, pages))
         });
         movable

@@ -635,3 +635,6 @@ fn saving(state: &RegistryState, record: &MoveRecord) -> Transaction {
     let (volume, key) = (Key::Volume(record.volume), Key::Move(record.volume));
     reading(state, &[volume, key.clone()]).put(key, Object::Move(record.clone()))
 }
+
+#[cfg(test)]
+mod tests;
