@@ -364,7 +364,17 @@ impl World {
             server.write = Write::NotIssued;
         }
         server.write.forget_stamp();
+        if self.procedure == Procedure::Stamp {
+            self.lose_orders(at);
+        }
         self.span.lost(at);
+    }
+
+    /// `stamp` needs that no prepare reaches a later start of a server than it was sent to, as the
+    /// clock of that start may be behind. A connection is of one start, and an order of one connection.
+    fn lose_orders(&mut self, at: usize) {
+        self.network
+            .retain(|message| !matches!(message, Message::To(to, _) if *to == at));
     }
 
     fn commit(&mut self) {
