@@ -20,7 +20,7 @@ pub(super) fn check(intervals: &Intervals<'_>) -> Vec<String> {
             let killer = looks
                 .iter()
                 .take_while(|look| look.from > last)
-                .find(|look| look.tag != read.tag && look.to < read.from && look.until > read.from);
+                .find(|look| look.tag != read.tag && look.to < read.from && look.until > read.to);
             if let Some(killer) = killer {
                 found.push(format!(
                     "volume {volume} block {block}: read {} (moments {} to {}) shows operation {} \
