@@ -153,6 +153,36 @@ pub enum AdminRequest {
     MoveGiven {
         volume: VolumeId,
     },
+    /// As `VolumeShow`, with what belongs to snapshots and clones.
+    VolumeDetails {
+        name: String,
+    },
+    /// As `SnapshotList`, with what may keep a snapshot from being deleted or opened.
+    SnapshotDetails {
+        volume: Option<String>,
+    },
+    SnapshotRename {
+        target: SnapshotName,
+        new_name: String,
+    },
+    SnapshotProtect {
+        target: SnapshotName,
+        protected: bool,
+    },
+    /// Takes `VOL` or `VOL@SNAP` off-line, or brings it back (S001-06).
+    SetOffline {
+        target: String,
+        offline: bool,
+    },
+    /// Makes the volume what the snapshot is; a snapshot of what it was is taken first.
+    SnapshotRollback {
+        target: SnapshotName,
+    },
+    VolumeClone(VolumeClone),
+    /// Makes a clone independent of its parent; repeated until the reply names no origin.
+    VolumeFlatten {
+        name: String,
+    },
 }
 
 /// `VOL@SNAP`.
@@ -212,6 +242,9 @@ pub enum AdminReply {
     Moves(Vec<MoveInfo>),
     Drains(Vec<DrainInfo>),
     Given(Vec<(NodeNo, u64)>),
+    VolumeDetails(VolumeDetails),
+    SnapshotDetails(Vec<SnapshotDetails>),
+    RolledBack(RollbackInfo),
 }
 
 /// What a step of a scrub found.
@@ -323,6 +356,63 @@ pub struct SnapshotInfo {
     /// What the snapshot shows and what only it holds; `None` if an owner cannot be reached.
     pub referenced_bytes: Option<u64>,
     pub unique_bytes: Option<u64>,
+}
+
+/// A volume, and what belongs to snapshots and clones.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeDetails {
+    pub info: VolumeInfo,
+    pub offline: bool,
+    /// `VOL@SNAP` that it was cloned from, while it needs that.
+    pub origin: Option<String>,
+    /// Volumes that need a snapshot of it.
+    pub clones: Vec<String>,
+    pub flatten: Option<FlattenInfo>,
+    /// Copied between versions of chunks, and from the parent, since the servers were started;
+    /// `None` if one of them cannot be reached.
+    pub copied_up_bytes: Option<u64>,
+}
+
+/// How far a clone is from being independent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlattenInfo {
+    /// Over all owners that can be reached.
+    pub pages_done: u64,
+    pub pages_total: u64,
+}
+
+/// A clone to be made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeClone {
+    pub source: SnapshotName,
+    pub name: String,
+    /// Off-line from the beginning.
+    pub offline: bool,
+}
+
+/// A rollback that was done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RollbackInfo {
+    pub volume: String,
+    pub snapshot: String,
+    /// Name of the snapshot of what the volume was before.
+    pub safety: String,
+    pub epoch: Epoch,
+    /// The volume keeps its size; behind the end of the snapshot it reads as zeros.
+    pub size_bytes: u64,
+    pub snapshot_size_bytes: u64,
+    /// Owners that have not said that they carried it out; they do before they serve the volume.
+    pub unheard: Vec<NodeNo>,
+}
+
+/// A snapshot, and what may keep it from being deleted or opened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotDetails {
+    pub info: SnapshotInfo,
+    pub protected: bool,
+    pub offline: bool,
+    /// Volumes that were cloned from it and need it.
+    pub clones: Vec<String>,
 }
 
 /// S003-05: the pages of one volume that each server holds, run-length encoded.

@@ -90,6 +90,15 @@ pub const DRAIN_RETRY_MS: u64 = 10_000;
 /// Milliseconds between two sweeps of what the registry does not have.
 pub const SWEEP_INTERVAL_MS: u64 = 10_000;
 
+/// Clones of clones: each costs a read of what none of them has written a lookup more.
+pub const CLONE_DEPTH_MAX: u32 = 8;
+/// Bytes a second that a server copies up at the most while it flattens a clone.
+pub const FLATTEN_BYTES_PER_S: u64 = 128 << 20;
+/// Milliseconds that the owners of a volume have to carry out a rollback before its command ends.
+pub const LINEAGE_CONFIRM_MS: u64 = 5_000;
+/// Milliseconds before a rollback or clone is tried again in a store that could not do it.
+pub const LINEAGE_RETRY_MS: u64 = 20;
+
 /// Bytes of unflushed writes that the client library keeps for a replay, before it flushes.
 pub const CLIENT_REPLAY_BYTES: usize = 64 << 20;
 /// Bytes of a TRIM or WRITE_ZEROES that are one span; a longer one is cut. 1024 pages of the

@@ -214,12 +214,12 @@ fn a_store_in_use_or_of_a_newer_version_is_refused() {
         drop(store);
         let path = dir.path().join("super");
         let mut bytes = std::fs::read(&path).unwrap();
-        (0..4).for_each(|copy| bytes[copy * 4096 + 8] = 2);
+        (0..4).for_each(|copy| bytes[copy * 4096 + 8] = 3);
         std::fs::write(&path, bytes).unwrap();
         let newer = PageStore::open(dir.path(), options());
         assert!(matches!(
             newer,
-            Err(StoreError::NewerVersion { found: 2, .. })
+            Err(StoreError::NewerVersion { found: 3, .. })
         ));
         let file = dir.path().join("log");
         let no_dir = PageStore::open(&file, options());

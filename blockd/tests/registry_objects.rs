@@ -3,9 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use blockd::control::registry::{
-    ChangeError, Command, Key, LeaseEnd, LeaseHolder, LeaseRecord, LeaseState, Machine, NameError,
-    NodeRecord, Object, Outcome, Refusal, RegistryState, RouteError, SnapshotState, Transaction,
-    UniqueId, VolumeSpec, change, lease, routes,
+    ChangeError, Command, Key, LeaseEnd, LeaseHolder, LeaseRecord, LeaseState, Machine, Mark,
+    NameError, NodeRecord, Object, Outcome, Refusal, RegistryState, RouteError, SnapshotState,
+    Transaction, UniqueId, VolumeSpec, change, lease, marks, routes,
 };
 use blockd::id::{Epoch, LeaseEpoch, NodeNo, Revision, SnapshotId, TicketId, VolumeId};
 use blockd::limits::{REGISTRY_OUTCOMES_KEPT, TRANSACTION_STEPS_MAX};
@@ -199,6 +199,53 @@ fn a_snapshot_is_visible_only_after_its_commit() {
     assert_eq!(state.snapshots(id).count(), 0);
     let (_, next) = change::begin_snapshots(&state, &wanted, TicketId(7), 9).unwrap();
     assert_eq!(next[0].id, SnapshotId(2), "an id is never used again");
+}
+
+/// S001-06, S003-20: a snapshot is renamed, protected and off-line by keys of their own, which go
+/// with it; whichever of protect and delete comes second is refused.
+#[test]
+fn marks_of_a_snapshot_come_and_go_with_it() {
+    let (mut state, id) = cluster();
+    let wanted = [(id, "s".to_owned()), (id, "s".to_owned())];
+    let (begun, records) = change::begin_snapshots(&state, &wanted[..1], TicketId(5), 9).unwrap();
+    commit(&mut state, &begun);
+    let first = SnapshotId(1);
+    let mark = Some(Mark { since_unix_ms: 7 });
+    assert!(
+        marks::protect_snapshot(&state, id, first, mark).is_err(),
+        "pending"
+    );
+    let committed = change::commit_snapshots(&state, &records).unwrap();
+    commit(&mut state, &committed);
+    let late = change::delete_snapshot(&state, id, first).unwrap();
+    let protected = marks::protect_snapshot(&state, id, first, mark).unwrap();
+    commit(&mut state, &protected);
+    assert!(matches!(state.apply(&late), Ok(Outcome::Conflict { .. })));
+    let refused = change::delete_snapshot(&state, id, first).unwrap_err();
+    assert_eq!(refused, ChangeError::Protected("vm1".into(), "s".into()));
+    let renamed = marks::rename_snapshot(&state, id, first, "t").unwrap();
+    commit(&mut state, &renamed);
+    assert!(state.snapshot_by_name(id, "s").is_none());
+    assert_eq!(state.snapshot_by_name(id, "t").unwrap().id, first);
+    assert!(marks::rename_snapshot(&state, id, first, "t").is_err());
+    for target in [None, Some(first)] {
+        let offline = marks::set_offline(&state, id, target, mark).unwrap();
+        commit(&mut state, &offline);
+        assert!(state.is_offline(id, target));
+    }
+    let unprotected = marks::protect_snapshot(&state, id, first, None).unwrap();
+    commit(&mut state, &unprotected);
+    let deleted = change::delete_snapshot(&state, id, first).unwrap();
+    commit(&mut state, &deleted);
+    assert!(!state.is_offline(id, Some(first)) && state.is_offline(id, None));
+    let forgotten = change::forget_snapshot(&state, id, first).unwrap();
+    commit(&mut state, &forgotten);
+    let deleted = change::delete_volume(&state, id).unwrap();
+    commit(&mut state, &deleted);
+    let marks = state
+        .objects()
+        .filter(|(_, _, o)| matches!(o, Object::Mark(_)));
+    assert_eq!(marks.count(), 0);
 }
 
 /// S003-34, U-10: the outcome is bound to the epoch of the prepare.

@@ -34,6 +34,8 @@ mod hostile_peers;
 mod kernel;
 #[path = "system/leases.rs"]
 mod leases;
+#[path = "system/lineage.rs"]
+mod lineage;
 #[path = "system/lost_owners.rs"]
 mod lost_owners;
 #[path = "system/move_kills.rs"]
@@ -72,6 +74,8 @@ mod scrubs;
 mod settings;
 #[path = "system/snapshot_kills.rs"]
 mod snapshot_kills;
+#[path = "system/snapshot_verbs.rs"]
+mod snapshot_verbs;
 #[path = "system/snapshots.rs"]
 mod snapshots;
 #[path = "system/spans.rs"]

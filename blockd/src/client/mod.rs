@@ -408,6 +408,8 @@ fn changes(request: &AdminRequest) -> bool {
             | AdminRequest::LeaseShow { .. }
             | AdminRequest::LeaseRenew { .. }
             | AdminRequest::VolumeGet { .. }
+            | AdminRequest::VolumeDetails { .. }
+            | AdminRequest::SnapshotDetails { .. }
     )
 }
 

@@ -431,12 +431,28 @@ impl Volume {
         let Some(volume) = volumes.into_iter().find(|volume| volume.id == id) else {
             return Err(gone);
         };
-        let name = match self.shared.name.split_once('@') {
-            Some((_, snapshot)) => format!("{}@{snapshot}", volume.name),
+        let name = match self.opened().info.snapshot {
+            Some(_) => match self.snapshot_renamed(&volume.name).await? {
+                Some(name) => name,
+                None => return Err(gone),
+            },
             None => volume.name,
         };
         let info = client.open_info(&name).await?;
         self.check_same(&info).map(|()| info)
+    }
+
+    /// The name that the opened snapshot has now.
+    async fn snapshot_renamed(&self, volume: &str) -> Result<Option<String>, ClientError> {
+        let list = AdminRequest::SnapshotList {
+            volume: Some(volume.to_owned()),
+        };
+        let AdminReply::Snapshots(snapshots) = self.shared.client.admin(list).await? else {
+            return Ok(None);
+        };
+        let id = self.opened().info.snapshot;
+        let found = snapshots.iter().find(|snapshot| Some(snapshot.id) == id);
+        Ok(found.map(|found| format!("{volume}@{}", found.name)))
     }
 
     /// `Gone` unless `info` is of the volume that was opened.

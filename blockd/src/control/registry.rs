@@ -6,7 +6,9 @@
 
 pub mod change;
 pub mod lease;
+pub mod lineage;
 mod machine;
+pub mod marks;
 pub mod moves;
 mod name;
 mod object;
@@ -19,11 +21,13 @@ mod transaction;
 
 pub use change::{ChangeError, VolumeSpec};
 pub use lease::{LeaseEnd, LeaseHolder, LeaseRecord, LeaseState};
+pub use lineage::{OriginRecord, RollbackRecord};
 pub use machine::{Command, Machine};
 pub use moves::{DrainRecord, Duty, MoveBatch, MovePhase, MoveRecord, MoveWish};
 pub use name::{NameError, check_name, split_volume_name};
 pub use object::{
-    ClusterRecord, Key, NodeRecord, Object, SnapshotRecord, SnapshotState, UniqueId, VolumeRecord,
+    ClusterRecord, Key, Mark, NodeRecord, Object, SnapshotRecord, SnapshotState, UniqueId,
+    VolumeRecord,
 };
 pub use routes::{RouteError, RouteRun};
 pub use scrub::ScrubRecord;

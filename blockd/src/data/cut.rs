@@ -50,6 +50,8 @@ pub struct Cut {
     wide: Cell<u32>,
     /// The snapshot that was taken in the log, while its completions are parked.
     mark: Cell<Option<SnapshotId>>,
+    /// The volume is about to be rolled back: no change begins.
+    turning: Cell<bool>,
     /// While writes are stamped.
     stamps: RefCell<Option<Stamps>>,
     waiting: Cell<u32>,
@@ -74,7 +76,8 @@ impl Executing {
 impl Drop for Executing {
     fn drop(&mut self) {
         self.cut.count(self.width, |count| count - 1);
-        let closed = self.cut.closed.get();
+        let turning = self.cut.turning.get().then_some(Width::Narrow);
+        let closed = turning.or(self.cut.closed.get());
         if closed.is_some_and(|width| self.cut.executing(width) == 0) {
             self.cut.changed.notify_waiters();
         }
@@ -112,6 +115,18 @@ impl Cut {
             return;
         }
         self.mark.set(Some(mark));
+    }
+
+    /// From now on no change begins, or they begin again; independent of the gate of a snapshot.
+    pub fn turn(&self, turning: bool) {
+        self.turning.set(turning);
+        self.changed.notify_waiters();
+    }
+
+    /// True if no change is being executed.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        self.executing.get() == 0
     }
 
     /// Lets go whatever waits or is parked (S003-28).
@@ -227,7 +242,8 @@ impl Cut {
     /// [`DataError::Held`].
     pub fn try_execute(self: &Rc<Self>, width: Width) -> Result<Executing, DataError> {
         let ignored = width == Width::Wide && planted(Plant::SpanIgnoresHold);
-        if self.closed.get().is_some_and(|closed| closed <= width) && !ignored {
+        let closed = self.closed.get().is_some_and(|closed| closed <= width) && !ignored;
+        if self.turning.get() || closed {
             return Err(DataError::Held);
         }
         self.count(width, |count| count + 1);

@@ -4,6 +4,7 @@ pub mod cut;
 pub mod error;
 pub mod fence;
 pub mod forward;
+pub mod lineage;
 pub mod moving;
 pub mod owner;
 pub mod page_store;

@@ -8,7 +8,8 @@
 
 use super::cut::{Cut, Executing, Width};
 use super::error::DataError;
-use super::fence::{Fence, FenceGate};
+use super::fence::FenceGate;
+use super::lineage::{LineageGate, Published};
 use super::moving::{Hold, Moving, Noted};
 use super::page_store::{PageAt, PageStore, ReadPart, StoreError};
 use super::router::{EpochVerdict, RoutingTable, judge_epoch};
@@ -51,6 +52,7 @@ pub struct VolumeState {
     given: RefCell<Vec<(NodeNo, u64)>>,
     /// Requests for pages since the start.
     requests: Cell<u64>,
+    pub(super) lineage: LineageGate,
 }
 
 /// The part of a server that executes requests for its own pages.
@@ -177,21 +179,21 @@ impl Owner {
         self.doubted.borrow_mut().extend(pages);
     }
 
-    /// Takes over the routing tables and leases of the registry; volumes that are not among them
-    /// are gone.
-    pub fn publish(&self, tables: Vec<(RoutingTable, Fence)>) {
+    /// Takes over the routing tables, leases and lineages of the registry; volumes that are not
+    /// among them are gone. A volume whose store has something to do first keeps its former table
+    /// until that is done.
+    pub fn publish(self: &Rc<Self>, published: Vec<Published>) {
         let mut volumes = self.volumes.borrow_mut();
-        let mut next = HashMap::with_capacity(tables.len());
-        for (table, fence) in tables {
+        let mut next = HashMap::with_capacity(published.len());
+        for published in published {
+            let table = &published.table;
             let state = match volumes.remove(&table.volume) {
                 Some(state) => state,
-                None => self.new_volume(&table),
+                None => self.new_volume(table),
             };
-            state.fence.borrow_mut().publish(fence);
-            if *state.table.borrow().as_ref() != table {
-                *state.table.borrow_mut() = Rc::new(table);
-            }
-            next.insert(state.id, state);
+            state.fence.borrow_mut().publish(published.fence.clone());
+            next.insert(state.id, Rc::clone(&state));
+            self.take_over(&state, published);
         }
         *volumes = next;
         drop(volumes);
@@ -209,11 +211,19 @@ impl Owner {
     }
 
     fn new_volume(&self, table: &RoutingTable) -> Rc<VolumeState> {
-        let state = VolumeState::new(table, self.confirmed.get(&table.volume));
+        let state = VolumeState::new(table.volume, self.confirmed.get(&table.volume));
         if let Some(pages) = self.doubted.borrow_mut().remove(&table.volume) {
             state.moving.doubt(pages);
         }
         Rc::new(state)
+    }
+
+    /// The table of a volume counts from now on.
+    pub(super) fn set_table(&self, state: &VolumeState, table: RoutingTable) {
+        if *state.table.borrow().as_ref() != table {
+            *state.table.borrow_mut() = Rc::new(table);
+        }
+        self.tables_changed.notify_waiters();
     }
 
     /// The volume's state, if the published tables have it.
@@ -301,6 +311,7 @@ impl Owner {
         at: Target,
     ) -> Result<Vec<ReadPart>, DataError> {
         let state = self.admit(volume, at, Hold::Everything).await?;
+        state.lineage.check_online(snapshot)?;
         let parts = self.store.read(at.in_store(volume), snapshot).await?;
         // The store may have dropped the page while its bytes were fetched.
         let epoch = state.table.borrow().epoch;
@@ -337,6 +348,7 @@ impl Owner {
         at: Target,
     ) -> Result<Vec<(u32, bool)>, DataError> {
         let state = self.admit(volume, at, Hold::Everything).await?;
+        state.lineage.check_online(snapshot)?;
         let extents = self.store.extents(at.in_store(volume), snapshot)?;
         self.show(&state, snapshot, at).await;
         Ok(extents)
@@ -354,6 +366,7 @@ impl Owner {
         at: Target,
     ) -> Result<Vec<LayerRun>, DataError> {
         let state = self.admit(volume, at, Hold::Everything).await?;
+        state.lineage.check_online(snapshot)?;
         let layers = self.store.layers(at.in_store(volume), snapshot, since)?;
         self.show(&state, snapshot, at).await;
         Ok(layers)
@@ -419,10 +432,12 @@ impl Owner {
         if span.is_some() {
             // A hand-over waits for open spans: their parts are not held.
             let state = self.admit(volume, at, Hold::Everything).await?;
+            state.lineage.check_online(None)?;
             return Ok((None, state.begin_change(at)?));
         }
         loop {
             let state = self.admit(volume, at, Hold::Changes).await?;
+            state.lineage.check_online(None)?;
             if let Ok(gate) = state.cut.try_execute(width) {
                 return Ok((Some(gate), state.begin_change(at)?));
             }
@@ -477,16 +492,17 @@ impl Owner {
 }
 
 impl VolumeState {
-    fn new(table: &RoutingTable, confirmed: Option<&LeaseEpoch>) -> Self {
+    fn new(id: VolumeId, confirmed: Option<&LeaseEpoch>) -> Self {
         Self {
-            id: table.volume,
-            table: RefCell::new(Rc::new(table.clone())),
+            id,
+            table: RefCell::new(Rc::new(RoutingTable::empty(id))),
             cut: Rc::default(),
             fence: RefCell::new(FenceGate::new(confirmed.copied().unwrap_or_default())),
             fence_changed: Notify::new(),
             moving: Rc::default(),
             given: RefCell::default(),
             requests: Cell::new(0),
+            lineage: LineageGate::default(),
         }
     }
 }
@@ -508,6 +524,9 @@ impl From<StoreError> for DataError {
             StoreError::NoSpace => Self::NoSpace,
             StoreError::Closed => Self::Unavailable("the server is stopping".to_owned()),
             StoreError::UnknownSnapshot { .. } | StoreError::VolumeDeleted { .. } => Self::Gone,
+            behind @ (StoreError::Behind { .. } | StoreError::HasClone { .. }) => {
+                Self::Unavailable(behind.to_string())
+            }
             other => Self::Damaged(other.to_string()),
         }
     }

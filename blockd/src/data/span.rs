@@ -11,7 +11,7 @@
 
 use super::forward::{self, ForwardError};
 use super::router::{Part, RoutingTable};
-use crate::id::{LeaseEpoch, NodeNo, VolumeId};
+use crate::id::{Epoch, LeaseEpoch, NodeNo, VolumeId};
 use crate::io::link::Link;
 use crate::io::wire::{Frame, Kind};
 use crate::limits::{REQUEST_PART_BYTES, ZERO_SPAN_BYTES, ZERO_SPAN_PAGES};
@@ -41,6 +41,8 @@ pub fn zero_pieces(
 /// How far a change over several pages has come.
 #[derive(Debug)]
 pub struct Progress {
+    /// Routing epoch at which parts were done.
+    epoch: Epoch,
     parts: Vec<(Part, bool)>,
     begun: BTreeSet<NodeNo>,
     /// Parts may have been executed: those that agreed must not be let go before the end.
@@ -49,18 +51,22 @@ pub struct Progress {
 
 impl Progress {
     #[must_use]
-    pub fn new(parts: impl Iterator<Item = Part>) -> Self {
+    pub fn new(epoch: Epoch, parts: impl Iterator<Item = Part>) -> Self {
         Self {
+            epoch,
             parts: parts.map(|part| (part, false)).collect(),
             begun: BTreeSet::new(),
             touched: false,
         }
     }
 
-    /// Takes over the owners of a newer routing table.
+    /// Takes over the owners of a newer routing table. All parts are sent again then: with the
+    /// new epoch may have come a rollback, which has taken back what was done.
     pub fn route(&mut self, table: &RoutingTable) {
-        for (part, _) in &mut self.parts {
+        let is_new = table.epoch != std::mem::replace(&mut self.epoch, table.epoch);
+        for (part, done) in &mut self.parts {
             part.owner = table.owner(part.page).unwrap_or(part.owner);
+            *done &= !is_new;
         }
     }
 
@@ -117,7 +123,7 @@ impl Span {
     pub fn new(id: u64, table: &RoutingTable, offset_bytes: u64, len_bytes: u64) -> Self {
         Self {
             id,
-            progress: Progress::new(table.parts(offset_bytes, len_bytes)),
+            progress: Progress::new(table.epoch, table.parts(offset_bytes, len_bytes)),
             volume: table.volume,
             links: BTreeMap::new(),
         }
@@ -185,7 +191,7 @@ impl Drop for Span {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::id::{Epoch, RouteRun};
+    use crate::id::RouteRun;
 
     fn table() -> RoutingTable {
         let run = |first_page, owner| RouteRun {
@@ -215,7 +221,7 @@ mod tests {
 
     #[test]
     fn a_lost_owner_agrees_again_and_only_its_part_is_sent_again() {
-        let mut progress = Progress::new(table().parts(0, 12 << 20));
+        let mut progress = Progress::new(Epoch(1), table().parts(0, 12 << 20));
         assert_eq!(progress.to_begin(), [NodeNo(1), NodeNo(2)].into());
         progress.began(NodeNo(1));
         progress.began(NodeNo(2));
@@ -225,6 +231,8 @@ mod tests {
         progress.done(2);
         progress.lost(NodeNo(2));
         assert!(!progress.give_back(), "node 1 has executed its parts");
+        progress.route(&table());
+        assert_eq!(progress.send().len(), 1, "the same epoch");
         assert_eq!(progress.to_begin(), [NodeNo(2)].into());
         progress.began(NodeNo(2));
         let again = progress.send();
@@ -234,11 +242,15 @@ mod tests {
         );
         progress.done(1);
         assert!(progress.send().is_empty());
+        let runs = table().runs().to_vec();
+        let newer = RoutingTable::new(VolumeId(1), Epoch(2), 12 << 20, 8192, runs).unwrap();
+        progress.route(&newer);
+        assert_eq!(progress.send().len(), 3, "a rollback may have come with it");
     }
 
     #[test]
     fn owners_are_let_go_only_before_any_part_was_sent() {
-        let mut progress = Progress::new(table().parts(0, 8 << 20));
+        let mut progress = Progress::new(Epoch(1), table().parts(0, 8 << 20));
         progress.began(NodeNo(1));
         assert!(progress.give_back());
         assert_eq!(progress.to_begin().len(), 2);

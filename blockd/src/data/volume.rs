@@ -256,6 +256,22 @@ impl Volume {
         len: u64,
         io: &PartIo,
     ) -> Result<Vec<PartReply>, DataError> {
+        loop {
+            let epoch = self.state.table().epoch;
+            let replies = self.parts_now(offset, len, io).await?;
+            if io.changes() || replies.len() < 2 || self.state.table().epoch == epoch {
+                return Ok(replies);
+            }
+            // A rollback may lie between two parts: what is read is of one epoch.
+        }
+    }
+
+    async fn parts_now(
+        &self,
+        offset: u64,
+        len: u64,
+        io: &PartIo,
+    ) -> Result<Vec<PartReply>, DataError> {
         self.check_range(offset, len)?;
         let table = self.state.table();
         let mut parts = table.parts(offset, len);

@@ -137,6 +137,12 @@ wire_enum! {
         /// Verify what is stored of a volume, for about a second. Payload `ScrubOrder`, reply
         /// payload `ScrubStep`.
         Scrub = 30,
+        /// Be at the routing epoch of the request, with what came with it, before the answer. Reply
+        /// payload `LineageStatus`.
+        Lineage = 21,
+        /// Space of all snapshots of a volume. Reply payload: a list of (snapshot, bytes that it
+        /// shows, bytes that only it holds).
+        SnapshotUsages = 22,
     }
 }
 

@@ -15,6 +15,7 @@ mod identity;
 mod inspect;
 mod lease;
 mod lease_file;
+mod lineage;
 mod moves;
 mod nbd;
 mod participant;
@@ -32,6 +33,8 @@ pub use identity::IdentityError;
 pub use inspect::Inspection;
 pub use serve::{ServeError, Server, serve};
 
+use crate::control::registry::{RegistryState, VolumeRecord};
+use crate::data::lineage::Published;
 use crate::data::owner::Owner;
 use crate::data::page_store::PageStore;
 use crate::data::router::RoutingTable;
@@ -80,6 +83,13 @@ pub(crate) struct Member {
     pub(crate) participant: participant::Participants,
     pub(crate) leases: lease::Leases,
     pub(crate) moves: moves::Moves,
+    pub(crate) flattenings: lineage::Flattenings,
+}
+
+/// Why nobody reads or writes a volume that is off-line.
+fn offline(state: &RegistryState, volume: &VolumeRecord) -> Option<Rc<str>> {
+    let online = admin::check_online(state, volume.id, None, &volume.name);
+    online.err().map(|error| error.message.into())
 }
 
 impl Node {
@@ -126,7 +136,12 @@ impl Member {
             RoutingTable::new(volume.id, volume.epoch, size, page_blocks, routes)
                 .inspect_err(|error| tracing::error!(%error, "volume not served"))
                 .ok()
-                .map(|table| (table, lease::fence(&state, volume)))
+                .map(|table| Published {
+                    table,
+                    fence: lease::fence(&state, volume),
+                    lineage: lineage::of(&state, self.number(), volume),
+                    offline: offline(&state, volume),
+                })
         });
         let tables = tables.collect();
         let nodes = state.nodes();

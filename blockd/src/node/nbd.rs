@@ -1,5 +1,6 @@
 //! Volumes and snapshots as NBD exports `VOL` and `VOL@SNAP` (S003-08 to S003-11).
 
+use super::admin::check_online;
 use super::{Member, Node};
 use crate::control::registry::{
     RegistryState, SnapshotRecord, SnapshotState, VolumeRecord, split_volume_name,
@@ -99,6 +100,8 @@ fn open_in(member: &Member, name: &str) -> Result<Option<NbdExport>, OpenError> 
             _ => return Ok(None),
         },
     };
+    check_online(&state, record.id, snapshot.map(|(id, _)| id), name)
+        .map_err(|error| OpenError::Policy(error.message.into()))?;
     let Some(volume_state) = member.owner().volume(record.id) else {
         return Ok(None);
     };

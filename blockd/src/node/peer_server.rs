@@ -4,7 +4,7 @@
 //! that one has stopped executing. So a request that its requester sent again is not executed a
 //! second time behind the answer to the repetition.
 
-use super::{Member, Node, admin, moves, scrub};
+use super::{Member, Node, admin, lineage, moves, scrub};
 use crate::data::cut::Executing;
 use crate::data::error::DataError;
 use crate::data::owner::Target;
@@ -248,7 +248,12 @@ type Executed = Result<(u16, Payload), DataError>;
 
 /// Executes a request once this server knows its volume: after a restart its copy of the registry
 /// may be old, and a volume that it does not have yet is not gone.
-async fn execute_known(node: &Node, member: &Member, spans: &Spans, request: &Frame) -> Executed {
+async fn execute_known(
+    node: &Node,
+    member: &Rc<Member>,
+    spans: &Spans,
+    request: &Frame,
+) -> Executed {
     let volume = request.volume;
     if volume != VolumeId(0) && member.owner().volume(volume).is_none() {
         member.registry.barrier().await.map_err(unavailable)?;
@@ -257,7 +262,7 @@ async fn execute_known(node: &Node, member: &Member, spans: &Spans, request: &Fr
     execute(node, member, spans, request).await
 }
 
-async fn execute(node: &Node, member: &Member, spans: &Spans, request: &Frame) -> Executed {
+async fn execute(node: &Node, member: &Rc<Member>, spans: &Spans, request: &Frame) -> Executed {
     let owner = member.owner();
     let volume = request.volume;
     let snapshot = Some(request.snapshot).filter(|id| *id != SnapshotId(0));
@@ -291,10 +296,13 @@ async fn execute(node: &Node, member: &Member, spans: &Spans, request: &Frame) -
             Ok((0, Payload::default()))
         }
         Kind::SnapshotDrop => {
+            lineage::settled(member, volume, request.epoch).await?;
             let dropped = owner.store.delete_snapshot(volume, request.snapshot).await;
             dropped?;
             Ok((0, Payload::default()))
         }
+        Kind::Lineage => lineage::answer(member, request).await,
+        Kind::SnapshotUsages => Ok((0, encode_control(&snapshot_usages(member, volume)?))),
         Kind::VolumeDrop => drop_pages(member, request).await,
         Kind::Usage => Ok((0, encode_control(&usage(node, member, volume, snapshot)?))),
         Kind::Scrub => Ok((0, scrub::answer(node, member, request).await?)),
@@ -460,6 +468,17 @@ async fn drop_pages(member: &Member, request: &Frame) -> Executed {
 
 fn unavailable(error: super::registry::RegistryError) -> DataError {
     DataError::Unavailable(error.to_string())
+}
+
+/// Every snapshot of a volume with the bytes that it shows, and those that only it holds.
+pub(crate) type SnapshotUsages = Vec<(SnapshotId, u64, u64)>;
+
+fn snapshot_usages(member: &Member, volume: VolumeId) -> Result<SnapshotUsages, DataError> {
+    let usages = member.owner().store.snapshot_usages(volume)?;
+    let usages = usages.into_iter();
+    Ok(usages
+        .map(|(id, usage)| (id, usage.referenced_bytes, usage.unique_bytes))
+        .collect())
 }
 
 fn usage(

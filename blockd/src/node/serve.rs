@@ -8,7 +8,7 @@ use super::lease::Leases;
 use super::lease_file::{LeaseFile, LeaseFileError};
 use super::moves::{self, Moves};
 use super::registry::{RaftTransport, Registry, RegistryError, RegistryOptions};
-use super::{Member, Node, lease, nbd, participant, peer_server, schedule, sweep};
+use super::{Member, Node, lease, lineage, nbd, participant, peer_server, schedule, sweep};
 use crate::data::owner::Owner;
 use crate::data::page_store::{PageStore, StoreError, StoreOptions};
 use crate::data::volume::Group;
@@ -309,6 +309,7 @@ impl Node {
             peers: Arc::clone(&self.peers),
             group,
             participant,
+            flattenings: lineage::Flattenings::default(),
             leases: Leases::new(confirmed, Arc::clone(&self.environment.state)),
             moves,
         });

@@ -2,8 +2,11 @@
 //! lists, and deletes.
 
 use super::admin::{catch_up, find_snapshot, no_volume, refused};
+use super::peer_server::SnapshotUsages;
 use super::{Member, Node};
-use crate::admin::{AdminError, AdminErrorKind, AdminReply, SnapshotInfo, SnapshotName};
+use crate::admin::{
+    AdminError, AdminErrorKind, AdminReply, SnapshotDetails, SnapshotInfo, SnapshotName,
+};
 use crate::control::registry::change::{
     abort_snapshots, begin_snapshots, commit_snapshots, delete_snapshot, forget_snapshot,
 };
@@ -14,7 +17,7 @@ use crate::control::snapshot::{
     Action, Answer, CommitResult, Coordinator, CoordinatorEvent, Limits, Order, Part, Plan,
     Procedure, Verdict,
 };
-use crate::id::{SnapshotId, TicketId, VolumeId};
+use crate::id::{NodeNo, SnapshotId, TicketId, VolumeId};
 use crate::io::host::random_u64;
 use crate::io::link::{decode_control, encode_control};
 use crate::io::wire::{Frame, Kind};
@@ -25,7 +28,7 @@ use crate::node::registry::{RegistryError, UpdateError};
 use crate::planted::{Plant, planted};
 use futures_util::future::{Either, LocalBoxFuture, join_all, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
@@ -33,6 +36,9 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 /// Tries of a snapshot whose routing table or ticket was overtaken by another change.
 const TRIES: usize = 3;
+
+/// How long `snapshot list` waits for a server to count what its snapshots hold.
+const USAGE_PATIENCE_MS: u64 = 10_000;
 
 /// Takes one point in time of all targets, by this procedure.
 pub(super) async fn create(
@@ -245,18 +251,93 @@ async fn discard(member: &Member, records: &[SnapshotRecord]) -> Option<Coordina
     None
 }
 
-/// Committed snapshots with their sizes.
-pub(super) async fn list(member: &Member, volume: Option<&str>) -> Result<AdminReply, AdminError> {
-    catch_up(member).await?;
-    let state = member.registry.state();
+/// Committed snapshots of one volume or of all.
+fn committed<'a>(
+    state: &'a RegistryState,
+    volume: Option<&str>,
+) -> Result<Vec<&'a SnapshotRecord>, AdminError> {
     let volumes: Vec<&VolumeRecord> = match volume {
         None => state.volumes().collect(),
         Some(name) => vec![state.volume_by_name(name).ok_or_else(|| no_volume(name))?],
     };
     let records = volumes.iter().flat_map(|volume| state.snapshots(volume.id));
     let committed = records.filter(|record| record.state == SnapshotState::Committed);
-    let infos = join_all(committed.map(|record| info(member, &state, record))).await;
+    Ok(committed.collect())
+}
+
+/// Committed snapshots with their sizes.
+pub(super) async fn list(member: &Member, volume: Option<&str>) -> Result<AdminReply, AdminError> {
+    catch_up(member).await?;
+    let state = member.registry.state();
+    let records = committed(&state, volume)?;
+    let infos = join_all(records.iter().map(|record| info(member, &state, record))).await;
     Ok(AdminReply::Snapshots(infos.into_iter().flatten().collect()))
+}
+
+/// Committed snapshots with their sizes, and with what may keep them from being deleted or opened.
+/// Every owner is asked once for all snapshots of a volume.
+pub(super) async fn details(
+    member: &Member,
+    volume: Option<&str>,
+) -> Result<AdminReply, AdminError> {
+    catch_up(member).await?;
+    let state = member.registry.state();
+    let records = committed(&state, volume)?;
+    let parts = records.iter().flat_map(|record| {
+        let owners = record.owners.iter();
+        owners.map(|node| (record.volume, *node))
+    });
+    let parts: BTreeSet<(VolumeId, NodeNo)> = parts.collect();
+    let asked = parts
+        .into_iter()
+        .map(async |part| (part, usages(member, part).await));
+    let usages: HashMap<_, _> = join_all(asked).await.into_iter().collect();
+    let details = records.iter().filter_map(|record| {
+        let usage = |node: &NodeNo| {
+            let usages = usages.get(&(record.volume, *node))?.as_ref()?;
+            let found = usages.iter().find(|(id, ..)| *id == record.id);
+            Some(found.map_or((0, 0), |(_, shown, unique)| (*shown, *unique)))
+        };
+        let usage: Option<Vec<(u64, u64)>> = record.owners.iter().map(usage).collect();
+        let sum = |of: fn(&(u64, u64)) -> u64| Some(usage.as_ref()?.iter().map(of).sum());
+        Some(SnapshotDetails {
+            info: info_with(
+                &state,
+                record,
+                sum(|(shown, _)| *shown),
+                sum(|(_, own)| *own),
+            )?,
+            protected: state.is_protected(record.volume, record.id),
+            offline: state.is_offline(record.volume, Some(record.id)),
+            clones: state.clones(record.volume, Some(record.id)),
+        })
+    });
+    Ok(AdminReply::SnapshotDetails(details.collect()))
+}
+
+/// Space of all snapshots of a volume on a server; `None` if it cannot be asked.
+async fn usages(member: &Member, (volume, node): (VolumeId, NodeNo)) -> Option<SnapshotUsages> {
+    let request = Frame::request(Kind::SnapshotUsages, volume);
+    let patience = Duration::from_millis(USAGE_PATIENCE_MS);
+    let reply = timeout(patience, member.call(node, request)).await;
+    decode_control(reply.ok()?.ok()?.payload).ok()
+}
+
+fn info_with(
+    state: &RegistryState,
+    record: &SnapshotRecord,
+    referenced_bytes: Option<u64>,
+    unique_bytes: Option<u64>,
+) -> Option<SnapshotInfo> {
+    Some(SnapshotInfo {
+        volume: state.volume(record.volume)?.name.clone(),
+        name: record.name.clone(),
+        id: record.id,
+        size_bytes: record.size_bytes,
+        created_unix_ms: record.created_unix_ms,
+        referenced_bytes,
+        unique_bytes,
+    })
 }
 
 async fn info(
@@ -264,25 +345,12 @@ async fn info(
     state: &RegistryState,
     record: &SnapshotRecord,
 ) -> Option<SnapshotInfo> {
-    let volume = state.volume(record.volume)?;
     let asked = record.owners.iter();
     let asked = asked.map(|node| member.usage(*node, record.volume, Some(record.id)));
     let usages = join_all(asked).await;
-    Some(SnapshotInfo {
-        volume: volume.name.clone(),
-        name: record.name.clone(),
-        id: record.id,
-        size_bytes: record.size_bytes,
-        created_unix_ms: record.created_unix_ms,
-        referenced_bytes: usages
-            .iter()
-            .map(|usage| usage.map(|u| u.referenced_bytes))
-            .sum(),
-        unique_bytes: usages
-            .iter()
-            .map(|usage| usage.map(|u| u.unique_bytes))
-            .sum(),
-    })
+    let referenced = usages.iter().map(|usage| usage.map(|u| u.referenced_bytes));
+    let unique = usages.iter().map(|usage| usage.map(|u| u.unique_bytes));
+    info_with(state, record, referenced.sum(), unique.sum())
 }
 
 /// Hides a snapshot, drops its parts, and forgets it; owners that are down drop theirs when they

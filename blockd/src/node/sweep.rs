@@ -6,7 +6,7 @@
 //! first byte is stored, so what a confirmed state does not have can only be garbage. An id that
 //! the state has not reached yet is left alone all the same.
 
-use super::{Member, Node, moves, snapshot};
+use super::{Member, Node, admin, lineage, moves, snapshot};
 use crate::control::registry::{RegistryState, SnapshotState};
 use crate::limits::{SNAPSHOT_PENDING_MAX_MS, SWEEP_INTERVAL_MS};
 use crate::planted::{Plant, planted};
@@ -28,11 +28,18 @@ pub(crate) async fn run(node: Rc<Node>) {
         if (has_garbage(&member, &state) || planted)
             && let Ok(confirmed) = member.registry.barrier().await
         {
+            member.publish();
             sweep_store(&member, &confirmed).await;
         }
         moves::sweep(&member).await;
+        for origin in state.origins().filter(|origin| origin.flattening) {
+            lineage::flatten_if_asked(&member, origin.volume);
+        }
         if member.registry.status().leader == Some(member.number()) {
             snapshot::sweep_records(&member, SNAPSHOT_PENDING_MAX_MS).await;
+            for origin in state.origins().filter(|origin| origin.flattening) {
+                admin::drive(&member, origin).await;
+            }
         }
     }
 }
@@ -58,7 +65,12 @@ async fn sweep_store(member: &Member, confirmed: &RegistryState) {
             log(store.delete_volume(volume).await, "volume", &volume);
             continue;
         };
-        let known = store.snapshots(volume).into_iter();
+        // A rollback that is still to be carried out needs its snapshot.
+        let is_settled = member
+            .owner()
+            .volume(volume)
+            .is_some_and(|state| state.is_settled());
+        let known = store.snapshots(volume).into_iter().filter(|_| is_settled);
         for snapshot in known.filter(|snapshot| *snapshot < record.next_snapshot) {
             let found = confirmed.snapshot(volume, snapshot);
             let is_pending = found.is_some_and(|found| found.state == SnapshotState::Pending);

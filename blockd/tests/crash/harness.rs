@@ -3,7 +3,8 @@
 //! The model knows only the promises: a register per 512-byte block, flushes, snapshots.
 
 use blockd::data::page_store::{
-    Engine, Fetched, Job, JobDone, PageAt, Placement, ReadPart, Step, StoreError, StoreOptions,
+    Engine, Fetched, Job, JobDone, PageAt, Parent, Placement, ReadPart, Step, StoreError,
+    StoreOptions,
 };
 use blockd::id::{Epoch, PageNo, SnapshotId, VolumeId};
 use blockd::io::disk::{Disk, DiskFile};
@@ -13,11 +14,16 @@ use std::io::{self, IoSlice};
 use std::sync::{Arc, Mutex};
 
 pub(crate) const STORE_ID: u64 = 0x5eed_0001;
-pub(crate) const PAGES: [(VolumeId, PageNo); 3] = [
+pub(crate) const PAGES: [(VolumeId, PageNo); 4] = [
     (VolumeId(1), PageNo(0)),
     (VolumeId(1), PageNo(7)),
     (VolumeId(2), PageNo(3)),
+    (CLONE, PageNo(0)),
 ];
+/// A volume that becomes a clone of a snapshot of the first one.
+const CLONE: VolumeId = VolumeId(3);
+/// Its page, and that of the parent.
+const CLONED: (usize, usize) = (3, 0);
 /// Blocks of each page that the workload uses: three chunks.
 pub(crate) const BLOCKS: usize = 384;
 
@@ -45,6 +51,10 @@ pub(crate) enum Op {
     },
     Take(VolumeId, SnapshotId),
     Drop(VolumeId, SnapshotId),
+    /// The head is the snapshot again.
+    RollBack(VolumeId, SnapshotId),
+    /// `CLONE` begins as this snapshot of the first volume.
+    Clone(SnapshotId),
 }
 
 #[derive(Clone, Debug)]
@@ -70,14 +80,15 @@ pub(crate) fn content(page: usize, block: usize, value: u32) -> u64 {
     }
 }
 
-/// Value of a block, or what is wrong with its bytes.
+/// Value of a block, or what is wrong with its bytes. A clone's block may have its parent's content.
 pub(crate) fn value_of(page: usize, block: usize, bytes: &[u8]) -> Result<u32, String> {
     let word = u64::from_le_bytes(bytes[..8].try_into().unwrap());
     let whole = bytes
         .chunks_exact(8)
         .all(|w| u64::from_le_bytes(w.try_into().unwrap()) == word);
     let value = u32::try_from(word >> 32).unwrap();
-    if whole && word == content(page, block, value) {
+    let is_cloned = page == CLONED.0 && word == content(CLONED.1, block, value);
+    if whole && (is_cloned || word == content(page, block, value)) {
         Ok(value)
     } else {
         Err(format!("mixed bytes, first word {word:#x}"))
@@ -152,7 +163,11 @@ pub(crate) struct Runner {
     waiting_flushes: Vec<(u64, usize)>,
     model: Vec<Vec<u32>>,
     snapshots: Vec<(VolumeId, SnapshotId)>,
+    /// Images of the pages at each snapshot.
+    images: Vec<(SnapshotId, Vec<Vec<u32>>)>,
+    is_cloned: bool,
     next_snapshot: u32,
+    epoch: u32,
 }
 
 impl Runner {
@@ -170,7 +185,10 @@ impl Runner {
             waiting_flushes,
             model,
             snapshots,
+            images: Vec::new(),
+            is_cloned: false,
             next_snapshot: 1,
+            epoch: 1,
         }
     }
 
@@ -260,7 +278,8 @@ impl Runner {
 
     /// One random request, judged against the model at once where it reads.
     pub(crate) fn step(&mut self) {
-        let page = self.random.below(PAGES.len() as u64) as usize;
+        let pages = PAGES.len() - usize::from(!self.is_cloned);
+        let page = self.random.below(pages as u64) as usize;
         let from = self.disk.trace_len();
         let number = self.history.ops.len() as u32 + 1;
         // A request that is running when the device dies counts from its first operation.
@@ -282,19 +301,28 @@ impl Runner {
             52..=65 => self
                 .waiting_flushes
                 .push((self.engine.last_lsn(), self.history.ops.len())),
-            66..=73 if self.snapshots.len() < 4 => {
+            66..=72 if self.snapshots.len() < 4 => {
                 let (volume, snapshot) = (PAGES[page].0, SnapshotId(self.next_snapshot));
                 self.next_snapshot += 1;
                 self.engine.take_snapshot(volume, snapshot).unwrap();
                 self.snapshots.push((volume, snapshot));
+                self.images.push((snapshot, self.model.clone()));
                 self.log(Op::Take(volume, snapshot), from);
             }
-            74..=80 if !self.snapshots.is_empty() => {
+            73..=82 if !self.snapshots.is_empty() => {
                 let index = self.random.below(self.snapshots.len() as u64) as usize;
-                let (volume, snapshot) = self.snapshots.remove(index);
-                self.drop_snapshot(volume, snapshot, from);
+                let (volume, snapshot) = self.snapshots[index];
+                match self.random.below(4) {
+                    0 => self.roll_back(volume, snapshot, from),
+                    1 => self.clone_or_flatten(volume, snapshot, from),
+                    _ if self.engine.clones(volume, Some(snapshot)).is_empty() => {
+                        self.snapshots.remove(index);
+                        self.drop_snapshot(volume, snapshot, from);
+                    }
+                    _ => {}
+                }
             }
-            81..=84 => self.engine.request_apply(),
+            83..=84 => self.engine.request_apply(),
             85..=86 => self.engine.request_checkpoint(),
             87..=89 => self.begin_and_give_up(page),
             _ => self.check_head(page),
@@ -348,11 +376,53 @@ impl Runner {
         );
     }
 
+    fn image(&self, snapshot: SnapshotId, page: usize) -> Vec<u32> {
+        let (_, image) = self.images.iter().find(|(id, _)| *id == snapshot).unwrap();
+        image[page].clone()
+    }
+
+    fn roll_back(&mut self, volume: VolumeId, snapshot: SnapshotId, from: usize) {
+        self.epoch += 1;
+        let rolled_back = self.engine.roll_back(volume, snapshot, self.epoch);
+        for page in (0..PAGES.len()).filter(|page| PAGES[*page].0 == volume) {
+            self.model[page] = self.image(snapshot, page);
+        }
+        self.log(Op::RollBack(volume, snapshot), from);
+        self.sweep(volume, rolled_back.unwrap());
+    }
+
+    /// Makes the clone, or copies up what it has in its parent, and ends that if it was all.
+    fn clone_or_flatten(&mut self, volume: VolumeId, snapshot: SnapshotId, from: usize) {
+        if self.is_cloned {
+            for page in self.engine.parent_pages(CLONE).unwrap() {
+                for key in self.engine.parent_groups(CLONE, page) {
+                    while self
+                        .attempt(|engine, fetched| engine.copy_up_group(CLONE, key, fetched))
+                        .unwrap()
+                        > 0
+                    {}
+                }
+            }
+            self.engine.detach(CLONE).unwrap();
+        } else if volume == PAGES[CLONED.1].0 {
+            let parent = Parent { volume, snapshot };
+            self.engine.clone_volume(CLONE, parent).unwrap();
+            let image = self.image(snapshot, CLONED.1);
+            self.model[CLONED.0] = image;
+            self.is_cloned = true;
+            self.log(Op::Clone(snapshot), from);
+        }
+    }
+
     fn drop_snapshot(&mut self, volume: VolumeId, snapshot: SnapshotId, from: usize) {
         let groups = self
             .attempt(|engine, _| engine.drop_snapshot(volume, snapshot))
             .unwrap();
         self.log(Op::Drop(volume, snapshot), from);
+        self.sweep(volume, groups);
+    }
+
+    fn sweep(&mut self, volume: VolumeId, groups: Vec<u64>) {
         for key in groups {
             while self
                 .attempt(|engine, fetched| engine.sweep_group(volume, key, fetched))
@@ -493,24 +563,7 @@ impl History {
     ) -> Result<(), String> {
         let bytes = read(engine, at(page, 0, BLOCKS), snapshot)
             .map_err(|e| format!("page {page} {snapshot:?}: {e}"))?;
-        let mut allowed: Vec<Vec<u32>> = vec![vec![0]; BLOCKS];
-        for (index, logged) in self.ops[..last].iter().enumerate() {
-            if let Op::Put {
-                page: p,
-                block,
-                count,
-                value,
-            } = logged.op
-                && p == page
-            {
-                for values in &mut allowed[block..block + count] {
-                    if index < sure {
-                        values.clear();
-                    }
-                    values.push(value);
-                }
-            }
-        }
+        let allowed = self.allowed(page, sure, last);
         for block in 0..BLOCKS {
             let value = value_of(page, block, &bytes[block * 512..][..512])
                 .map_err(|e| format!("page {page} block {block} {snapshot:?}: {e}"))?;
@@ -522,6 +575,41 @@ impl History {
             }
         }
         Ok(())
+    }
+
+    /// Values that the blocks of a page may have after `last` operations, `sure` of them durable.
+    fn allowed(&self, page: usize, sure: usize, last: usize) -> Vec<Vec<u32>> {
+        let mut allowed: Vec<Vec<u32>> = vec![vec![0]; BLOCKS];
+        let taken = |snapshot| {
+            let is_it = |op: &Logged| matches!(op.op, Op::Take(_, id) if id == snapshot);
+            self.ops.iter().position(is_it).unwrap()
+        };
+        for (index, logged) in self.ops[..last].iter().enumerate() {
+            let (range, values) = match logged.op {
+                Op::Put {
+                    page: p,
+                    block,
+                    count,
+                    value,
+                } if p == page => (block..block + count, vec![vec![value]; count]),
+                Op::RollBack(volume, snapshot) if volume == PAGES[page].0 => {
+                    let taken = taken(snapshot);
+                    (0..BLOCKS, self.allowed(page, sure.min(taken), taken))
+                }
+                Op::Clone(snapshot) if page == CLONED.0 => {
+                    let taken = taken(snapshot);
+                    (0..BLOCKS, self.allowed(CLONED.1, sure.min(taken), taken))
+                }
+                _ => continue,
+            };
+            for (now, new) in allowed[range].iter_mut().zip(values) {
+                if index < sure {
+                    now.clear();
+                }
+                now.extend(new);
+            }
+        }
+        allowed
     }
 
     fn check_snapshots(

@@ -173,6 +173,33 @@ pub(crate) enum VolumeVerb {
     Scrub(Scrub),
     /// The settings of a volume, or one of them
     Get { name: String, key: Option<String> },
+    /// Create a volume that is what a snapshot is; nothing is copied until it is written
+    Clone {
+        #[arg(value_name = "VOL@SNAP", value_parser = parse_snapshot)]
+        source: SnapshotName,
+        #[arg(value_name = "NEW")]
+        name: String,
+        /// Create it off-line
+        #[arg(long)]
+        offline: bool,
+    },
+    /// Copy what a clone still has in its parent, until it needs that no more
+    Flatten {
+        name: String,
+        /// Do not wait until it is done
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// Take VOL or VOL@SNAP off-line: nobody opens, attaches or mounts it
+    Offline {
+        #[arg(value_name = "VOL[@SNAP]")]
+        target: String,
+    },
+    /// Bring VOL or VOL@SNAP back
+    Online {
+        #[arg(value_name = "VOL[@SNAP]")]
+        target: String,
+    },
     /// Delete a volume and its data
     Delete {
         name: String,
@@ -249,6 +276,9 @@ pub(crate) enum SnapshotVerb {
         /// Keep no snapshot: write its page map, with checksums, into this file (- for stdout)
         #[arg(long, value_name = "FILE")]
         metadata_only: Option<PathBuf>,
+        /// Take the snapshots off-line afterwards
+        #[arg(long)]
+        offline: bool,
     },
     /// All snapshots, or those of one volume
     List {
@@ -269,6 +299,28 @@ pub(crate) enum SnapshotVerb {
     Archives { url: String },
     /// Read all of an archive and check it
     ArchiveVerify { url: String },
+    /// Make the volume what a snapshot is; what it was is kept in a new snapshot
+    Rollback {
+        #[arg(value_name = "VOL@SNAP", value_parser = parse_snapshot)]
+        target: SnapshotName,
+    },
+    /// Give a snapshot another name
+    Rename {
+        #[arg(value_name = "VOL@OLD", value_parser = parse_snapshot)]
+        target: SnapshotName,
+        #[arg(value_name = "NEW")]
+        new_name: String,
+    },
+    /// Refuse to delete a snapshot
+    Protect {
+        #[arg(value_name = "VOL@SNAP", value_parser = parse_snapshot)]
+        target: SnapshotName,
+    },
+    /// Let a protected snapshot be deleted again
+    Unprotect {
+        #[arg(value_name = "VOL@SNAP", value_parser = parse_snapshot)]
+        target: SnapshotName,
+    },
     /// Delete a snapshot and free what only it holds
     Delete {
         #[arg(value_name = "VOL@SNAP", value_parser = parse_snapshot)]

@@ -10,9 +10,13 @@ use crate::interrupt::Interrupt;
 use crate::output::{print, reply_json, reply_text};
 use crate::session::Session;
 use crate::{
-    archive, attach, backup, documents, lease, mount, moves, page_map, progress, scrub, settings,
+    archive, attach, backup, documents, lease, lineage, mount, moves, page_map, progress, scrub,
+    settings,
 };
-use blockd::admin::{AdminReply, AdminRequest, SnapshotInfo, SnapshotName, VolumeCreate};
+use blockd::admin::{
+    AdminErrorKind, AdminReply, AdminRequest, SnapshotDetails, SnapshotName, VolumeClone,
+    VolumeCreate,
+};
 use blockd::control::snapshot::Procedure;
 use serde_json::json;
 use std::fs::File;
@@ -36,10 +40,33 @@ pub(crate) async fn run(cli: &Cli) -> Result<(), Failure> {
         Noun::Attach(args) => attach::attach(cli, args).await,
         Noun::Detach(args) => attach::detach(cli, args).await,
         Noun::Attachment(verb) => attach::attachment(cli, verb).await,
-        Noun::Mount(args) => Err(mount::mount(&cli.servers, args)),
+        Noun::Mount(args) => {
+            check_openable(cli, &args.target).await?;
+            Err(mount::mount(&cli.servers, args))
+        }
         Noun::Umount { dir, options } => Err(mount::umount(dir, options)),
         Noun::Completion { shell } => documents::completion(*shell),
         Noun::Man { dir } => documents::man_pages(dir),
+    }
+}
+
+/// A mount can only say that it failed; the servers say why they refuse.
+async fn check_openable(cli: &Cli, target: &str) -> Result<(), Failure> {
+    let (volume, snapshot) = match target.split_once('@') {
+        None => (target.to_owned(), None),
+        Some((volume, snapshot)) => (volume.to_owned(), Some(snapshot.to_owned())),
+    };
+    let Ok(session) = connect(cli).await else {
+        return Ok(());
+    };
+    match session.ask(AdminRequest::Open { volume, snapshot }).await {
+        Err(
+            refused @ Failure::Refused {
+                kind: AdminErrorKind::Conflict,
+                ..
+            },
+        ) => Err(refused),
+        _ => Ok(()),
     }
 }
 
@@ -55,6 +82,20 @@ async fn run_volume(cli: &Cli, verb: &VolumeVerb) -> Result<(), Failure> {
         VolumeVerb::Show { name } => return show_volume(cli, name).await,
         VolumeVerb::Scrub(args) => return scrub::run(cli, args).await,
         VolumeVerb::Rebalance(args) => return moves::rebalance(cli, args).await,
+        VolumeVerb::Clone {
+            source,
+            name,
+            offline,
+        } => AdminRequest::VolumeClone(VolumeClone {
+            source: source.clone(),
+            name: name.clone(),
+            offline: *offline,
+        }),
+        VolumeVerb::Flatten { name, no_wait } => {
+            return lineage::flatten(cli, name, *no_wait).await;
+        }
+        VolumeVerb::Offline { target } => set_offline(target, true),
+        VolumeVerb::Online { target } => set_offline(target, false),
         VolumeVerb::Resize {
             name,
             size,
@@ -76,12 +117,12 @@ async fn run_volume(cli: &Cli, verb: &VolumeVerb) -> Result<(), Failure> {
 async fn show_volume(cli: &Cli, name: &str) -> Result<(), Failure> {
     let session = connect(cli).await?;
     let name = name.to_owned();
-    let reply = session.ask(AdminRequest::VolumeShow { name }).await?;
-    let AdminReply::Volume(volume) = &reply else {
+    let reply = session.ask(AdminRequest::VolumeDetails { name }).await?;
+    let AdminReply::VolumeDetails(volume) = &reply else {
         return print_reply(cli, &reply);
     };
-    let last = scrub::last(&session, &volume.name).await;
-    let moving = moves::moving(&session, &volume.name).await;
+    let last = scrub::last(&session, &volume.info.name).await;
+    let moving = moves::moving(&session, &volume.info.name).await;
     if !cli.json {
         let text = reply_text(&reply);
         let (last, moving) = (
@@ -104,16 +145,20 @@ async fn run_snapshot(cli: &Cli, verb: &SnapshotVerb) -> Result<(), Failure> {
             targets,
             procedure,
             metadata_only,
+            offline,
         } => {
             let request = create_request(targets, *procedure);
             match metadata_only {
                 Some(file) => page_map::create(cli, request, file).await,
-                None => create_snapshots(cli, request).await,
+                None => {
+                    let offline = if *offline { &targets[..] } else { &[] };
+                    create_snapshots(cli, request, offline).await
+                }
             }
         }
         SnapshotVerb::List { volume } => {
             let volume = volume.clone();
-            ask_and_print(cli, AdminRequest::SnapshotList { volume }).await
+            ask_and_print(cli, AdminRequest::SnapshotDetails { volume }).await
         }
         SnapshotVerb::Diff(args) => backup::diff(cli, args).await,
         SnapshotVerb::Export(args) => backup::export(cli, args).await,
@@ -122,6 +167,16 @@ async fn run_snapshot(cli: &Cli, verb: &SnapshotVerb) -> Result<(), Failure> {
         SnapshotVerb::Restore(args) => archive::restore(cli, args).await,
         SnapshotVerb::Archives { url } => archive::archives(cli, url).await,
         SnapshotVerb::ArchiveVerify { url } => archive::verify(cli, url).await,
+        SnapshotVerb::Rename { target, new_name } => {
+            let (target, new_name) = (target.clone(), new_name.clone());
+            ask_and_print(cli, AdminRequest::SnapshotRename { target, new_name }).await
+        }
+        SnapshotVerb::Rollback { target } => {
+            let target = target.clone();
+            ask_and_print(cli, AdminRequest::SnapshotRollback { target }).await
+        }
+        SnapshotVerb::Protect { target } => protect(cli, target, true).await,
+        SnapshotVerb::Unprotect { target } => protect(cli, target, false).await,
         SnapshotVerb::Delete { target } => {
             let busy = progress::spinner("deleting the snapshot");
             let target = target.clone();
@@ -133,6 +188,16 @@ async fn run_snapshot(cli: &Cli, verb: &SnapshotVerb) -> Result<(), Failure> {
             print_reply(cli, &reply?)
         }
     }
+}
+
+async fn protect(cli: &Cli, target: &SnapshotName, protected: bool) -> Result<(), Failure> {
+    let target = target.clone();
+    ask_and_print(cli, AdminRequest::SnapshotProtect { target, protected }).await
+}
+
+fn set_offline(target: &str, offline: bool) -> AdminRequest {
+    let target = target.to_owned();
+    AdminRequest::SetOffline { target, offline }
 }
 
 fn cluster_request(verb: &ClusterVerb) -> AdminRequest {
@@ -230,11 +295,12 @@ async fn delete_volume(cli: &Cli, name: &str, force: bool) -> Result<(), Failure
 
 async fn delete_snapshots_of(session: &Session, volume: &str) -> Result<(), Failure> {
     let snapshots = snapshots_of(session, volume).await?;
+    check_deletable(&snapshots)?;
     let bar = progress::count("deleting snapshots", snapshots.len() as u64);
     for snapshot in snapshots {
         let target = SnapshotName {
-            volume: snapshot.volume,
-            snapshot: snapshot.name,
+            volume: snapshot.info.volume,
+            snapshot: snapshot.info.name,
         };
         session.ask(AdminRequest::SnapshotDelete { target }).await?;
         bar.inc(1);
@@ -243,12 +309,31 @@ async fn delete_snapshots_of(session: &Session, volume: &str) -> Result<(), Fail
     Ok(())
 }
 
-async fn snapshots_of(session: &Session, volume: &str) -> Result<Vec<SnapshotInfo>, Failure> {
-    let request = AdminRequest::SnapshotList {
+/// Nothing is deleted if something must stay.
+fn check_deletable(snapshots: &[SnapshotDetails]) -> Result<(), Failure> {
+    let is_kept = |snapshot: &&SnapshotDetails| snapshot.protected || !snapshot.clones.is_empty();
+    let Some(kept) = snapshots.iter().find(is_kept) else {
+        return Ok(());
+    };
+    let name = format!("{}@{}", kept.info.volume, kept.info.name);
+    let why = if kept.protected {
+        format!("is protected; `blockctl snapshot unprotect {name}` first")
+    } else {
+        let clones = kept.clones.join(", ");
+        format!("has clones ({clones}); `blockctl volume flatten` or delete them first")
+    };
+    Err(Failure::Refused {
+        kind: AdminErrorKind::Conflict,
+        message: format!("nothing was deleted: snapshot {name} {why}"),
+    })
+}
+
+async fn snapshots_of(session: &Session, volume: &str) -> Result<Vec<SnapshotDetails>, Failure> {
+    let request = AdminRequest::SnapshotDetails {
         volume: Some(volume.to_owned()),
     };
     match session.ask(request).await? {
-        AdminReply::Snapshots(snapshots) => Ok(snapshots),
+        AdminReply::SnapshotDetails(snapshots) => Ok(snapshots),
         _ => Err(Failure::UnexpectedReply {
             what: "a list of snapshots",
         }),
@@ -264,11 +349,19 @@ fn create_request(targets: &[SnapshotName], procedure: Option<Procedure>) -> Adm
 }
 
 /// `took_ms` is the time from request to reply, without connecting.
-async fn create_snapshots(cli: &Cli, request: AdminRequest) -> Result<(), Failure> {
+async fn create_snapshots(
+    cli: &Cli,
+    request: AdminRequest,
+    offline: &[SnapshotName],
+) -> Result<(), Failure> {
     let session = connect(cli).await?;
     let started = Instant::now();
     let reply = session.ask(request).await?;
     let took_ms = (started.elapsed().as_secs_f64() * 1e6).round() / 1e3;
+    for target in offline {
+        let name = format!("{}@{}", target.volume, target.snapshot);
+        session.ask(set_offline(&name, true)).await?;
+    }
     let snapshots = match &reply {
         AdminReply::Snapshots(_) => reply_json(&reply),
         _ => serde_json::Value::Null,

@@ -1,5 +1,6 @@
 //! What goes to stdout: tables for people, the reply's value as JSON for programs.
 
+use crate::details;
 use crate::failure::Failure;
 use crate::holds::{holds_json, holds_text};
 use crate::lease::{lease_json, leases_text};
@@ -56,6 +57,11 @@ pub(crate) fn reply_json(reply: &AdminReply) -> Value {
         AdminReply::Moves(moves) => moves.iter().map(move_json).collect(),
         AdminReply::Drains(drains) => json!(drains),
         AdminReply::Given(given) => json!(given),
+        AdminReply::VolumeDetails(volume) => details::volume_json(volume),
+        AdminReply::RolledBack(rollback) => json!(rollback),
+        AdminReply::SnapshotDetails(snapshots) => {
+            snapshots.iter().map(details::snapshot_json).collect()
+        }
     }
 }
 
@@ -86,6 +92,9 @@ pub(crate) fn reply_text(reply: &AdminReply) -> String {
         AdminReply::Holds(holds) => holds_text(holds),
         AdminReply::Moves(moves) => moves_text(moves, now_unix_ms()),
         AdminReply::Drains(drains) => drains_text(drains),
+        AdminReply::VolumeDetails(volume) => details::volume_text(volume, now_unix_ms()),
+        AdminReply::RolledBack(rollback) => details::rollback_text(rollback),
+        AdminReply::SnapshotDetails(snapshots) => details::snapshots_text(snapshots, now_unix_ms()),
         AdminReply::Open(_)
         | AdminReply::Identity(_)
         | AdminReply::Refused(_)
@@ -157,8 +166,13 @@ fn nodes_text(nodes: &[NodeInfo]) -> String {
 }
 
 fn volume_text(volume: &VolumeInfo, now_ms: u64) -> String {
+    facts(&facts_of(volume, now_ms))
+}
+
+/// What every volume has, one fact a line.
+pub(crate) fn facts_of(volume: &VolumeInfo, now_ms: u64) -> Vec<(&'static str, String)> {
     let page_bytes = u64::from(volume.page_blocks) * BLOCK_BYTES;
-    facts(&[
+    vec![
         ("volume", volume.name.clone()),
         ("id", volume.id.to_string()),
         (
@@ -186,7 +200,7 @@ fn volume_text(volume: &VolumeInfo, now_ms: u64) -> String {
             "created",
             ago(volume.created_unix_s.saturating_mul(1000), now_ms),
         ),
-    ])
+    ]
 }
 
 fn volumes_text(volumes: &[VolumeInfo], now_ms: u64) -> String {
@@ -287,7 +301,7 @@ pub(crate) fn table(
     table.trim_fmt()
 }
 
-fn bytes_or_unknown(bytes: Option<u64>) -> String {
+pub(crate) fn bytes_or_unknown(bytes: Option<u64>) -> String {
     bytes.map_or_else(|| "?".to_owned(), human_bytes)
 }
 
@@ -300,7 +314,7 @@ fn node_list(nodes: &[NodeNo]) -> String {
     numbers.collect::<Vec<_>>().join(",")
 }
 
-fn yes(flag: bool) -> String {
+pub(crate) fn yes(flag: bool) -> String {
     if flag { "yes" } else { "-" }.to_owned()
 }
 

@@ -39,6 +39,27 @@ pub enum ChangeError {
     /// A snapshot of this name is there.
     #[error("snapshot {0}@{1} exists already")]
     SnapshotExists(String, String),
+    /// The snapshot is protected; names of volume and snapshot.
+    #[error("snapshot {0}@{1} is protected: `blockctl snapshot unprotect {0}@{1}` first")]
+    Protected(String, String),
+    /// Clones depend on the snapshot; names of volume, snapshot and clones.
+    #[error(
+        "snapshot {0}@{1} has clones ({2}): make them independent with `blockctl volume flatten`, \
+         or delete them first"
+    )]
+    HasClones(String, String, String),
+    /// Pages of a clone or of its parent stay where they are; the name of the volume.
+    #[error("volume {0} is a clone or has clones: `blockctl volume flatten` before pages move")]
+    ClonesStay(String),
+    /// The volume depends on no snapshot.
+    #[error("volume {0} is no clone, or not any more")]
+    NoClone(VolumeId),
+    /// Clones of clones up to the limit; the name of the last one.
+    #[error("volume {0} is a clone of clones already: `blockctl volume flatten {0}` first")]
+    TooDeep(String),
+    /// Names of a volume and its snapshot, and a server that owns pages and was not asked then.
+    #[error("node {2} owns pages of volume {0}, but took no part in snapshot {0}@{1}")]
+    NotInSnapshot(String, String, NodeNo),
     /// No such snapshot.
     #[error("volume {0} has no snapshot {1}")]
     NoSnapshot(VolumeId, SnapshotId),
@@ -257,6 +278,9 @@ pub fn delete_volume(state: &RegistryState, id: VolumeId) -> Result<Transaction,
         Key::Scrub(id),
         Key::Schedule(id),
         Key::Move(id),
+        Key::Offline(id, SnapshotId(0)),
+        Key::Rollback(id),
+        Key::Origin(id),
     ];
     let transaction = reading(state, &keys);
     Ok(keys.into_iter().fold(transaction, Transaction::remove))
@@ -380,20 +404,33 @@ pub fn abort_snapshots(state: &RegistryState, begun: &[SnapshotRecord]) -> Trans
 /// Hides a committed snapshot, so that its owners can drop their parts.
 ///
 /// # Errors
-/// It is not there or not committed.
+/// It is not there, not committed, protected, or clones depend on it.
 pub fn delete_snapshot(
     state: &RegistryState,
     volume: VolumeId,
     id: SnapshotId,
 ) -> Result<Transaction, ChangeError> {
     let record = in_state(state, volume, id, SnapshotState::Committed)?;
+    let protected = Key::Protected(volume, id);
+    let of = state.volume(volume).ok_or(ChangeError::NoVolume(volume))?;
+    let names = || (of.name.clone(), record.name.clone());
+    if state.get(&protected).is_some() {
+        let (volume, name) = names();
+        return Err(ChangeError::Protected(volume, name));
+    }
+    let clones = state.clones(volume, Some(id));
+    if !clones.is_empty() {
+        let (volume, name) = names();
+        return Err(ChangeError::HasClones(volume, name, clones.join(", ")));
+    }
     let [_, name, snapshot] = snapshot_keys(record);
     let deleting = SnapshotRecord {
         state: SnapshotState::Deleting,
         ..record.clone()
     };
-    Ok(reading(state, std::slice::from_ref(&snapshot))
+    Ok(reading(state, &[snapshot.clone(), protected])
         .remove(name)
+        .remove(Key::Offline(volume, id))
         .put(snapshot, Object::Snapshot(deleting)))
 }
 
@@ -411,7 +448,7 @@ pub fn forget_snapshot(
     Ok(reading(state, std::slice::from_ref(&snapshot)).remove(snapshot))
 }
 
-fn in_state(
+pub(super) fn in_state(
     state: &RegistryState,
     volume: VolumeId,
     id: SnapshotId,
@@ -427,7 +464,7 @@ fn in_state(
     }
 }
 
-fn snapshot_keys(record: &SnapshotRecord) -> [Key; 3] {
+pub(super) fn snapshot_keys(record: &SnapshotRecord) -> [Key; 3] {
     let name = Key::SnapshotName(record.volume, record.name.clone());
     [
         Key::Volume(record.volume),
@@ -459,7 +496,11 @@ pub(super) fn reading(state: &RegistryState, keys: &[Key]) -> Transaction {
     expecting(state, Transaction::new(), keys)
 }
 
-fn expecting(state: &RegistryState, transaction: Transaction, keys: &[Key]) -> Transaction {
+pub(super) fn expecting(
+    state: &RegistryState,
+    transaction: Transaction,
+    keys: &[Key],
+) -> Transaction {
     keys.iter().fold(transaction, |t, key| {
         t.expect(key.clone(), state.revision_of(key))
     })

@@ -241,6 +241,14 @@ pub fn responsible(state: &RegistryState, record: &MoveRecord) -> Option<NodeNo>
     }
 }
 
+/// What a clone has in its parent is read on the same server.
+fn check_no_clone(state: &RegistryState, volume: &VolumeRecord) -> Result<(), ChangeError> {
+    match state.origin(volume.id).is_some() || !state.clones(volume.id, None).is_empty() {
+        true => Err(ChangeError::ClonesStay(volume.name.clone())),
+        false => Ok(()),
+    }
+}
+
 /// Plans the move of pages of a volume, and gives its record.
 ///
 /// # Errors
@@ -252,6 +260,7 @@ pub fn plan_move(
     spec: &MoveSpec,
 ) -> Result<(Transaction, MoveRecord), ChangeError> {
     let volume = state.volume(id).ok_or(ChangeError::NoVolume(id))?;
+    check_no_clone(state, volume)?;
     let before = state.page_move(id);
     if let Some(now) = before.filter(|now| !now.is_over()) {
         return Err(ChangeError::Moving(volume.name.clone(), now.reason.clone()));
@@ -317,6 +326,7 @@ pub fn begin_batch(
     batch: MoveBatch,
 ) -> Result<(Transaction, MoveRecord), ChangeError> {
     let (volume, now) = under_way(state, id)?;
+    check_no_clone(state, volume)?;
     let next = now.next(volume).filter(|next| {
         now.phase == MovePhase::Planned
             && (next.first_page, next.from, next.to) == (batch.first_page, batch.from, batch.to)

@@ -1,6 +1,7 @@
 //! The objects of the registry and the keys under which they lie.
 
 use super::lease::{LeaseRecord, LeaseState};
+use super::lineage::{OriginRecord, RollbackRecord};
 use super::moves::{DrainRecord, MovePhase, MoveRecord};
 use super::name::{NameError, check_name};
 use super::routes::{self, RouteError, RouteRun};
@@ -75,6 +76,14 @@ pub enum Key {
     Move(VolumeId),
     /// The wish that a node own nothing.
     Drain(NodeNo),
+    /// There while the snapshot is protected from being deleted.
+    Protected(VolumeId, SnapshotId),
+    /// There while the snapshot, or with id 0 the volume itself, is off-line (S001-06).
+    Offline(VolumeId, SnapshotId),
+    /// The last rollback of a volume.
+    Rollback(VolumeId),
+    /// What a clone was made of, as long as it needs that.
+    Origin(VolumeId),
 }
 
 impl fmt::Display for Key {
@@ -94,6 +103,14 @@ impl fmt::Display for Key {
             Key::Schedule(volume) => write!(f, "schedule of volume {volume}"),
             Key::Move(volume) => write!(f, "page move of volume {volume}"),
             Key::Drain(node) => write!(f, "drain of node {node}"),
+            Key::Protected(volume, id) => {
+                write!(f, "protection of snapshot {id} of volume {volume}")
+            }
+            Key::Offline(volume, id) => {
+                write!(f, "off-line mark of snapshot {id} of volume {volume}")
+            }
+            Key::Rollback(volume) => write!(f, "rollback of volume {volume}"),
+            Key::Origin(volume) => write!(f, "origin of volume {volume}"),
         }
     }
 }
@@ -125,6 +142,19 @@ pub enum Object {
     Move(MoveRecord),
     /// Under [`Key::Drain`].
     Drain(DrainRecord),
+    /// Under [`Key::Protected`] and [`Key::Offline`].
+    Mark(Mark),
+    /// Under [`Key::Rollback`].
+    Rollback(RollbackRecord),
+    /// Under [`Key::Origin`].
+    Origin(OriginRecord),
+}
+
+/// Says by being there that something is so.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Mark {
+    /// Milliseconds since 1970 at the command; shown, never compared.
+    pub since_unix_ms: u64,
 }
 
 /// The cluster itself.
@@ -278,6 +308,13 @@ impl Object {
                 check_move(record)
             }
             (Key::Drain(node), Object::Drain(record)) if *node == record.node => Ok(()),
+            (Key::Protected(..) | Key::Offline(..), Object::Mark(_)) => Ok(()),
+            (Key::Rollback(id), Object::Rollback(record)) if *id == record.volume => {
+                check_owners(&record.owners)
+            }
+            (Key::Origin(id), Object::Origin(record)) if *id == record.volume => {
+                check_owners(&record.owners)
+            }
             _ => Err(Refusal::WrongObject(key.clone())),
         }
     }
@@ -333,8 +370,13 @@ fn check_move(record: &MoveRecord) -> Result<(), Refusal> {
 }
 
 fn check_snapshot(record: &SnapshotRecord) -> Result<(), Refusal> {
-    if record.owners.len() > VOLUME_OWNERS_MAX {
-        return Err(Refusal::TooManyOwners(record.owners.len()));
-    }
+    check_owners(&record.owners)?;
     named(&record.name)
+}
+
+fn check_owners(owners: &[NodeNo]) -> Result<(), Refusal> {
+    match owners.len() {
+        0..=VOLUME_OWNERS_MAX => Ok(()),
+        more => Err(Refusal::TooManyOwners(more)),
+    }
 }

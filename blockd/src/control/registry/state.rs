@@ -89,6 +89,13 @@ impl RegistryState {
             .map(|(key, (revision, object))| (key, *revision, &**object))
     }
 
+    pub(super) fn range(
+        &self,
+        keys: std::ops::RangeInclusive<Key>,
+    ) -> impl Iterator<Item = &Object> {
+        self.objects.range(keys).map(|(_, (_, object))| &**object)
+    }
+
     /// The cluster, once it is defined.
     #[must_use]
     pub fn cluster(&self) -> Option<&ClusterRecord> {

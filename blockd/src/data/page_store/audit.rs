@@ -4,8 +4,9 @@
 use super::engine::Engine;
 use super::finding::{Finding, Findings, Place};
 use super::record::ChunkAt;
-use super::tables::{Tables, Volume, group_at};
+use super::tables::Tables;
 use super::version::{ALL, SUBS, Version, bits};
+use super::volume::{Volume, group_at};
 use crate::id::VolumeId;
 use crate::io::disk::Disk;
 
@@ -77,7 +78,7 @@ impl Audit<'_> {
         let (mut slots, mut data_subs) = (0, 0);
         for (key, group) in &volume.groups {
             let first = group_at(id, *key);
-            for versions in group.all().chunk_by(|a, b| a.chunk == b.chunk) {
+            for versions in group.chains() {
                 let chunk = first.chunk.saturating_add(u16::from(versions[0].chunk));
                 self.versions(volume, ChunkAt { chunk, ..first }, versions);
                 slots += versions.len() as u64;
@@ -98,13 +99,13 @@ impl Audit<'_> {
     }
 
     fn snapshots(&mut self, id: VolumeId, volume: &Volume) {
-        let eras = volume.snapshots.iter().map(|(_, era)| *era);
+        let eras = volume.snapshots().iter().map(|(_, era)| *era);
         let ends = eras.clone().skip(1).chain([volume.era]);
         if let Some((era, next)) = eras.zip(ends).find(|(era, next)| next <= era) {
             let what = format!("volume {id}: a snapshot of era {era} stands before era {next}");
             self.report(what, Some(Place::volume(id)));
         }
-        let mut ids: Vec<_> = volume.snapshots.iter().map(|(id, _)| *id).collect();
+        let mut ids: Vec<_> = volume.snapshots().iter().map(|(id, _)| *id).collect();
         ids.sort_unstable();
         if let Some(twice) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
             let what = format!("volume {id}: snapshot {} is there twice", twice[0]);
@@ -119,9 +120,10 @@ impl Audit<'_> {
             page: Some(at.page),
             chunk: Some(at.chunk),
         });
-        for (index, version) in versions.iter().enumerate() {
-            let older = &versions[index + 1..];
-            for what in version_problems(version, older, volume.era) {
+        for version in versions {
+            let below = volume.line(version.era).of(versions).skip(1);
+            let older: Vec<&Version> = below.collect();
+            for what in version_problems(version, &older, volume) {
                 self.report(what, place);
             }
             if self.slots_end <= version.slot {
@@ -138,7 +140,7 @@ impl Audit<'_> {
     }
 }
 
-fn version_problems(version: &Version, older: &[Version], era: u32) -> Vec<String> {
+fn version_problems(version: &Version, older: &[&Version], volume: &Volume) -> Vec<String> {
     let slot = version.slot;
     let mut problems = Vec::new();
     let mut require = |holds: bool, what: &str| {
@@ -147,7 +149,7 @@ fn version_problems(version: &Version, older: &[Version], era: u32) -> Vec<Strin
         }
     };
     require(
-        version.era <= era,
+        version.era <= volume.era,
         "is of an era that the volume has not reached",
     );
     require(
@@ -160,7 +162,12 @@ fn version_problems(version: &Version, older: &[Version], era: u32) -> Vec<Strin
     );
     if let Some(next) = older.first() {
         require(next.era < version.era, "is not newer than the one below it");
-        let is_closed = next.present == ALL || older.len() == 1;
+        // Where branches part, what all of them decide is forgotten.
+        let closed = match volume.turns.is_empty() {
+            true => next.present,
+            false => next.present | version.present,
+        };
+        let is_closed = closed == ALL || older.len() == 1;
         require(
             version.present == ALL || is_closed,
             "is partial over a partial one that is not the oldest",
@@ -173,14 +180,15 @@ fn version_problems(version: &Version, older: &[Version], era: u32) -> Vec<Strin
     problems
 }
 
-/// Whether a copied sub-block is what the older versions decide it to be.
-fn is_copy(version: &Version, older: &[Version], sub: usize) -> bool {
+/// Whether a copied sub-block is what the older versions decide it to be. Where none does it may be
+/// what a clone had of its parent.
+fn is_copy(version: &Version, older: &[&Version], sub: usize) -> bool {
     debug_assert!(sub < SUBS);
     let bit = 1 << sub;
     let below = older.iter().find(|v| v.present & bit != 0);
     let is_zero = below.is_none_or(|v| v.zero & bit != 0);
     match version.zero & bit != 0 {
         true => is_zero,
-        false => below.is_some_and(|v| v.zero & bit == 0 && v.crcs[sub] == version.crcs[sub]),
+        false => below.is_none_or(|v| v.zero & bit == 0 && v.crcs[sub] == version.crcs[sub]),
     }
 }

@@ -1,8 +1,13 @@
-//! The catalog: volumes of the store with their eras and snapshots.
+//! The catalog: volumes of the store with their eras, snapshots and parents.
 //!
 //! Format: postcard (varint) of a sequence of volumes, each {volume, era, deleted, sequence of
-//! (snapshot, era)}. The superblock has its length and CRC-32.
+//! (snapshot, era)}. Since format version 2 of the store a second sequence follows, of those
+//! volumes that were rolled back or cloned, each {volume, sequence of turns (era, the one that it
+//! follows), routing epoch of the last rollback, optional parent (volume, snapshot)}. The superblock
+//! has the length of all and its CRC-32.
 
+use super::line::Turn;
+use super::types::Parent;
 use crate::id::{SnapshotId, VolumeId};
 use serde::{Deserialize, Serialize};
 
@@ -15,30 +20,77 @@ pub(super) struct CatalogVolume {
     pub(super) snapshots: Vec<(SnapshotId, u32)>,
 }
 
+/// Where the views of a volume come from besides its own eras in a row.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct CatalogHistory {
+    pub(super) volume: VolumeId,
+    pub(super) turns: Vec<Turn>,
+    pub(super) rolled_back: u32,
+    pub(super) parent: Option<Parent>,
+}
+
+/// Everything in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Catalog {
+    pub(super) volumes: Vec<CatalogVolume>,
+    pub(super) histories: Vec<CatalogHistory>,
+}
+
 /// Writes the catalog.
-pub(super) fn encode(volumes: &[CatalogVolume]) -> Result<Vec<u8>, postcard::Error> {
-    postcard::to_stdvec(volumes)
+pub(super) fn encode(catalog: &Catalog) -> Result<Vec<u8>, postcard::Error> {
+    postcard::to_stdvec(&(&catalog.volumes, &catalog.histories))
 }
 
 /// Reads the catalog; its checksum was verified by the caller.
-pub(super) fn decode(bytes: &[u8]) -> Result<Vec<CatalogVolume>, postcard::Error> {
-    postcard::from_bytes(bytes)
+pub(super) fn decode(bytes: &[u8]) -> Result<Catalog, postcard::Error> {
+    let (volumes, rest) = postcard::take_from_bytes(bytes)?;
+    let histories = match rest {
+        [] => Vec::new(),
+        rest => postcard::from_bytes(rest)?,
+    };
+    Ok(Catalog { volumes, histories })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_format_is_the_golden_file() {
-        let volumes = [CatalogVolume {
+    fn volumes() -> Vec<CatalogVolume> {
+        vec![CatalogVolume {
             volume: VolumeId(300),
             era: 3,
             deleted: false,
             snapshots: vec![(SnapshotId(1), 0), (SnapshotId(200), 2)],
-        }];
+        }]
+    }
+
+    #[test]
+    fn the_format_of_version_1_is_read() {
         let golden = include_bytes!("../../../tests/golden/catalog-v1.bin");
-        assert_eq!(encode(&volumes).unwrap(), golden);
-        assert_eq!(decode(golden).unwrap(), volumes);
+        let catalog = Catalog {
+            volumes: volumes(),
+            histories: Vec::new(),
+        };
+        assert_eq!(decode(golden).unwrap(), catalog);
+    }
+
+    #[test]
+    fn the_format_is_the_golden_file() {
+        let parent = Parent {
+            volume: VolumeId(5),
+            snapshot: SnapshotId(6),
+        };
+        let catalog = Catalog {
+            volumes: volumes(),
+            histories: vec![CatalogHistory {
+                volume: VolumeId(300),
+                turns: vec![Turn { era: 3, to: 0 }],
+                rolled_back: 260,
+                parent: Some(parent),
+            }],
+        };
+        let golden = include_bytes!("../../../tests/golden/catalog-v2.bin");
+        assert_eq!(encode(&catalog).unwrap(), golden);
+        assert_eq!(decode(golden).unwrap(), catalog);
     }
 }

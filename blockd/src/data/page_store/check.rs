@@ -13,8 +13,9 @@ use super::meta::{META_PAGE_BYTES, META_SLOTS, MetaCopy, MetaPage};
 use super::recover::{Chain, free_unowned, read_catalog, redo};
 use super::scrub::ChunkBuffer;
 use super::superblock::{Copy, Superblock};
-use super::tables::{Tables, group_at, group_key};
+use super::tables::Tables;
 use super::version::GROUP_CHUNKS;
+use super::volume::{group_at, group_key};
 use super::{engine::PAGE_BYTES_MAX, record::ChunkAt};
 use crate::id::{CHUNK_BYTES, SUB_BLOCK_BYTES, VolumeId};
 use crate::io::disk::{Disk, DiskFile};
@@ -276,20 +277,17 @@ impl<D: Disk + ?Sized> Check<'_, D> {
     /// Loads the catalog; false if it is damaged.
     fn catalog(&mut self, superblock: &Superblock, tables: &mut Tables) -> bool {
         let file = format!("store/{}", catalog_file(superblock.checkpoint).name());
-        let entries = match read_catalog(self.disk, superblock) {
-            Ok(entries) => entries,
+        let catalog = match read_catalog(self.disk, superblock) {
+            Ok(catalog) => catalog,
             Err(error) => {
                 self.refuses(&file, &error);
                 return false;
             }
         };
-        let mut named: Vec<u64> = entries.iter().map(|entry| entry.volume.0).collect();
+        let named = catalog.volumes.iter().map(|entry| entry.volume.0);
+        let mut named: Vec<u64> = named.collect();
         named.sort_unstable();
-        for entry in entries {
-            let volume = tables.volumes.entry(entry.volume.0).or_default();
-            (volume.era, volume.deleted, volume.snapshots) =
-                (entry.era, entry.deleted, entry.snapshots);
-        }
+        tables.load_catalog(catalog);
         let stray: Vec<u64> = tables.volumes.keys().copied().collect();
         for id in stray
             .into_iter()
@@ -387,7 +385,7 @@ impl<D: Disk + ?Sized> Check<'_, D> {
         let mut order: Vec<(u32, u64, u64, u8)> = Vec::new();
         for (id, volume) in &tables.volumes {
             for (key, group) in &volume.groups {
-                order.extend(group.all().iter().map(|v| (v.slot, *id, *key, v.chunk)));
+                order.extend(group.all().map(|v| (v.slot, *id, *key, v.chunk)));
             }
         }
         order.sort_unstable();

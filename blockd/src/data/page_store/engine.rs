@@ -8,12 +8,15 @@ use super::buffers::Buffers;
 use super::eras::Split;
 use super::error::StoreError;
 use super::hash::FastMap;
+use super::line::Line;
 use super::log::{Log, RESERVE_SNAPSHOTS};
 use super::maintain::Upkeep;
 use super::record::{Change, ChunkAt};
-use super::tables::{Tables, Volume, group_at, group_key};
+use super::sweep::first_todo;
+use super::tables::Tables;
 use super::types::{PageAt, StoreOptions};
-use super::version::{ALL, GROUP_CHUNKS, resolve};
+use super::version::{GROUP_CHUNKS, bits, resolve};
+use super::volume::{Volume, group_at, group_key};
 use crate::id::{CHUNK_BYTES, SUB_BLOCK_BYTES, SnapshotId, VolumeId};
 use crate::io::disk::{Disk, DiskFile};
 use std::io;
@@ -90,6 +93,8 @@ pub struct Engine<D> {
     pub(super) buffers: Buffers,
     /// Volumes in which each write has its own era.
     pub(super) splits: FastMap<u64, Split>,
+    /// Bytes copied up in each volume since the start.
+    pub(super) copied_up: FastMap<u64, u64>,
     /// Bytes that may be allocated before the file system is asked again.
     headroom: u64,
 }
@@ -112,6 +117,7 @@ impl<D: Disk> Engine<D> {
             closed: false,
             buffers: Buffers::default(),
             splits: FastMap::default(),
+            copied_up: FastMap::default(),
             headroom: 0,
         }
     }
@@ -165,24 +171,37 @@ impl<D: Disk> Engine<D> {
     pub(super) fn check_volume(&self, volume: VolumeId) -> Result<(), StoreError> {
         match self.tables.volumes.get(&volume.0) {
             Some(v) if v.deleted => Err(StoreError::VolumeDeleted { volume }),
+            Some(v) if v.parent.is_some() => self.check_parents(v),
             _ => Ok(()),
         }
     }
 
-    /// Volume and era of a view; `None` if nothing was ever written.
+    /// Fails unless everything that a clone may read is here.
+    fn check_parents<'a>(&'a self, mut volume: &'a Volume) -> Result<(), StoreError> {
+        while let Some(parent) = volume.parent {
+            let missing = StoreError::UnknownSnapshot {
+                volume: parent.volume,
+                snapshot: parent.snapshot,
+            };
+            volume = self.tables.parent_of(volume).ok_or(missing)?.0;
+        }
+        Ok(())
+    }
+
+    /// Volume and line of a view; `None` if nothing was ever written.
     pub(super) fn view(
         &self,
         volume: VolumeId,
         snapshot: Option<SnapshotId>,
-    ) -> Result<Option<(&Volume, u32)>, StoreError> {
+    ) -> Result<Option<(&Volume, Line<'_>)>, StoreError> {
         self.check_volume(volume)?;
         match (self.tables.volumes.get(&volume.0), snapshot) {
             (None, None) => Ok(None),
             (None, Some(snapshot)) => Err(StoreError::UnknownSnapshot { volume, snapshot }),
-            (Some(found), None) => Ok(Some((found, u32::MAX))),
+            (Some(found), None) => Ok(Some((found, found.head()))),
             (Some(found), Some(snapshot)) => {
-                let era = found.view(Some(snapshot));
-                era.map(|era| Some((found, era)))
+                let line = found.view(Some(snapshot));
+                line.map(|line| Some((found, line)))
                     .ok_or(StoreError::UnknownSnapshot { volume, snapshot })
             }
         }
@@ -264,12 +283,8 @@ impl<D: Disk> Engine<D> {
     ) -> Result<(), StoreError> {
         self.check_writable()?;
         self.check_volume(volume)?;
-        let known = self
-            .tables
-            .volumes
-            .get(&volume.0)
-            .and_then(|v| v.view(Some(snapshot)));
-        if known.is_some() {
+        let known = self.tables.volumes.get(&volume.0);
+        if known.is_some_and(|v| v.era_of(snapshot).is_some()) {
             return Err(StoreError::SnapshotExists { volume, snapshot });
         }
         match self.log.has_room(64, super::log::RESERVE_MARKS) {
@@ -288,9 +303,10 @@ impl<D: Disk> Engine<D> {
         let Some(found) = self.tables.volumes.get(&volume.0) else {
             return Ok(Step::Done(Vec::new()));
         };
-        if found.deleted || found.view(Some(snapshot)).is_none() {
+        if found.deleted || found.era_of(snapshot).is_none() {
             return Ok(Step::Done(Vec::new()));
         }
+        self.check_no_clone(volume, Some(snapshot))?;
         let groups = found.groups.keys().copied().collect();
         if !self.has_room(64) {
             return Ok(Step::Full);
@@ -306,6 +322,7 @@ impl<D: Disk> Engine<D> {
             return Ok(Step::Done(Vec::new()));
         };
         let (deleted, groups) = (found.deleted, found.groups.keys().copied().collect());
+        self.check_no_clone(volume, None)?;
         if !deleted {
             if !self.has_room(64) {
                 return Ok(Step::Full);
@@ -342,14 +359,8 @@ impl<D: Disk> Engine<D> {
                 volumes.push(VolumeId(*id));
                 continue;
             }
-            let unseen = |v: &[super::version::Version]| {
-                v.windows(2)
-                    .any(|w| w[0].chunk == w[1].chunk && !volume.is_seen(w[1].era, w[0].era))
-            };
-            let found = volume
-                .groups
-                .iter()
-                .filter(|(_, group)| unseen(group.all()));
+            let found = volume.groups.iter();
+            let found = found.filter(|(_, group)| first_todo(volume, group).is_some());
             groups.extend(found.map(|(key, _)| (VolumeId(*id), *key)));
         }
         groups.sort_unstable();
@@ -357,13 +368,25 @@ impl<D: Disk> Engine<D> {
         (groups, volumes)
     }
 
-    /// Sub-blocks of a chunk that the view sees as stored bytes.
-    pub(super) fn data_mask(volume: &Volume, at: ChunkAt, era: u32) -> u16 {
-        let found = resolve(volume.chunk(at.page, at.chunk), era, ALL);
-        (0..).zip(found).fold(0, |mask, (sub, version)| {
-            let has_data = version.is_some_and(|v| v.zero >> sub & 1 == 0);
-            mask | u16::from(has_data) << sub
-        })
+    /// Sub-blocks of `want` that the view sees as stored bytes.
+    pub(super) fn data_mask(
+        &self,
+        (volume, line): (&Volume, Line<'_>),
+        at: ChunkAt,
+        want: u16,
+    ) -> u16 {
+        let found = resolve(line.of(volume.chunk(at.page, at.chunk)), want);
+        let (mut data, mut open) = (0, want);
+        for sub in bits(want) {
+            if let Some(version) = found[sub] {
+                data |= version.data() & 1 << sub;
+                open &= !(1 << sub);
+            }
+        }
+        match self.tables.parent_of(volume) {
+            Some(parent) if open != 0 => data | self.data_mask(parent, at, open),
+            _ => data,
+        }
     }
 
     /// Highest epoch that wrote to the part of the page around a chunk.

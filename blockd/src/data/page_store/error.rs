@@ -1,6 +1,6 @@
 //! What can go wrong in the page store, and what the operator can do about it.
 
-use crate::id::{PageNo, SnapshotId, VolumeId};
+use crate::id::{Epoch, PageNo, SnapshotId, VolumeId};
 use crate::io::disk::DiskFile;
 use std::io;
 use std::path::PathBuf;
@@ -54,6 +54,30 @@ pub enum StoreError {
         page: PageNo,
         /// Byte offset of the sub-block in the page.
         offset_bytes: u32,
+    },
+    /// The store is rolled back at a routing epoch that the caller has not heard of.
+    #[error(
+        "volume {volume}: rolled back at epoch {epoch}, of which this server has not heard yet"
+    )]
+    Behind {
+        /// The volume.
+        volume: VolumeId,
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// A clone still has something in its parent only; nothing was changed.
+    #[error("volume {volume}: it is no clone in the registry, but still needs its parent here")]
+    NeedsParent {
+        /// The clone.
+        volume: VolumeId,
+    },
+    /// A clone reads from it; nothing was changed.
+    #[error("volume {volume}: clone {clone} depends on it; flatten or delete the clone first")]
+    HasClone {
+        /// The volume, or that of the snapshot.
+        volume: VolumeId,
+        /// The clone.
+        clone: VolumeId,
     },
     /// The file system has no room; nothing was changed and the store stays usable.
     #[error("page store: no space left; free space on the file system or delete snapshots")]

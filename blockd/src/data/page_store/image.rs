@@ -1,8 +1,9 @@
 //! What a store that is not in use holds: enough to rebuild the routing tables of its volumes.
 
 use super::record::ChunkAt;
-use super::tables::{Tables, Volume, group_at};
+use super::tables::Tables;
 use super::version::{Version, bits};
+use super::volume::{Volume, group_at};
 use crate::id::{Epoch, PageNo, SnapshotId, VolumeId};
 use std::collections::BTreeMap;
 
@@ -42,7 +43,7 @@ impl StoreImage {
     pub fn snapshots(&self, volume: VolumeId) -> Vec<SnapshotId> {
         let found = self.tables.volumes.get(&volume.0);
         found.map_or_else(Vec::new, |v| {
-            v.snapshots.iter().map(|(id, _)| *id).collect()
+            v.snapshots().iter().map(|(id, _)| *id).collect()
         })
     }
 
@@ -68,7 +69,9 @@ impl StoreImage {
             });
             let group = &volume.groups[&key];
             image.epoch = image.epoch.max(Epoch(group.epoch));
-            for versions in group.all().chunk_by(|a, b| a.chunk == b.chunk) {
+            let mut chains: Vec<&[Version]> = group.chains().collect();
+            chains.sort_unstable_by_key(|versions| versions[0].chunk);
+            for versions in chains {
                 let chunk = first.chunk.saturating_add(u16::from(versions[0].chunk));
                 digest_chunk(volume, ChunkAt { chunk, ..first }, versions, image, hasher);
             }
@@ -90,8 +93,8 @@ fn digest_chunk(
     hasher: &mut crc32fast::Hasher,
 ) {
     let head = std::iter::once((SnapshotId(0), u32::MAX));
-    for (view, era) in head.chain(volume.snapshots.iter().copied()) {
-        let found = super::version::resolve(versions, era, super::version::ALL);
+    for (view, era) in head.chain(volume.snapshots().iter().copied()) {
+        let found = super::version::resolve(volume.line(era).of(versions), super::version::ALL);
         for sub in bits(super::version::ALL) {
             let Some(version) = found[sub].filter(|v| v.data() >> sub & 1 == 1) else {
                 continue;

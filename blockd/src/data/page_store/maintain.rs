@@ -11,7 +11,7 @@
 //!    writes the changed meta pages into the copies not in force, syncs, writes the catalog, syncs, and
 //!    only then writes the superblock. The log before C is free after that.
 
-use super::catalog::{self, CatalogVolume};
+use super::catalog::{self, Catalog, CatalogHistory, CatalogVolume};
 use super::engine::Engine;
 use super::error::StoreError;
 use super::log::{LogPoint, RESERVE_MARKS};
@@ -20,6 +20,7 @@ use super::read::SUB;
 use super::record::Change;
 use super::superblock::Superblock;
 use super::tables::Redo;
+use super::volume::Volume;
 use crate::id::{CHUNK_BYTES, VolumeId};
 use crate::io::disk::{Disk, DiskFile};
 use crate::planted::{Plant, planted};
@@ -438,19 +439,7 @@ impl<D: Disk> Engine<D> {
     }
 
     fn begin_checkpoint(&mut self, clean: bool) -> Result<(), StoreError> {
-        let mut volumes: Vec<CatalogVolume> = self
-            .tables
-            .volumes
-            .iter()
-            .map(|(id, volume)| CatalogVolume {
-                volume: VolumeId(*id),
-                era: volume.era,
-                deleted: volume.deleted,
-                snapshots: volume.snapshots.clone(),
-            })
-            .collect();
-        volumes.sort_unstable_by_key(|entry| entry.volume);
-        let catalog = catalog::encode(&volumes).map_err(|e| {
+        let catalog = catalog::encode(&self.catalog()).map_err(|e| {
             self.latch(StoreError::Corrupt {
                 what: "catalog",
                 detail: e.to_string(),
@@ -475,6 +464,30 @@ impl<D: Disk> Engine<D> {
             pages: Vec::new(),
         });
         Ok(())
+    }
+
+    fn catalog(&self) -> Catalog {
+        let mut catalog = Catalog::default();
+        let mut volumes: Vec<(&u64, &Volume)> = self.tables.volumes.iter().collect();
+        volumes.sort_unstable_by_key(|(id, _)| **id);
+        for (id, found) in volumes {
+            let volume = VolumeId(*id);
+            catalog.volumes.push(CatalogVolume {
+                volume,
+                era: found.era,
+                deleted: found.deleted,
+                snapshots: found.snapshots().to_vec(),
+            });
+            if 0 < found.rolled_back || found.parent.is_some() {
+                catalog.histories.push(CatalogHistory {
+                    volume,
+                    turns: found.turns.clone(),
+                    rolled_back: found.rolled_back,
+                    parent: found.parent,
+                });
+            }
+        }
+        catalog
     }
 
     /// The next step of the checkpoint, once everything before it is applied.

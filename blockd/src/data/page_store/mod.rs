@@ -1,9 +1,9 @@
 //! The page store: pages of many volumes, with snapshots, in one directory of one server.
 //!
-//! Read in this order: `types` and `shell` (what callers see), `version` and `tables` (what is
-//! stored), `record` and `log` (how a change is made), `engine`, `read`, `layers`, `place`, `write`, `sweep`,
-//! `transfer` (requests), `maintain` (syncs, applying, checkpoints), `recover` (opening); `audit`, `check`,
-//! `scrub` (whether all is well), `image` (what a store that is not in use holds).
+//! Read in this order: `types` and `shell` (what callers see), `version`, `line`, `volume` and `tables` (what
+//! is stored), `record` and `log` (how a change is made), `engine`, `read`, `layers`, `place`, `write`, `tree`,
+//! `sweep`, `lineage`, `transfer` (requests), `maintain` (syncs, applying, checkpoints), `recover` (opening);
+//! `audit`, `check`, `scrub` (whether all is well), `image` (what a store that is not in use holds).
 //!
 //! Files of a store: `super` (superblock), `log` (write-ahead ring), `slab` (64 KiB slots), `meta` (what
 //! each slot holds), `catalog-a` and `catalog-b` (volumes and snapshots). Each format is described at
@@ -22,6 +22,8 @@ mod hash;
 mod image;
 mod lanes;
 mod layers;
+mod line;
+mod lineage;
 mod log;
 mod maintain;
 mod meta;
@@ -36,9 +38,11 @@ mod superblock;
 mod sweep;
 mod tables;
 mod transfer;
+mod tree;
 mod types;
 mod usage;
 mod version;
+mod volume;
 mod write;
 
 pub use check::{CheckOptions, CheckProgress, StoreCheck, StoreSummary, check_store};
@@ -51,4 +55,4 @@ pub use place::Placement;
 pub use scrub::{BadChunk, ChunkBuffer, Scrubbed, StoredChunk};
 pub use shell::PageStore;
 pub use transfer::{Exported, MovedChunk, MovedVersion};
-pub use types::{PageAt, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage};
+pub use types::{PageAt, Parent, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage};

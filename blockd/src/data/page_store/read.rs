@@ -3,9 +3,12 @@
 use super::buffers::BUFFER_BYTES;
 use super::engine::{ColdRead, Engine, Fetched, Step, chunk_of};
 use super::error::StoreError;
+use super::line::Line;
+use super::record::ChunkAt;
 use super::tables::Tables;
 use super::types::{PageAt, ReadPart};
-use super::version::{SUBS, Version, resolve};
+use super::version::{SUBS, Version, bits, resolve};
+use super::volume::Volume;
 use crate::id::{CHUNK_BYTES, PageNo, SUB_BLOCK_BYTES, SnapshotId, VolumeId};
 use crate::io::disk::{Disk, DiskFile};
 use crate::planted::{Plant, planted};
@@ -55,10 +58,59 @@ impl Tables {
         }
     }
 
-    /// Sources of the wanted sub-blocks of a chunk for a reader of `era`; holes elsewhere.
-    pub(super) fn sources(&self, versions: &[Version], era: u32, want: u16) -> [Source; SUBS] {
-        let found = resolve(versions, era, want);
+    /// What a volume was cloned from: the volume, and the line of the snapshot.
+    pub(super) fn parent_of(&self, volume: &Volume) -> Option<(&Volume, Line<'_>)> {
+        let parent = volume.parent?;
+        let found = self.volumes.get(&parent.volume.0).filter(|v| !v.deleted)?;
+        Some((found, found.view(Some(parent.snapshot))?))
+    }
+
+    /// Sources of the wanted sub-blocks as these versions, newest first, decide them; holes elsewhere.
+    pub(super) fn sources_in<'v>(
+        &self,
+        versions: impl Iterator<Item = &'v Version>,
+        want: u16,
+    ) -> [Source; SUBS] {
+        let found = resolve(versions, want);
         std::array::from_fn(|sub| found[sub].map_or(Source::Hole, |v| self.source_in(v, sub)))
+    }
+
+    /// The same, of a clone: what they do not decide comes from its parent.
+    pub(super) fn sources_of<'v>(
+        &self,
+        volume: &Volume,
+        at: ChunkAt,
+        versions: impl Iterator<Item = &'v Version>,
+        want: u16,
+    ) -> [Source; SUBS] {
+        let Some((parent, line)) = self.parent_of(volume) else {
+            return self.sources_in(versions, want);
+        };
+        let found = resolve(versions, want);
+        let open = bits(want).filter(|sub| found[*sub].is_none());
+        let open = open.fold(0, |mask, sub| mask | 1 << sub);
+        let mut sources = [Source::Hole; SUBS];
+        if open != 0 {
+            let below = line.of(parent.chunk(at.page, at.chunk));
+            sources = self.sources_of(parent, at, below, open);
+        }
+        for sub in 0..SUBS {
+            if let Some(version) = found[sub] {
+                sources[sub] = self.source_in(version, sub);
+            }
+        }
+        sources
+    }
+
+    /// Sources of the wanted sub-blocks of a chunk as a view sees them.
+    pub(super) fn sources(
+        &self,
+        (volume, line): (&Volume, Line<'_>),
+        at: ChunkAt,
+        want: u16,
+    ) -> [Source; SUBS] {
+        let versions = line.of(volume.chunk(at.page, at.chunk));
+        self.sources_of(volume, at, versions, want)
     }
 }
 
@@ -76,7 +128,7 @@ impl<D: Disk> Engine<D> {
         fetched: &[Fetched],
     ) -> Result<Step<Vec<ReadPart>>, StoreError> {
         Self::check_range(&at)?;
-        let Some((_, era)) = self.view(at.volume, snapshot)? else {
+        let Some(view) = self.view(at.volume, snapshot)? else {
             return Ok(Step::Done(hole(at.len_bytes)));
         };
         if at.len_bytes == 0 {
@@ -85,9 +137,9 @@ impl<D: Disk> Engine<D> {
         let first = at.offset_bytes / SUB_BLOCK_BYTES;
         let end = (at.offset_bytes + at.len_bytes).div_ceil(SUB_BLOCK_BYTES);
         if end - first == 1 {
-            return self.read_one(at, era, fetched);
+            return self.read_one(at, view, fetched);
         }
-        let sources = self.range_sources(at, era);
+        let sources = self.range_sources(at, view);
         let (start, stop) = (
             at.offset_bytes as usize,
             (at.offset_bytes + at.len_bytes) as usize,
@@ -143,11 +195,11 @@ impl<D: Disk> Engine<D> {
     fn read_one(
         &self,
         at: PageAt,
-        era: u32,
+        view: (&Volume, Line<'_>),
         fetched: &[Fetched],
     ) -> Result<Step<Vec<ReadPart>>, StoreError> {
         let sub = at.offset_bytes / SUB_BLOCK_BYTES;
-        let source = self.sub_source(at, sub, era);
+        let source = self.sub_source(at, sub, view);
         if source == Source::Hole {
             return Ok(Step::Done(hole(at.len_bytes)));
         }
@@ -174,32 +226,40 @@ impl<D: Disk> Engine<D> {
     }
 
     /// Source of one sub-block of a page.
-    pub(super) fn sub_source(&self, at: PageAt, sub: u32, era: u32) -> Source {
-        let Some(volume) = self.tables.volumes.get(&at.volume.0) else {
-            return Source::Hole;
-        };
-        let in_chunk = sub as usize % SUBS;
-        let versions = volume.chunk(at.page, chunk_of(sub * SUB_BLOCK_BYTES));
-        let mut seen = versions.iter().filter(|v| v.era <= era);
-        let version = seen.find(|v| v.present >> in_chunk & 1 == 1);
-        version.map_or(Source::Hole, |v| self.tables.source_in(v, in_chunk))
+    pub(super) fn sub_source(&self, at: PageAt, sub: u32, view: (&Volume, Line<'_>)) -> Source {
+        let (in_chunk, mut view) = (sub as usize % SUBS, Some(view));
+        while let Some((volume, line)) = view {
+            let versions = volume.chunk(at.page, chunk_of(sub * SUB_BLOCK_BYTES));
+            let mut seen = line.of(versions);
+            if let Some(version) = seen.find(|v| v.present >> in_chunk & 1 == 1) {
+                return self.tables.source_in(version, in_chunk);
+            }
+            view = self.tables.parent_of(volume);
+        }
+        Source::Hole
+    }
+
+    /// Source of one sub-block of a page as the head sees it.
+    pub(super) fn head_source(&self, at: PageAt, sub: u32) -> Source {
+        let volume = self.tables.volumes.get(&at.volume.0);
+        volume.map_or(Source::Hole, |v| self.sub_source(at, sub, (v, v.head())))
     }
 
     /// Sources of all sub-blocks that a range touches.
-    pub(super) fn range_sources(&self, at: PageAt, era: u32) -> Vec<Source> {
+    pub(super) fn range_sources(&self, at: PageAt, view: (&Volume, Line<'_>)) -> Vec<Source> {
         let first = (at.offset_bytes / SUB_BLOCK_BYTES) as usize;
         let end = (at.offset_bytes + at.len_bytes).div_ceil(SUB_BLOCK_BYTES) as usize;
         let mut sources = Vec::with_capacity(end.saturating_sub(first));
-        let Some(volume) = self.tables.volumes.get(&at.volume.0) else {
-            sources.resize(end.saturating_sub(first), Source::Hole);
-            return sources;
-        };
         let mut sub = first;
         while sub < end {
             let from = sub % SUBS;
             let to = SUBS.min(from + end - sub);
-            let versions = volume.chunk(at.page, u16::try_from(sub / SUBS).unwrap_or(u16::MAX));
-            let chunk = self.tables.sources(versions, era, sub_mask(from, to));
+            let in_chunk = ChunkAt {
+                volume: at.volume,
+                page: at.page,
+                chunk: u16::try_from(sub / SUBS).unwrap_or(u16::MAX),
+            };
+            let chunk = self.tables.sources(view, in_chunk, sub_mask(from, to));
             sources.extend_from_slice(&chunk[from..to]);
             sub += to - from;
         }
@@ -242,10 +302,10 @@ impl<D: Disk> Engine<D> {
     pub fn salvage(&self, at: PageAt, snapshot: Option<SnapshotId>) -> Result<Vec<u8>, StoreError> {
         Self::check_range(&at)?;
         let mut buf = Vec::new();
-        let Some((_, era)) = self.view(at.volume, snapshot)? else {
+        let Some(view) = self.view(at.volume, snapshot)? else {
             return Ok(vec![0; at.len_bytes as usize]);
         };
-        for source in self.range_sources(at, era) {
+        for source in self.range_sources(at, view) {
             let from = buf.len();
             buf.resize(from + SUB, 0);
             if let Source::Stored { file, pos, .. } = source {
@@ -311,12 +371,12 @@ impl<D: Disk> Engine<D> {
         snapshot: Option<SnapshotId>,
     ) -> Result<Vec<(u32, bool)>, StoreError> {
         Self::check_range(&at)?;
-        let Some((_, era)) = self.view(at.volume, snapshot)? else {
+        let Some(view) = self.view(at.volume, snapshot)? else {
             return Ok(vec![(at.len_bytes, false)]);
         };
         let mut runs: Vec<(u32, bool)> = Vec::new();
         let (mut pos, end) = (at.offset_bytes, at.offset_bytes + at.len_bytes);
-        for source in self.range_sources(at, era) {
+        for source in self.range_sources(at, view) {
             let next = ((pos / SUB_BLOCK_BYTES + 1) * SUB_BLOCK_BYTES).min(end);
             let allocated = source != Source::Hole;
             match runs.last_mut() {

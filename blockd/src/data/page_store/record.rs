@@ -9,13 +9,14 @@
 //!      8    8  lsn
 //!     16    8  highest lsn known durable when the record was written
 //!     24    8  volume; of a mark: lsn up to which pointer data is synced
-//!     32    4  page
+//!     32    4  page; of a clone: 8 bytes, the parent volume
 //!     36    2  chunk of the page
-//!     38    2  zero: sub-blocks that become zeros
+//!     38    2  zero: sub-blocks that become zeros, or of which a version forgets what it decided
 //!     40    4  slot; of a snapshot taken of an era: that era
 //!     44    4  argument: snapshot, slot to drop, chunks of a pointer, bytes of a pad; of moved
 //!              data: sub-blocks that are copied
-//!     48    4  epoch; of moved data and pointers: era
+//!     48    4  epoch; of moved data and pointers: era; of a rollback: that of the routing table
+//!              that it made
 //!     52    4  length of the body in bytes, a multiple of 64
 //!     56    4  checksum field of the record before
 //!     60    4  CRC-32 (seeded by the store's id) of bytes 0..60 and of the checksum table
@@ -24,9 +25,11 @@
 //! ```
 //! A pointer has 16 checksums for each of its chunks, mask 0 and no data. The seed is secret, so that
 //! a guest cannot forge records inside its data. Kinds 20 to 23 came with page moves,
-//! 15 and 16 with snapshots by time stamps.
+//! 15 and 16 with snapshots by time stamps,
+//! 11 to 14 with rollbacks and clones and format version 2 of the store.
 
 use super::codec::{put, u16_at, u32_at, u64_at};
+use super::types::Parent;
 use super::version::{SUBS, bits};
 use crate::id::{PageNo, SnapshotId, VolumeId};
 
@@ -110,6 +113,14 @@ pub(super) enum Change {
     NextEra(VolumeId),
     /// A snapshot of what was written up to the end of an era.
     TakeSnapshotAt(VolumeId, SnapshotId, u32),
+    /// The head is what the snapshot is; the routing epoch at which it came to be.
+    Rollback(VolumeId, SnapshotId, u32),
+    /// A volume that begins as a snapshot of another one.
+    Clone(VolumeId, Parent),
+    /// A clone that needs its parent no more.
+    Detach(VolumeId),
+    /// What a version decided, and no view reads from it.
+    Forget { at: ChunkAt, slot: u32, mask: u16 },
 }
 
 /// A record as found in the log.
@@ -202,6 +213,10 @@ fn encode_fields(change: &Change, buf: &mut [u8]) -> usize {
         Change::Adopt(at, _) => (23, at.volume, 0),
         Change::NextEra(volume) => (15, *volume, 0),
         Change::TakeSnapshotAt(volume, snapshot, _) => (16, *volume, snapshot.0),
+        Change::Rollback(volume, snapshot, _) => (11, *volume, snapshot.0),
+        Change::Clone(volume, parent) => (12, *volume, parent.snapshot.0),
+        Change::Detach(volume) => (13, *volume, 0),
+        Change::Forget { at, .. } => (14, at.volume, 0),
     };
     buf[4] = kind;
     put(buf, 24, &volume.0.to_le_bytes());
@@ -249,6 +264,12 @@ fn encode_fields(change: &Change, buf: &mut [u8]) -> usize {
         Change::DropGroup(at) | Change::DropChunk(at) => put_place(buf, at, 0, 0),
         Change::Adopt(at, epoch) => put_place(buf, at, 0, *epoch),
         Change::TakeSnapshotAt(_, _, era) => put(buf, 40, &era.to_le_bytes()),
+        Change::Rollback(_, _, epoch) => put(buf, 48, &epoch.to_le_bytes()),
+        Change::Clone(_, parent) => put(buf, 32, &parent.volume.0.to_le_bytes()),
+        Change::Forget { at, slot, mask } => {
+            put_place(buf, at, *slot, 0);
+            put(buf, 38, &mask.to_le_bytes());
+        }
         _ => {}
     }
     table
@@ -280,7 +301,7 @@ pub(super) fn decode(bytes: &[u8], seed: u32) -> Option<Record> {
     let table = match bytes[4] {
         3..=5 | 20 => mask.count_ones() as usize,
         6 | 21 if (1..=POINTER_CHUNKS).contains(&(argument as usize)) => argument as usize * SUBS,
-        1 | 2 | 7..=10 | 15 | 16 | 22 | 23 => 0,
+        1 | 2 | 7..=16 | 22 | 23 => 0,
         _ => return None,
     };
     let head_bytes = RECORD_ALIGN + (4 * table).next_multiple_of(RECORD_ALIGN);
@@ -353,6 +374,20 @@ fn decode_change(bytes: &[u8], mask: u16, argument: u32) -> Option<Change> {
         23 => Change::Adopt(at, epoch),
         15 => Change::NextEra(volume),
         16 => Change::TakeSnapshotAt(volume, SnapshotId(argument), slot),
+        11 => Change::Rollback(volume, SnapshotId(argument), epoch),
+        12 => {
+            let parent = Parent {
+                volume: VolumeId(u64_at(bytes, 32)),
+                snapshot: SnapshotId(argument),
+            };
+            Change::Clone(volume, parent)
+        }
+        13 => Change::Detach(volume),
+        14 => Change::Forget {
+            at,
+            slot,
+            mask: zero,
+        },
         _ => return None,
     })
 }
@@ -411,6 +446,28 @@ mod tests {
         );
     }
 
+    fn clone() -> Change {
+        let parent = Parent {
+            volume: VolumeId(0x0102_0304_0506_0708),
+            snapshot: SnapshotId(9),
+        };
+        Change::Clone(VolumeId(300), parent)
+    }
+
+    #[test]
+    fn the_kinds_of_version_2_are_their_golden_file() {
+        let mut golden = Vec::new();
+        for change in [clone(), Change::Rollback(VolumeId(300), SnapshotId(2), 6)] {
+            let mut buf = [0; HEAD_BYTES_MAX];
+            let (len, _) = encode(&change, 7, 5, 0xaabb_ccdd, 0x1234, &mut buf);
+            golden.extend_from_slice(&buf[..len]);
+        }
+        assert_eq!(
+            golden,
+            include_bytes!("../../../tests/golden/log-record-v2.bin")
+        );
+    }
+
     #[test]
     fn every_kind_survives_the_round_trip() {
         let at = ChunkAt {
@@ -451,5 +508,13 @@ mod tests {
         round_trip(Change::TakeSnapshotAt(VolumeId(4), SnapshotId(5), 6));
         round_trip(Change::Mark { in_slab: 6 });
         round_trip(Change::Pad(640));
+        round_trip(Change::Rollback(VolumeId(1), SnapshotId(2), 3));
+        round_trip(clone());
+        round_trip(Change::Detach(VolumeId(1)));
+        round_trip(Change::Forget {
+            at,
+            slot: 7,
+            mask: 0x8001,
+        });
     }
 }

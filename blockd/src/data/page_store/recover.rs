@@ -7,7 +7,7 @@
 //! Then the records are executed. Up to `proven` the data is not looked at: reads verify it; nor is
 //! that of pointers up to the lsn that a mark calls synced in the slab. Beyond, the first record whose data does not verify was never flushed, nor was anything after it: cut.
 
-use super::catalog::{self, CatalogVolume};
+use super::catalog::{self, Catalog};
 use super::engine::Engine;
 use super::error::StoreError;
 use super::hash::FastMap;
@@ -20,7 +20,7 @@ use super::record::{
 use super::superblock::Superblock;
 use super::tables::{Redo, Tables};
 use super::types::StoreOptions;
-use super::version::{SUBS, bits};
+use super::version::{Group, SUBS, bits};
 use crate::id::CHUNK_BYTES;
 use crate::io::disk::{Disk, DiskFile};
 use crate::planted::{Plant, planted};
@@ -152,7 +152,8 @@ fn format<D: Disk>(
             .map_err(failed)?;
         pos += len;
     }
-    let catalog = catalog::encode(&[]).map_err(|e| corrupt("catalog", e.to_string()))?;
+    let catalog =
+        catalog::encode(&Catalog::default()).map_err(|e| corrupt("catalog", e.to_string()))?;
     disk.write_at(DiskFile::CatalogA, 0, &[IoSlice::new(&catalog)])
         .map_err(failed)?;
     disk.sync(DiskFile::Log)
@@ -227,11 +228,7 @@ fn load_catalog<D: Disk + ?Sized>(
     superblock: &Superblock,
     tables: &mut Tables,
 ) -> Result<(), StoreError> {
-    for entry in read_catalog(disk, superblock)? {
-        let volume = tables.volumes.entry(entry.volume.0).or_default();
-        (volume.era, volume.deleted, volume.snapshots) =
-            (entry.era, entry.deleted, entry.snapshots);
-    }
+    tables.load_catalog(read_catalog(disk, superblock)?);
     Ok(())
 }
 
@@ -239,7 +236,7 @@ fn load_catalog<D: Disk + ?Sized>(
 pub(super) fn read_catalog<D: Disk + ?Sized>(
     disk: &D,
     superblock: &Superblock,
-) -> Result<Vec<CatalogVolume>, StoreError> {
+) -> Result<Catalog, StoreError> {
     let file = catalog_file(superblock.checkpoint);
     let len = disk.len_bytes(file).map_err(read_error(file))?;
     let bytes = usize::try_from(superblock.catalog_bytes).unwrap_or(usize::MAX);
@@ -460,7 +457,7 @@ pub(super) fn free_unowned(tables: &mut Tables, lsn: u64) {
         .volumes
         .values()
         .flat_map(|v| v.groups.values())
-        .flat_map(|g| g.all());
+        .flat_map(Group::all);
     let mut used: HashSet<u32> = owned.map(|version| version.slot).collect();
     used.extend(tables.redo.iter().filter_map(|entry| match entry {
         Redo::Free { slot, .. } => Some(*slot),

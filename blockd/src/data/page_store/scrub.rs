@@ -8,8 +8,9 @@ use super::engine::Engine;
 use super::finding::DamagedRange;
 use super::read::{SUB, Source};
 use super::record::ChunkAt;
-use super::tables::{Tables, Volume, group_at};
+use super::tables::Tables;
 use super::version::{SUBS, Version, bits};
+use super::volume::{Volume, group_at};
 use crate::id::{CHUNK_BYTES, SUB_BLOCK_BYTES, ScrubPosition, VolumeId};
 use crate::io::disk::{Disk, DiskFile};
 
@@ -155,11 +156,11 @@ fn damaged_sub(
     &(sub, file, pos, _): &(u8, DiskFile, u64, u32),
 ) -> DamagedRange {
     let decides = |era: u32| {
-        let mut seen = versions.iter().filter(|v| v.era <= era);
+        let mut seen = volume.line(era).of(versions);
         let decider = seen.find(|v| v.present >> sub & 1 == 1);
         decider.is_some_and(|v| v.slot == slot)
     };
-    let snapshots = volume.snapshots.iter().filter(|(_, era)| decides(*era));
+    let snapshots = volume.snapshots().iter().filter(|(_, era)| decides(*era));
     DamagedRange {
         volume: at.volume,
         page: at.page,

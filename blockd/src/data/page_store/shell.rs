@@ -11,7 +11,7 @@ use super::place::Placement;
 use super::scrub::{BadChunk, ChunkBuffer, Scrubbed, StoredChunk};
 use super::transfer::{Exported, MovedChunk};
 use super::types::{
-    PART_BYTES, PageAt, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage,
+    PART_BYTES, PageAt, Parent, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage,
 };
 use crate::id::{Epoch, LayerRun, PageNo, ScrubPosition, SnapshotId, VolumeId};
 use crate::io::device::Device;
@@ -316,6 +316,88 @@ impl PageStore {
         });
     }
 
+    /// Makes the head what the snapshot is, unless the rollback of this routing epoch was done.
+    pub fn roll_back(
+        &self,
+        volume: VolumeId,
+        snapshot: SnapshotId,
+        epoch: Epoch,
+    ) -> Result<(), StoreError> {
+        let mut engine = self.inner.engine.borrow_mut();
+        let groups = engine.roll_back(volume, snapshot, epoch.0)?;
+        drop(engine);
+        self.inner.after_change();
+        if !groups.is_empty() {
+            let store = self.clone();
+            tokio::task::spawn_local(async move {
+                if let Err(error) = store.sweep(volume, groups).await {
+                    tracing::warn!(%volume, %error, "space of a rollback is freed at the next start");
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// Routing epoch of the last rollback of a volume; 0 if there was none.
+    #[must_use]
+    pub fn rolled_back(&self, volume: VolumeId) -> Epoch {
+        Epoch(self.inner.engine.borrow().rolled_back(volume))
+    }
+
+    /// Makes a volume, which has nothing of its own yet, a clone of a snapshot; nothing if it is.
+    pub fn clone_volume(&self, volume: VolumeId, parent: Parent) -> Result<(), StoreError> {
+        let mut engine = self.inner.engine.borrow_mut();
+        engine.clone_volume(volume, parent)?;
+        drop(engine);
+        self.inner.after_change();
+        Ok(())
+    }
+
+    /// What a volume is a clone of.
+    #[must_use]
+    pub fn parent(&self, volume: VolumeId) -> Option<Parent> {
+        self.inner.engine.borrow().parent(volume)
+    }
+
+    /// Ends the dependence of a clone on its parent; all that it needs must have been copied up.
+    pub fn detach(&self, volume: VolumeId) -> Result<(), StoreError> {
+        self.inner.engine.borrow_mut().detach(volume)?;
+        self.inner.after_change();
+        Ok(())
+    }
+
+    /// Clones in this store of a volume, or of one snapshot of it, in order.
+    #[must_use]
+    pub fn clones(&self, volume: VolumeId, snapshot: Option<SnapshotId>) -> Vec<VolumeId> {
+        self.inner.engine.borrow().clones(volume, snapshot)
+    }
+
+    /// Pages of which the parent of a clone holds data, in order.
+    pub fn parent_pages(&self, volume: VolumeId) -> Result<Vec<PageNo>, StoreError> {
+        self.inner.engine.borrow().parent_pages(volume)
+    }
+
+    /// Copies up what a clone has of a page in its parent only, so that neither the clone nor a
+    /// snapshot of it needs the parent's page any more; the bytes copied.
+    pub async fn copy_up(&self, volume: VolumeId, page: PageNo) -> Result<u64, StoreError> {
+        let groups = self.inner.engine.borrow().parent_groups(volume, page);
+        let mut copied = 0;
+        for key in groups {
+            loop {
+                let step = self
+                    .inner
+                    .attempt(|engine, fetched| engine.copy_up_group(volume, key, fetched));
+                match step.await? {
+                    0 => break,
+                    bytes => copied += bytes,
+                }
+                self.inner.after_change();
+                tokio::task::yield_now().await;
+            }
+        }
+        Ok(copied)
+    }
+
     /// Snapshots of a volume, oldest first.
     #[must_use]
     pub fn snapshots(&self, volume: VolumeId) -> Vec<SnapshotId> {
@@ -475,6 +557,14 @@ impl PageStore {
         snapshot: SnapshotId,
     ) -> Result<SnapshotUsage, StoreError> {
         self.inner.engine.borrow().snapshot_usage(volume, snapshot)
+    }
+
+    /// Space of all snapshots of a volume, in one scan of its table.
+    pub fn snapshot_usages(
+        &self,
+        volume: VolumeId,
+    ) -> Result<Vec<(SnapshotId, SnapshotUsage)>, StoreError> {
+        self.inner.engine.borrow().snapshot_usages(volume)
     }
 
     /// Totals of the store.

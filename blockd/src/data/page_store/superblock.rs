@@ -3,7 +3,7 @@
 //! ```text
 //! offset size
 //!      0    8  magic "BLKSTORE"
-//!      8    4  format version (1)
+//!      8    4  format version (2; 1 knew neither rollbacks nor clones)
 //!     12    4  CRC-32 of bytes 16..160
 //!     16    8  store id, random; its low half seeds the checksums of the log
 //!     24    8  sequence of this superblock
@@ -30,7 +30,9 @@ use crate::io::disk::{Disk, DiskFile};
 use std::io::{self, IoSlice};
 
 const MAGIC: &[u8; 8] = b"BLKSTORE";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// Oldest version that is read; the next superblock written makes it the newest.
+const VERSION_MIN: u32 = 1;
 const COPY_BYTES: usize = 4096;
 const USED_BYTES: usize = 160;
 
@@ -106,7 +108,7 @@ impl Superblock {
                 supported: VERSION,
             });
         }
-        if found != VERSION {
+        if found < VERSION_MIN {
             return Ok(None);
         }
         Ok(Some(Superblock {
@@ -199,12 +201,14 @@ mod tests {
 
     #[test]
     fn the_format_is_the_golden_file() {
-        let golden = include_bytes!("../../../tests/golden/superblock-v1.bin");
+        let golden = include_bytes!("../../../tests/golden/superblock-v2.bin");
         assert_eq!(&sample(2).encode()[..USED_BYTES], golden);
         assert_eq!(
             Superblock::decode(&sample(2).encode()).unwrap(),
             Some(sample(2))
         );
+        let older = include_bytes!("../../../tests/golden/superblock-v1.bin");
+        assert_eq!(Superblock::decode(older).unwrap(), Some(sample(2)));
     }
 
     #[test]
@@ -222,13 +226,13 @@ mod tests {
     #[test]
     fn a_newer_version_is_refused() {
         let mut buf = sample(1).encode();
-        buf[8] = 2;
+        buf[8] = 3;
         let error = Superblock::decode(&buf).unwrap_err();
         assert!(matches!(
             error,
             StoreError::NewerVersion {
-                found: 2,
-                supported: 1
+                found: 3,
+                supported: 2
             }
         ));
     }

@@ -1,40 +1,45 @@
-//! Freeing what only a deleted snapshot held.
+//! Freeing what no view shows any more: after a snapshot was deleted, and after a rollback.
 //!
-//! A version that no snapshot and no head sees directly is merged with the next newer one: either
-//! its sub-blocks that the newer lacks are copied up, or the newer's are copied down over it,
-//! whichever moves fewer bytes. One record does the whole merge, so a crash leaves it done or undone.
+//! A version that no view sees directly is merged with the one over it: either its sub-blocks that
+//! the newer one lacks are copied up, or the newer one's are copied down over it, whichever moves
+//! fewer bytes. After rollbacks there may be several over it, on different branches: then it only
+//! forgets what all of them decide; or none: then it goes. One record does each, so a crash leaves it
+//! done or undone.
 
 use super::engine::{Engine, Fetched, Step};
 use super::error::StoreError;
 use super::read::SUB;
-use super::record::{ChunkAt, DataKind, RECORD_BYTES_MAX};
-use super::tables::{Volume, group_at};
-use super::version::Version;
+use super::record::{Change, ChunkAt, DataKind, RECORD_BYTES_MAX};
+use super::tree::{self, Node};
+use super::version::{ALL, Group, Version};
+use super::volume::{Volume, group_at};
 use super::write::CopyUp;
 use crate::id::VolumeId;
 use crate::io::disk::Disk;
 
-/// Two neighbouring versions of a chunk of which nobody sees the older one.
-struct Unseen {
-    at: ChunkAt,
-    newer: Version,
-    older: Version,
+/// What is to be done about a version that no view sees directly.
+pub(super) enum Todo<'a> {
+    /// Merge it with the only one over it.
+    Merge {
+        newer: &'a Version,
+        older: &'a Version,
+    },
+    /// Forget these sub-blocks of it: those over it decide them, or there are none.
+    Forget { version: &'a Version, mask: u16 },
 }
 
-impl Unseen {
-    /// Sub-blocks of the older version that still count.
-    fn missing(&self) -> u16 {
-        self.older.present & !self.newer.present
-    }
+/// Sub-blocks of the older version that still count.
+fn missing(newer: &Version, older: &Version) -> u16 {
+    older.present & !newer.present
+}
 
-    /// True if copying the older version's part up moves less than copying the newer's down.
-    fn is_up(&self) -> bool {
-        (self.missing() & self.older.data()).count_ones() <= self.newer.data().count_ones()
-    }
+/// True if copying the older version's part up moves less than copying the newer's down.
+fn is_up(newer: &Version, older: &Version) -> bool {
+    (missing(newer, older) & older.data()).count_ones() <= newer.data().count_ones()
 }
 
 impl<D: Disk> Engine<D> {
-    /// Merges one unseen version of a group; `Done(false)` says that there was none left.
+    /// Does the next thing that is to be done in a group; `Done(false)` says that there was none.
     pub fn sweep_group(
         &mut self,
         volume: VolumeId,
@@ -43,61 +48,99 @@ impl<D: Disk> Engine<D> {
     ) -> Result<Step<bool>, StoreError> {
         self.check_writable()?;
         let found = self.tables.volumes.get(&volume.0).filter(|v| !v.deleted);
-        let Some(unseen) = found.and_then(|v| first_unseen(v, volume, key)) else {
-            return Ok(Step::Done(false));
+        let todo = found.and_then(|found| first_todo(found, found.groups.get(&key)?));
+        let first = group_at(volume, key);
+        let at = |version: &Version| ChunkAt {
+            chunk: first.chunk + u16::from(version.chunk),
+            ..first
         };
-        let mut cold = Vec::new();
-        let (copy, drop) = self.plan_merge(&unseen, fetched, &mut cold)?;
-        if !cold.is_empty() {
-            return Ok(Step::Cold(cold));
+        match todo {
+            None => Ok(Step::Done(false)),
+            Some(Todo::Forget { version, mask }) => {
+                let (at, slot) = (at(version), version.slot);
+                if !self.has_room(64) {
+                    return Ok(Step::Full);
+                }
+                self.commit(&Change::Forget { at, slot, mask }, &[])?;
+                Ok(Step::Done(true))
+            }
+            Some(Todo::Merge { newer, older }) => {
+                let mut cold = Vec::new();
+                let at = at(newer);
+                let (copy, drop) = self.plan_merge(at, newer, older, fetched, &mut cold)?;
+                if !cold.is_empty() {
+                    return Ok(Step::Cold(cold));
+                }
+                self.merge(at, &copy, drop)
+            }
         }
+    }
+
+    fn merge(&mut self, at: ChunkAt, copy: &CopyUp, drop: u32) -> Result<Step<bool>, StoreError> {
         if !self.has_room(RECORD_BYTES_MAX as u64) {
             return Ok(Step::Full);
         }
         if copy.mask != 0 {
             self.claim_space(u64::from(copy.mask.count_ones()) * SUB as u64)?;
         }
-        self.log_copy(unseen.at, &copy, DataKind::Merge { drop })?;
+        self.log_copy(at, copy, DataKind::Merge { drop })?;
         Ok(Step::Done(true))
     }
 
     fn plan_merge(
         &self,
-        unseen: &Unseen,
+        at: ChunkAt,
+        newer: &Version,
+        older: &Version,
         fetched: &[Fetched],
         cold: &mut Vec<super::engine::ColdRead>,
     ) -> Result<(CopyUp, u32), StoreError> {
-        let Unseen { at, newer, older } = unseen;
-        let (keep, from, want) = if unseen.is_up() {
-            (newer, older, unseen.missing())
+        let (keep, from, want) = if is_up(newer, older) {
+            (newer, older, missing(newer, older))
         } else {
             (older, newer, newer.present)
         };
-        let copy = self.read_copy_up(
-            *at,
-            keep.slot,
-            std::slice::from_ref(from),
-            want,
-            fetched,
-            cold,
-        )?;
+        let sources = self.tables.sources_in(std::iter::once(from), want);
+        let copy = self.read_copy_up(at, keep.slot, &sources, want, fetched, cold)?;
         Ok((copy, from.slot))
     }
 }
 
-fn first_unseen(volume: &Volume, id: VolumeId, key: u64) -> Option<Unseen> {
-    let versions = volume.groups.get(&key)?.all();
-    let pair = versions
-        .windows(2)
-        .find(|pair| pair[0].chunk == pair[1].chunk && !volume.is_seen(pair[1].era, pair[0].era))?;
-    let first = group_at(id, key);
-    let at = ChunkAt {
-        chunk: first.chunk + u16::from(pair[0].chunk),
-        ..first
-    };
-    Some(Unseen {
-        at,
-        newer: pair[0].clone(),
-        older: pair[1].clone(),
+/// The first thing to do in a group, if there is any.
+pub(super) fn first_todo<'a>(volume: &Volume, group: &'a Group) -> Option<Todo<'a>> {
+    group.chains().find_map(|versions| {
+        if volume.turns.is_empty() {
+            return unseen(volume, versions);
+        }
+        let nodes = tree::nodes(volume, versions);
+        let mut found = nodes.iter().zip(versions);
+        found.find_map(|(node, version)| todo_in_tree(node, version, versions))
     })
+}
+
+/// Without rollbacks the one over a version is the one before it, and the first is seen.
+fn unseen<'a>(volume: &Volume, versions: &'a [Version]) -> Option<Todo<'a>> {
+    let mut pairs = versions.windows(2);
+    let pair = pairs.find(|pair| !volume.is_seen(pair[1].era, pair[0].era))?;
+    Some(Todo::Merge {
+        newer: &pair[0],
+        older: &pair[1],
+    })
+}
+
+fn todo_in_tree<'a>(
+    node: &Node,
+    version: &'a Version,
+    versions: &'a [Version],
+) -> Option<Todo<'a>> {
+    if node.seen {
+        return None;
+    }
+    if let [child] = node.children[..] {
+        let (newer, older) = (&versions[child], version);
+        return Some(Todo::Merge { newer, older });
+    }
+    let over = node.children.iter().map(|child| versions[*child].present);
+    let mask = over.fold(ALL, |mask, present| mask & present) & version.present;
+    (mask != 0).then_some(Todo::Forget { version, mask })
 }

@@ -3,99 +3,21 @@
 //! Invariant: the tables are a function of the log alone. At run time a change is logged and then
 //! executed; recovery executes the same records over the tables of the last checkpoint.
 
-use super::engine::chunk_of;
+use super::catalog::Catalog;
 use super::hash::FastMap;
+use super::line::{Line, Turn};
 use super::meta::{SlotContent, SlotRecord};
 use super::record::{Change, ChunkAt, DataKind};
 use super::slots::Slots;
-use super::version::{ALL, GROUP_CHUNKS, Group, SUBS, Version, bits};
-use crate::id::{CHUNK_BYTES, PageNo, SnapshotId, VolumeId};
+use super::tree;
+use super::version::{ALL, GROUP_CHUNKS, SUBS, Version, bits};
+use super::volume::{Volume, chunk_in_group, group_key};
+use crate::id::{SnapshotId, VolumeId};
 use crate::planted::{Plant, planted};
 use std::collections::VecDeque;
 
 /// Positions in the log file are kept in units of the record alignment.
 const POS_UNIT: u64 = 64;
-
-/// A volume of the store.
-#[derive(Debug, Default)]
-pub(super) struct Volume {
-    /// Era that writes go to; a snapshot ends it.
-    pub(super) era: u32,
-    /// Oldest first, with the last era that each one sees.
-    pub(super) snapshots: Vec<(SnapshotId, u32)>,
-    /// A snapshot of this era or a later one may still be taken. Not logged.
-    pub(super) pinned: Option<u32>,
-    /// Waits for its groups to be dropped.
-    pub(super) deleted: bool,
-    /// Groups of chunks by `group_key`.
-    pub(super) groups: FastMap<u64, Group>,
-    /// Sub-blocks with data, of all versions.
-    pub(super) data_subs: u64,
-}
-
-impl Volume {
-    /// Era that a reader of the snapshot (`None`: the head) sees.
-    pub(super) fn view(&self, snapshot: Option<SnapshotId>) -> Option<u32> {
-        match snapshot {
-            None => Some(u32::MAX),
-            Some(id) => self
-                .snapshots
-                .iter()
-                .find(|(s, _)| *s == id)
-                .map(|(_, era)| *era),
-        }
-    }
-
-    /// Bytes of the page from `offset_bytes` on, to the end of a run of chunks that have no versions at
-    /// all; 0 if the first one may have some.
-    pub(super) fn absent_bytes(&self, page: PageNo, offset_bytes: u32) -> u32 {
-        let group = chunk_of(offset_bytes) / GROUP_CHUNKS;
-        match self.groups.contains_key(&group_key(page, group)) {
-            true => 0,
-            false => {
-                let group_bytes = u32::from(GROUP_CHUNKS) * CHUNK_BYTES;
-                group_bytes - offset_bytes % group_bytes
-            }
-        }
-    }
-
-    /// Versions of a chunk, newest first.
-    pub(super) fn chunk(&self, page: PageNo, chunk: u16) -> &[Version] {
-        let group = self.groups.get(&group_key(page, chunk / GROUP_CHUNKS));
-        group.map_or(&[], |group| group.chunk(chunk_in_group(chunk)))
-    }
-
-    /// True if some snapshot sees, or may be taken to see, a version of era `from` that a version of
-    /// era `to` follows.
-    pub(super) fn is_seen(&self, from: u32, to: u32) -> bool {
-        if self.pinned.is_some_and(|pinned| pinned < to) {
-            return true;
-        }
-        let first = self.snapshots.partition_point(|(_, era)| *era < from);
-        self.snapshots.get(first).is_some_and(|(_, era)| *era < to)
-    }
-}
-
-/// Key of a group in its volume.
-pub(super) fn group_key(page: PageNo, group: u16) -> u64 {
-    u64::from(page.0) << 16 | u64::from(group)
-}
-
-/// First chunk of the group with that key.
-pub(super) fn group_at(volume: VolumeId, key: u64) -> ChunkAt {
-    let page = PageNo(u32::try_from(key >> 16).unwrap_or(u32::MAX));
-    let group = u16::try_from(key & 0xffff).unwrap_or(u16::MAX);
-    ChunkAt {
-        volume,
-        page,
-        chunk: group.saturating_mul(GROUP_CHUNKS),
-    }
-}
-
-/// Index of a chunk in its group.
-pub(super) fn chunk_in_group(chunk: u16) -> u8 {
-    u8::try_from(chunk % GROUP_CHUNKS).unwrap_or(0)
-}
 
 /// Sub-blocks of one slot whose newest bytes are still only in the log.
 #[derive(Clone, Debug)]
@@ -222,6 +144,20 @@ impl Tables {
         group.insert(version);
     }
 
+    /// Takes over the volumes of a checkpoint.
+    pub(super) fn load_catalog(&mut self, catalog: Catalog) {
+        for entry in catalog.volumes {
+            let volume = self.volumes.entry(entry.volume.0).or_default();
+            (volume.era, volume.deleted) = (entry.era, entry.deleted);
+            volume.set_snapshots(entry.snapshots);
+        }
+        for entry in catalog.histories {
+            let volume = self.volumes.entry(entry.volume.0).or_default();
+            (volume.turns, volume.rolled_back) = (entry.turns, entry.rolled_back);
+            volume.parent = entry.parent;
+        }
+    }
+
     /// Does what a record says. `data_pos` is the place of its data in the log file.
     pub(super) fn execute(
         &mut self,
@@ -278,44 +214,76 @@ impl Tables {
                     );
                 }
             }
-            Change::TakeSnapshot(volume, snapshot) => {
-                let volume = self.volumes.entry(volume.0).or_default();
-                volume.snapshots.push((*snapshot, volume.era));
-                volume.era = volume.era.checked_add(1).ok_or(Misfit("eras used up"))?;
-            }
-            Change::NextEra(volume) => {
-                let volume = self.volumes.entry(volume.0).or_default();
-                volume.era = volume.era.checked_add(1).ok_or(Misfit("eras used up"))?;
-            }
-            Change::TakeSnapshotAt(volume, snapshot, era) => {
-                let volume = self.volumes.entry(volume.0).or_default();
-                let next = era.checked_add(1).ok_or(Misfit("eras used up"))?;
-                if volume.snapshots.last().is_some_and(|(_, last)| era <= last) {
-                    return Err(Misfit("snapshot of an era before another one"));
-                }
-                volume.snapshots.push((*snapshot, *era));
-                volume.era = volume.era.max(next);
-            }
-            Change::DropSnapshot(volume, snapshot) => {
-                let volume = self
-                    .volumes
-                    .get_mut(&volume.0)
-                    .ok_or(Misfit("no such volume"))?;
-                volume.snapshots.retain(|(id, _)| id != snapshot);
-            }
-            Change::DropVolume(id) => {
-                let volume = self
-                    .volumes
-                    .get_mut(&id.0)
-                    .ok_or(Misfit("no such volume"))?;
-                volume.deleted = true;
-                volume.snapshots = Vec::new();
-                self.forget_if_gone(*id);
-            }
             Change::DropGroup(at) => self.drop_group(lsn, *at)?,
             Change::DropChunk(at) => self.drop_chunk(lsn, *at)?,
             Change::Adopt(at, epoch) => self.adopt(*at, *epoch),
+            Change::Forget { at, slot, mask } => self.forget(lsn, *at, *slot, *mask)?,
+            change => self.change_volume(change)?,
         }
+        Ok(())
+    }
+
+    /// What a record about a whole volume says.
+    fn change_volume(&mut self, change: &Change) -> Result<(), Misfit> {
+        let unknown = Misfit("no such volume");
+        match change {
+            Change::TakeSnapshot(id, snapshot) => {
+                let volume = self.volumes.entry(id.0).or_default();
+                volume.add_snapshot(*snapshot, volume.era);
+                next_era(volume)?;
+            }
+            Change::NextEra(id) => next_era(self.volumes.entry(id.0).or_default())?,
+            Change::TakeSnapshotAt(id, snapshot, era) => {
+                let volume = self.volumes.entry(id.0).or_default();
+                let next = era.checked_add(1).ok_or(Misfit("eras used up"))?;
+                if volume
+                    .snapshots()
+                    .last()
+                    .is_some_and(|(_, last)| era <= last)
+                {
+                    return Err(Misfit("snapshot of an era before another one"));
+                }
+                volume.add_snapshot(*snapshot, *era);
+                volume.era = volume.era.max(next);
+            }
+            Change::DropSnapshot(id, snapshot) => {
+                let volume = self.volumes.get_mut(&id.0).ok_or(unknown)?;
+                volume.remove_snapshot(*snapshot);
+            }
+            Change::Rollback(id, snapshot, epoch) => self.roll_back(*id, *snapshot, *epoch)?,
+            Change::Clone(id, parent) => {
+                let volume = self.volumes.entry(id.0).or_default();
+                volume.parent = Some(*parent);
+            }
+            Change::Detach(id) => {
+                let volume = self.volumes.get_mut(&id.0).ok_or(unknown)?;
+                volume.parent = None;
+            }
+            Change::DropVolume(id) => {
+                let volume = self.volumes.get_mut(&id.0).ok_or(unknown)?;
+                volume.deleted = true;
+                volume.parent = None;
+                volume.set_snapshots(Vec::new());
+                self.forget_if_gone(*id);
+            }
+            _ => return Err(Misfit("not a change of a volume")),
+        }
+        Ok(())
+    }
+
+    /// A volume without chunks has nothing to go back to, whether it knows the snapshot or not.
+    fn roll_back(&mut self, id: VolumeId, snapshot: SnapshotId, epoch: u32) -> Result<(), Misfit> {
+        let volume = self.volumes.entry(id.0).or_default();
+        match volume.era_of(snapshot) {
+            Some(to) => {
+                next_era(volume)?;
+                let era = volume.era;
+                volume.turns.push(Turn { era, to });
+            }
+            None if volume.groups.is_empty() => {}
+            None => return Err(Misfit("rollback to an unknown snapshot")),
+        }
+        volume.rolled_back = epoch;
         Ok(())
     }
 
@@ -383,7 +351,8 @@ impl Tables {
         self.set(lsn, at, slot, &Content { copied, ..content })
     }
 
-    /// Content into an existing version. What is zero in the oldest version is a hole.
+    /// Content into an existing version. What is zero in the oldest version of its line is a hole,
+    /// unless it hides what the parent of a clone has.
     fn set(
         &mut self,
         lsn: u64,
@@ -399,7 +368,10 @@ impl Tables {
         let key = group_key(at.page, at.chunk / GROUP_CHUNKS);
         let group = volume.groups.get_mut(&key).ok_or(Misfit("no such group"))?;
         let epoch = group.epoch;
-        let is_oldest = group.chunk(chunk).last().is_some_and(|v| v.slot == slot);
+        let chain = group.chunk(chunk);
+        let era = chain.iter().find(|v| v.slot == slot).map(|v| v.era);
+        let line = Line::new(era.ok_or(Misfit("no version in the slot"))?, &volume.turns);
+        let is_oldest = volume.parent.is_none() && line.of(chain).nth(1).is_none();
         let version = group
             .slot_mut(chunk, slot)
             .ok_or(Misfit("no version in the slot"))?;
@@ -488,8 +460,8 @@ impl Tables {
             .and_then(|v| v.groups.get_mut(&key));
         let group = group.ok_or(Misfit("no such group"))?;
         let epoch = group.epoch;
-        let version = group
-            .slot_mut(chunk, keep)
+        let mut version = group
+            .remove(chunk, keep)
             .ok_or(Misfit("no version in the slot"))?;
         self.changes.touch(keep, Some(at), || {
             Some(SlotContent {
@@ -499,6 +471,7 @@ impl Tables {
             })
         });
         (version.era, version.copied) = (era, copied);
+        group.insert(version);
         self.set(lsn, at, keep, &Content { copied, ..content })
     }
 
@@ -577,7 +550,7 @@ impl Tables {
         let version = group
             .remove(chunk_in_group(at.chunk), slot)
             .ok_or(Misfit("no version in the slot"))?;
-        if group.all().is_empty() {
+        if group.is_empty() {
             volume.groups.remove(&key);
         }
         volume.data_subs -= u64::from(version.data().count_ones());
@@ -585,6 +558,56 @@ impl Tables {
         self.changes
             .touch(slot, None, || Some(SlotContent { at, epoch, version }));
         self.free(lsn, slot, warm);
+        Ok(())
+    }
+
+    /// A version loses what no view reads from it. What was written in it counts as written in the
+    /// versions over it, so that no change is forgotten.
+    fn forget(&mut self, lsn: u64, at: ChunkAt, slot: u32, mask: u16) -> Result<(), Misfit> {
+        let volume = self
+            .volumes
+            .get_mut(&at.volume.0)
+            .ok_or(Misfit("no such volume"))?;
+        let (chunk, chain) = (chunk_in_group(at.chunk), volume.chunk(at.page, at.chunk));
+        let index = chain.iter().position(|v| v.slot == slot);
+        let index = index.ok_or(Misfit("no version in the slot"))?;
+        let written = chain[index].own() & mask;
+        let over = tree::nodes(volume, chain).swap_remove(index).children;
+        let over: Vec<u32> = over.into_iter().map(|child| chain[child].slot).collect();
+        let key = group_key(at.page, at.chunk / GROUP_CHUNKS);
+        let group = volume.groups.get_mut(&key).ok_or(Misfit("no such group"))?;
+        let epoch = group.epoch;
+        for (slot, copied, forgotten) in over
+            .into_iter()
+            .map(|slot| (slot, written, 0))
+            .chain([(slot, 0, mask)])
+        {
+            let version = group.slot_mut(chunk, slot).ok_or(Misfit("no version"))?;
+            self.changes.touch(slot, Some(at), || {
+                Some(SlotContent {
+                    at,
+                    epoch,
+                    version: version.clone(),
+                })
+            });
+            version.copied &= !copied;
+            let before = version.data();
+            version.unset(forgotten);
+            let freed = before & forgotten;
+            volume.data_subs -= u64::from(freed.count_ones());
+            if freed != 0 {
+                self.redo.push_back(Redo::Trim {
+                    lsn,
+                    slot,
+                    mask: freed,
+                });
+            }
+        }
+        let is_empty = group.slot_mut(chunk, slot).is_some_and(|v| v.present == 0);
+        self.undirty(slot, mask);
+        if is_empty {
+            self.remove_version(lsn, at, slot, false)?;
+        }
         Ok(())
     }
 
@@ -640,7 +663,7 @@ impl Tables {
         };
         let before = group.epoch;
         group.epoch = before.max(epoch);
-        if let Some(version) = group.all().first() {
+        if let Some(version) = group.all().next() {
             let first = at.chunk / GROUP_CHUNKS * GROUP_CHUNKS;
             let at = ChunkAt {
                 chunk: first + u16::from(version.chunk),
@@ -679,8 +702,8 @@ impl Tables {
                 ..
             } => {
                 let volume = self.volumes.get(&at.volume.0);
-                let newest = volume.and_then(|v| v.chunk(at.page, at.chunk).first());
-                let is_known = newest.is_some_and(|v| v.slot == *slot);
+                let chain = volume.map_or(&[][..], |v| v.chunk(at.page, at.chunk));
+                let is_known = chain.iter().any(|v| v.slot == *slot);
                 *slot..slot.saturating_add(u32::from(!is_known))
             }
             Change::Data {
@@ -729,6 +752,11 @@ impl Tables {
             version: version.clone(),
         })
     }
+}
+
+fn next_era(volume: &mut Volume) -> Result<(), Misfit> {
+    volume.era = volume.era.checked_add(1).ok_or(Misfit("eras used up"))?;
+    Ok(())
 }
 
 /// What a data record brings.

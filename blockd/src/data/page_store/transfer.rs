@@ -12,8 +12,8 @@ use super::engine::{ColdRead, Engine, Fetched, Step};
 use super::error::StoreError;
 use super::read::{Origin, SUB};
 use super::record::{Change, ChunkAt, DataKind};
-use super::tables::{Volume, group_at, group_key};
 use super::version::{ALL, GROUP_CHUNKS, SUBS, Version, bits};
+use super::volume::{Volume, group_at, group_key};
 use crate::id::{CHUNK_BYTES, Epoch, PageNo, SUB_BLOCK_BYTES, SnapshotId, VolumeId};
 use crate::io::disk::{Disk, DiskFile};
 use serde::{Deserialize, Serialize};
@@ -30,6 +30,8 @@ const PAGE_GROUPS: u16 = 128;
 pub struct MovedVersion {
     /// The newest snapshot that does not see it; `None`: all see it.
     pub after: Option<SnapshotId>,
+    /// Rollbacks before it.
+    pub rollbacks: u32,
     /// Sub-blocks that it decides; of these: zeros, and those that were copied and not written.
     pub present: u16,
     pub zero: u16,
@@ -80,18 +82,31 @@ impl MovedVersion {
 impl Volume {
     /// The newest snapshot that does not see a version of this era.
     fn after(&self, era: u32) -> Option<SnapshotId> {
-        let older = self.snapshots.partition_point(|(_, last)| *last < era);
-        older.checked_sub(1).map(|at| self.snapshots[at].0)
+        let older = self.snapshots_between(0, era).end;
+        older.checked_sub(1).map(|at| self.snapshots()[at].0)
     }
 
-    /// The era that begins behind a snapshot of the sender, whose snapshots are `order`. One that
-    /// was dropped here already counts as the one before it.
-    fn era_behind(&self, order: &[SnapshotId], after: Option<SnapshotId>) -> Option<u32> {
-        let Some(after) = after else { return Some(0) };
+    /// Rollbacks before an era.
+    fn rollbacks(&self, era: u32) -> u32 {
+        let before = self.turns.partition_point(|turn| turn.era <= era);
+        u32::try_from(before).unwrap_or(u32::MAX)
+    }
+
+    /// The era of a version of the sender, whose snapshots are `order`: the one that begins behind
+    /// the same snapshot and the same rollback. A snapshot that was dropped here already counts as the
+    /// one before it.
+    fn era_behind(&self, order: &[SnapshotId], moved: &MovedVersion) -> Option<u32> {
+        let turn = match moved.rollbacks.checked_sub(1) {
+            Some(last) => self.turns.get(last as usize)?.era,
+            None => 0,
+        };
+        let Some(after) = moved.after else {
+            return Some(turn);
+        };
         let at = order.iter().position(|id| *id == after)?;
         let known = order[..=at].iter().rev();
-        let last = known.filter_map(|id| self.view(Some(*id))).next();
-        Some(last.map_or(0, |last| last + 1))
+        let last = known.filter_map(|id| self.era_of(*id)).next();
+        Some(last.map_or(0, |last| last + 1).max(turn))
     }
 }
 
@@ -107,8 +122,10 @@ impl<D: Disk> Engine<D> {
         });
         groups
             .flat_map(|(first, group)| {
-                let chunks = group.all().chunk_by(|a, b| a.chunk == b.chunk);
-                chunks.map(move |versions| first + u16::from(versions[0].chunk))
+                let chunks = group.chains();
+                let mut chunks: Vec<u16> = chunks.map(|v| first + u16::from(v[0].chunk)).collect();
+                chunks.sort_unstable();
+                chunks
             })
             .collect()
     }
@@ -118,7 +135,7 @@ impl<D: Disk> Engine<D> {
         let mut pages = BTreeMap::new();
         let found = self.tables.volumes.get(&volume.0).filter(|v| !v.deleted);
         for (key, group) in found.into_iter().flat_map(|v| &v.groups) {
-            let subs: u32 = group.all().iter().map(|v| v.data().count_ones()).sum();
+            let subs: u32 = group.all().map(|v| v.data().count_ones()).sum();
             *pages.entry(group_at(volume, *key).page).or_default() +=
                 u64::from(subs) * u64::from(SUB_BLOCK_BYTES);
         }
@@ -164,6 +181,7 @@ impl<D: Disk> Engine<D> {
             exported.data.extend(data);
             exported.moved.versions.push(MovedVersion {
                 after: found.after(version.era),
+                rollbacks: found.rollbacks(version.era),
                 present: version.present,
                 zero: version.zero,
                 copied: version.copied,
@@ -185,9 +203,7 @@ impl<D: Disk> Engine<D> {
         cold: &mut Vec<ColdRead>,
     ) -> Result<Vec<u8>, StoreError> {
         let want = version.data();
-        let sources = self
-            .tables
-            .sources(std::slice::from_ref(version), u32::MAX, want);
+        let sources = self.tables.sources_in(std::iter::once(version), want);
         let mut buf = vec![0; CHUNK_BYTES as usize];
         let origin = Origin {
             volume: at.volume,
@@ -221,8 +237,10 @@ impl<D: Disk> Engine<D> {
             ));
         }
         let known = self.tables.volumes.get(&volume.0);
-        let era = known.map_or(Some(0), |known| known.era_behind(order, moved.after));
-        let era = era.ok_or_else(|| bad_move(chunk, 0, "a version behind an unknown snapshot"))?;
+        let nothing = Volume::default();
+        let era = known.unwrap_or(&nothing).era_behind(order, moved);
+        let unknown = "a version behind a snapshot or rollback that is unknown here";
+        let era = era.ok_or_else(|| bad_move(chunk, 0, unknown))?;
         let at = ChunkAt {
             volume,
             page,

@@ -1,7 +1,8 @@
 //! Requests, answers and options of the page store as plain values.
 
-use crate::id::{CHUNK_BYTES, PageNo, SUB_BLOCK_BYTES, VolumeId};
+use crate::id::{CHUNK_BYTES, PageNo, SUB_BLOCK_BYTES, SnapshotId, VolumeId};
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// A byte range inside one page of one volume.
@@ -63,6 +64,15 @@ impl PageAt {
     }
 }
 
+/// What a clone was made of: a snapshot of another volume of the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Parent {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Its snapshot.
+    pub snapshot: SnapshotId,
+}
+
 /// A piece of an answered read, in the order of the bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReadPart {
@@ -121,6 +131,8 @@ impl Default for StoreOptions {
 pub struct VolumeUsage {
     /// Data bytes of the volume and of all its snapshots, in whole sub-blocks.
     pub allocated_bytes: u64,
+    /// Bytes copied up since the store was opened: between versions, and from the parent of a clone.
+    pub copied_up_bytes: u64,
 }
 
 /// Space of one snapshot.

@@ -2,13 +2,16 @@
 
 use super::engine::Engine;
 use super::error::StoreError;
+use super::line::Line;
 use super::record::ChunkAt;
-use super::tables::{Redo, Volume, group_at};
+use super::tables::Redo;
+use super::tree;
 use super::types::{SnapshotUsage, StoreUsage, VolumeUsage};
-use super::version::{Group, Version};
+use super::version::{ALL, GROUP_CHUNKS, Group, Version};
+use super::volume::{Volume, group_at};
 use crate::id::{Epoch, PageNo, SUB_BLOCK_BYTES, SnapshotId, VolumeId};
 use crate::io::disk::Disk;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Memory of a hash table entry besides key and value.
 const ENTRY_OVERHEAD_BYTES: usize = 2;
@@ -22,7 +25,7 @@ impl<D: Disk> Engine<D> {
     pub fn snapshots(&self, volume: VolumeId) -> Vec<SnapshotId> {
         let found = self.tables.volumes.get(&volume.0);
         found.map_or_else(Vec::new, |v| {
-            v.snapshots.iter().map(|(id, _)| *id).collect()
+            v.snapshots().iter().map(|(id, _)| *id).collect()
         })
     }
 
@@ -43,6 +46,7 @@ impl<D: Disk> Engine<D> {
             .map_or(0, |v| v.data_subs);
         VolumeUsage {
             allocated_bytes: subs * u64::from(SUB_BLOCK_BYTES),
+            copied_up_bytes: self.copied_up.get(&volume.0).copied().unwrap_or(0),
         }
     }
 
@@ -53,19 +57,56 @@ impl<D: Disk> Engine<D> {
         snapshot: SnapshotId,
     ) -> Result<SnapshotUsage, StoreError> {
         let mut usage = SnapshotUsage::default();
-        let Some((found, era)) = self.view(volume, Some(snapshot))? else {
+        let Some((found, line)) = self.view(volume, Some(snapshot))? else {
             return Ok(usage);
         };
-        for (key, group) in &found.groups {
-            let first = group_at(volume, *key);
-            for versions in group.all().chunk_by(|a, b| a.chunk == b.chunk) {
-                let chunk = first.chunk + u16::from(versions[0].chunk);
-                let seen = Self::data_mask(found, ChunkAt { chunk, ..first }, era);
+        for key in self.group_keys(found) {
+            let (first, group) = (group_at(volume, key), found.groups.get(&key));
+            for chunk in (0..GROUP_CHUNKS).filter(|_| found.parent.is_some()) {
+                let at = ChunkAt {
+                    chunk: first.chunk + chunk,
+                    ..first
+                };
+                let seen = self.data_mask((found, line), at, ALL);
                 usage.referenced_bytes += sub_bytes(seen.count_ones());
-                usage.unique_bytes += sub_bytes(unique_subs(found, versions, era));
+            }
+            for versions in group.into_iter().flat_map(Group::chains) {
+                if found.parent.is_none() {
+                    usage.referenced_bytes += sub_bytes(shown(line, versions).count_ones());
+                }
+                usage.unique_bytes += sub_bytes(unique_subs(found, versions, line.era()));
             }
         }
         Ok(usage)
+    }
+
+    /// Space of all snapshots of a volume, in the order of their eras.
+    pub fn snapshot_usages(
+        &self,
+        volume: VolumeId,
+    ) -> Result<Vec<(SnapshotId, SnapshotUsage)>, StoreError> {
+        let Some((found, _)) = self.view(volume, None)? else {
+            return Ok(Vec::new());
+        };
+        let ids = found.snapshots().iter().map(|(id, _)| *id);
+        if found.parent.is_some() || !found.turns.is_empty() {
+            let usage = |id| Ok((id, self.snapshot_usage(volume, id)?));
+            return ids.map(usage).collect();
+        }
+        Ok(ids.zip(usages_in_a_row(found)).collect())
+    }
+
+    /// Groups in which a volume, or what it was cloned from, has something.
+    pub(super) fn group_keys(&self, volume: &Volume) -> Vec<u64> {
+        let mut keys: Vec<u64> = volume.groups.keys().copied().collect();
+        let mut next = self.tables.parent_of(volume);
+        while let Some((parent, _)) = next {
+            keys.extend(parent.groups.keys());
+            next = self.tables.parent_of(parent);
+        }
+        keys.sort_unstable();
+        keys.dedup();
+        keys
     }
 
     /// Pages of which the view holds data, in order.
@@ -74,17 +115,15 @@ impl<D: Disk> Engine<D> {
         volume: VolumeId,
         snapshot: Option<SnapshotId>,
     ) -> Result<Vec<PageNo>, StoreError> {
-        let Some((found, era)) = self.view(volume, snapshot)? else {
-            return Ok(Vec::new());
-        };
-        let has_data = |group: &Group| group.all().iter().any(|v| v.era <= era && v.data() != 0);
-        let holding = found.groups.iter().filter(|(_, group)| has_data(group));
-        let mut pages: Vec<PageNo> = holding
-            .map(|(key, _)| group_at(volume, *key).page)
-            .collect();
-        pages.sort_unstable();
-        pages.dedup();
-        Ok(pages)
+        let mut pages = BTreeSet::new();
+        let mut view = self.view(volume, snapshot)?;
+        while let Some((found, line)) = view {
+            let has_data = |group: &Group| group.chains().any(|v| shown(line, v) != 0);
+            let holding = found.groups.iter().filter(|(_, group)| has_data(group));
+            pages.extend(holding.map(|(key, _)| group_at(volume, *key).page));
+            view = self.tables.parent_of(found);
+        }
+        Ok(pages.into_iter().collect())
     }
 
     /// Highest epoch that wrote to each page held, in order: enough to rebuild a routing table.
@@ -125,23 +164,70 @@ impl<D: Disk> Engine<D> {
     }
 }
 
-/// Sub-blocks that only this snapshot keeps: the version it sees directly, where the next newer one
-/// has its own, if no other snapshot sees that version.
-fn unique_subs(volume: &Volume, versions: &[Version], era: u32) -> u32 {
-    let Some(index) = versions.iter().position(|v| v.era <= era) else {
-        return 0;
-    };
-    let (Some(newer), seen) = (index.checked_sub(1).map(|i| &versions[i]), &versions[index]) else {
-        return 0;
-    };
-    let sharers = volume
-        .snapshots
-        .iter()
-        .filter(|(_, e)| seen.era <= *e && *e < newer.era)
-        .count();
-    if sharers == 1 {
-        (seen.data() & newer.present).count_ones()
-    } else {
-        0
+/// Data sub-blocks that a view of a chunk shows, of those that the versions decide.
+fn shown(line: Line<'_>, versions: &[Version]) -> u16 {
+    let (mut shown, mut open) = (0, ALL);
+    for version in line.of(versions) {
+        shown |= version.data() & open;
+        open &= !version.present;
+        if open == 0 {
+            break;
+        }
     }
+    shown
+}
+
+/// Sub-blocks that only this snapshot keeps.
+///
+/// Without rollbacks that is of the version that it sees directly, if no other snapshot does, what
+/// the next newer one has its own of.
+fn unique_subs(volume: &Volume, versions: &[Version], era: u32) -> u32 {
+    if !volume.turns.is_empty() {
+        return tree::only_shown_by(volume, versions, era);
+    }
+    let index = versions.partition_point(|v| era < v.era);
+    let (Some(newer), Some(seen)) = (
+        index.checked_sub(1).map(|i| &versions[i]),
+        versions.get(index),
+    ) else {
+        return 0;
+    };
+    match volume.snapshots_between(seen.era, newer.era).len() {
+        1 => (seen.data() & newer.present).count_ones(),
+        _ => 0,
+    }
+}
+
+/// Space of all snapshots of a volume that was neither cloned nor rolled back, in one walk: between
+/// two versions of a chunk all snapshots show the same.
+fn usages_in_a_row(volume: &Volume) -> Vec<SnapshotUsage> {
+    let count = volume.snapshots().len();
+    let mut unique = vec![0; count];
+    // Bytes by which what snapshots reference grows, or shrinks, from one to the next.
+    let (mut more, mut less) = (vec![0; count + 1], vec![0; count + 1]);
+    for versions in volume.groups.values().flat_map(Group::chains) {
+        let mut shown = 0;
+        for (index, version) in versions.iter().enumerate().rev() {
+            shown = version.data() | (shown & !version.present);
+            let newer = index.checked_sub(1).map(|newer| &versions[newer]);
+            let end = newer.map_or(u32::MAX, |newer| newer.era);
+            let seeing = volume.snapshots_between(version.era, end);
+            more[seeing.start] += sub_bytes(shown.count_ones());
+            less[seeing.end] += sub_bytes(shown.count_ones());
+            if let (1, Some(newer)) = (seeing.len(), newer) {
+                let own = version.data() & newer.present;
+                unique[seeing.start] += sub_bytes(own.count_ones());
+            }
+        }
+    }
+    let mut referenced_bytes = 0;
+    let usage = unique.into_iter().zip(more).zip(less);
+    let usage = usage.map(|((unique_bytes, more), less)| {
+        referenced_bytes = referenced_bytes + more - less;
+        SnapshotUsage {
+            referenced_bytes,
+            unique_bytes,
+        }
+    });
+    usage.collect()
 }

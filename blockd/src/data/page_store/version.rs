@@ -1,13 +1,15 @@
 //! What one chunk holds in one era, and how versions overlay each other.
 //!
 //! Invariants of the versions of one chunk, newest first:
-//! - eras fall strictly; the first is what the head reads;
+//! - eras fall strictly; a view reads those on its line (`line`), the newest first;
 //! - `zero` and `copied` are subsets of `present`;
-//! - a copied sub-block is what the older versions decide it to be, or zeros where none does;
-//! - at most two are partial layers over each other: a partial version lies over a version that is
-//!   closed (`present` is all ones) or is the oldest.
+//! - a copied sub-block is what the older versions of the line decide it to be, or the parent of a
+//!   clone, or zeros where none does;
+//! - on a line at most two are partial layers over each other: a partial version lies over a version
+//!   that is closed (`present` is all ones), or is the oldest, or lacks only what all over it have.
 
 use crate::id::{CHUNK_BYTES, SUB_BLOCK_BYTES};
+use std::collections::BTreeMap;
 
 /// Sub-blocks of a chunk.
 pub(super) const SUBS: usize = (CHUNK_BYTES / SUB_BLOCK_BYTES) as usize;
@@ -69,6 +71,14 @@ impl Version {
         (self.copied & !older.own()) | (older.copied & !self.present)
     }
 
+    /// Decides nothing any more about sub-blocks.
+    pub(super) fn unset(&mut self, mask: u16) {
+        self.present &= !mask;
+        self.zero &= !mask;
+        self.copied &= !mask;
+        bits(mask).for_each(|sub| self.crcs[sub] = 0);
+    }
+
     /// Puts content into sub-blocks, as written: bytes for `mask`, zeros for `zero`.
     pub(super) fn set(&mut self, mask: u16, zero: u16, crcs: &[u32; SUBS]) {
         self.present |= mask | zero;
@@ -90,84 +100,133 @@ pub(super) fn bits(mask: u16) -> impl Iterator<Item = usize> {
     })
 }
 
+/// Versions of one chunk from which on they have a vector of their own: putting one in moves no
+/// other chunk's.
+const LONG: usize = 8;
+
 /// The versions of up to 64 neighbouring chunks of a page.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Group {
-    /// By chunk, then newest first.
+    /// Of the chunks with few versions: by chunk, then newest first.
     versions: Vec<Version>,
+    /// Of the chunks with many: newest first. Empty in most groups.
+    long: BTreeMap<u8, Vec<Version>>,
     /// Highest epoch that wrote here.
     pub(super) epoch: u32,
 }
 
 impl Group {
+    /// True if no chunk has a version.
+    pub(super) fn is_empty(&self) -> bool {
+        self.versions.is_empty() && self.long.is_empty()
+    }
+
+    /// The versions of each chunk, newest first.
+    pub(super) fn chains(&self) -> impl Iterator<Item = &[Version]> {
+        let short = self.versions.chunk_by(|a, b| a.chunk == b.chunk);
+        short.chain(self.long.values().map(Vec::as_slice))
+    }
+
     /// All versions of all chunks.
-    pub(super) fn all(&self) -> &[Version] {
-        &self.versions
+    pub(super) fn all(&self) -> impl Iterator<Item = &Version> {
+        self.chains().flatten()
     }
 
     /// Versions of one chunk, newest first.
     pub(super) fn chunk(&self, chunk: u8) -> &[Version] {
+        match self.long.get(&chunk) {
+            Some(long) => long,
+            None => {
+                let (start, end) = self.range(chunk);
+                &self.versions[start..end]
+            }
+        }
+    }
+
+    fn chunk_mut(&mut self, chunk: u8) -> &mut [Version] {
         let (start, end) = self.range(chunk);
-        &self.versions[start..end]
+        let long = self.long.get_mut(&chunk);
+        long.map_or(&mut self.versions[start..end], Vec::as_mut_slice)
     }
 
     /// The version of a chunk that lies in a slot.
     pub(super) fn slot_mut(&mut self, chunk: u8, slot: u32) -> Option<&mut Version> {
-        let (start, end) = self.range(chunk);
-        self.versions[start..end]
-            .iter_mut()
-            .find(|v| v.slot == slot)
+        self.chunk_mut(chunk).iter_mut().find(|v| v.slot == slot)
     }
 
     /// The version of a chunk that began in an era.
     pub(super) fn era_mut(&mut self, chunk: u8, era: u32) -> Option<&mut Version> {
-        let (start, end) = self.range(chunk);
-        self.versions[start..end].iter_mut().find(|v| v.era == era)
+        let versions = self.chunk_mut(chunk);
+        let index = versions.partition_point(|v| era < v.era);
+        versions.get_mut(index).filter(|v| v.era == era)
     }
 
     /// Adds a version at its place. Grows in small steps: memory is the budget, not time.
     pub(super) fn insert(&mut self, version: Version) {
-        let (start, end) = self.range(version.chunk);
-        let newer = self.versions[start..end]
-            .iter()
-            .take_while(|v| version.era < v.era)
-            .count();
+        let chunk = version.chunk;
+        let newer = self.chunk(chunk).partition_point(|v| version.era < v.era);
+        if let Some(long) = self.long.get_mut(&chunk) {
+            return long.insert(newer, version);
+        }
+        let (start, end) = self.range(chunk);
         if self.versions.len() == self.versions.capacity() {
             self.versions
                 .reserve_exact((self.versions.len() / 4).clamp(1, 8));
         }
         self.versions.insert(start + newer, version);
+        if LONG <= end - start {
+            let chain = self.versions.drain(start..=end).collect();
+            self.long.insert(chunk, chain);
+        }
     }
 
     /// Takes a version out.
     pub(super) fn remove(&mut self, chunk: u8, slot: u32) -> Option<Version> {
-        let (start, end) = self.range(chunk);
-        let index = self.versions[start..end]
-            .iter()
-            .position(|v| v.slot == slot)?;
-        Some(self.versions.remove(start + index))
+        let index = self.chunk(chunk).iter().position(|v| v.slot == slot)?;
+        let Some(long) = self.long.get_mut(&chunk) else {
+            let start = self.range(chunk).0;
+            return Some(self.versions.remove(start + index));
+        };
+        let removed = long.remove(index);
+        if long.len() <= LONG / 2 {
+            self.shorten(chunk);
+        }
+        Some(removed)
     }
 
+    /// Puts the versions of a chunk, few again, back to those of the others.
+    fn shorten(&mut self, chunk: u8) {
+        let chain = self.long.remove(&chunk).unwrap_or_default();
+        let start = self.range(chunk).0;
+        self.versions.splice(start..start, chain);
+    }
+
+    /// Where the versions of a chunk with few of them are.
     fn range(&self, chunk: u8) -> (usize, usize) {
         let start = self.versions.partition_point(|v| v.chunk < chunk);
-        let more = self.versions[start..]
-            .iter()
-            .take_while(|v| v.chunk == chunk)
-            .count();
-        (start, start + more)
+        let same = |v: &&Version| v.chunk == chunk;
+        (
+            start,
+            start + self.versions[start..].iter().take_while(same).count(),
+        )
     }
 
-    /// Bytes of memory behind the vector.
+    /// Bytes of memory behind the vectors.
     pub(super) fn heap_bytes(&self) -> usize {
-        self.versions.capacity() * size_of::<Version>()
+        let long = self.long.values().map(Vec::capacity);
+        let versions = self.versions.capacity() + long.sum::<usize>();
+        versions * size_of::<Version>()
     }
 }
 
-/// For each sub-block of `want`: the version that decides it for a reader of `era`, if any.
-pub(super) fn resolve(versions: &[Version], era: u32, want: u16) -> [Option<&Version>; SUBS] {
+/// For each sub-block of `want`: the first of the versions that decides it, if any does.
+pub(super) fn resolve<'v>(
+    versions: impl Iterator<Item = &'v Version>,
+    want: u16,
+) -> [Option<&'v Version>; SUBS] {
     let mut found = [None; SUBS];
     let mut rest = want;
-    for version in versions.iter().filter(|v| v.era <= era) {
+    for version in versions {
         for sub in bits(version.present & rest) {
             found[sub] = Some(version);
         }
@@ -209,6 +268,20 @@ mod tests {
             [2, 4, 1]
         );
         assert_eq!(group.remove(3, 4).map(|v| v.era), Some(3));
+        for era in 10..30 {
+            group.insert(version(era, era, 1, 0));
+        }
+        assert_eq!((group.chunk(3).len(), group.chunk(7).len()), (22, 1));
+        assert!(group.chunk(3).is_sorted_by(|a, b| b.era < a.era));
+        for era in 10..30 {
+            assert_eq!(group.remove(3, era).map(|v| v.slot), Some(era));
+        }
+        assert!(group.long.is_empty());
+        let order = |v: &Version| (v.chunk, v.slot);
+        assert_eq!(
+            group.all().map(order).collect::<Vec<_>>(),
+            [(1, 3), (3, 2), (3, 1), (7, 5)]
+        );
         assert_eq!(group.chunk(3).len(), 2);
         assert!(group.chunk(2).is_empty());
     }
@@ -237,7 +310,7 @@ mod tests {
             version(1, 0, 0b111, 0),
         ];
         let slots = |era| {
-            let found = resolve(&versions, era, 0b1111);
+            let found = resolve(versions.iter().filter(|v| v.era <= era), 0b1111);
             [0, 1, 2, 3].map(|i: usize| found[i].map(|v| v.slot))
         };
         assert_eq!(slots(u32::MAX), [Some(3), Some(2), Some(1), None]);

@@ -10,9 +10,9 @@ use super::error::StoreError;
 use super::place::Placement;
 use super::read::{Origin, SUB, Source, sub_mask};
 use super::record::{Change, ChunkAt, DataKind, RECORD_BYTES_MAX};
-use super::tables::group_key;
 use super::types::PageAt;
 use super::version::{ALL, GROUP_CHUNKS, SUBS, Version, bits};
+use super::volume::group_key;
 use crate::id::{CHUNK_BYTES, Epoch, SUB_BLOCK_BYTES};
 use crate::io::disk::Disk;
 
@@ -212,7 +212,7 @@ impl<D: Disk> Engine<D> {
         cold: &mut Vec<ColdRead>,
     ) -> Result<Edge, StoreError> {
         let mut bytes = Box::new([0; SUB]);
-        let source = self.sub_source(*at, sub, u32::MAX);
+        let source = self.head_source(*at, sub);
         let origin = Origin {
             volume: at.volume,
             page: at.page,
@@ -230,40 +230,39 @@ impl<D: Disk> Engine<D> {
         fetched: &[Fetched],
         plan: &mut Plan,
     ) -> Result<(), StoreError> {
-        let versions = self.versions(piece.at);
-        let [newest, older @ ..] = versions else {
+        let Some(volume) = self.tables.volumes.get(&piece.at.volume.0) else {
+            return Ok(());
+        };
+        let mut older = volume.head().of(self.versions(piece.at));
+        let Some(newest) = older.next() else {
             return Ok(());
         };
         let stays_partial =
-            newest.era < self.era(piece.at) && newest.present != ALL && !older.is_empty();
+            newest.era < volume.era && newest.present != ALL && older.next().is_some();
         if !stays_partial || piece.mask() == ALL {
             return Ok(());
         }
-        let copy = self.read_copy_up(
-            piece.at,
-            newest.slot,
-            older,
-            !newest.present,
-            fetched,
-            &mut plan.cold,
-        )?;
+        let want = !newest.present;
+        let older = volume.head().of(self.versions(piece.at)).skip(1);
+        let sources = self.tables.sources_of(volume, piece.at, older, want);
+        let cold = &mut plan.cold;
+        let copy = self.read_copy_up(piece.at, newest.slot, &sources, want, fetched, cold)?;
         plan.log_bytes += RECORD_BYTES_MAX as u64;
         plan.slab_bytes += u64::from(copy.mask.count_ones()) * SUB as u64;
         plan.copy_ups.push((piece.at, copy));
         Ok(())
     }
 
-    /// Reads the wanted sub-blocks from versions, for the version in `slot`.
+    /// Reads the wanted sub-blocks from their sources, for the version in `slot`.
     pub(super) fn read_copy_up(
         &self,
         at: ChunkAt,
         slot: u32,
-        from: &[Version],
+        sources: &[Source; SUBS],
         want: u16,
         fetched: &[Fetched],
         cold: &mut Vec<ColdRead>,
     ) -> Result<CopyUp, StoreError> {
-        let sources = self.tables.sources(from, u32::MAX, want);
         let mut buf = vec![0; CHUNK_BYTES as usize];
         let sub = u32::from(at.chunk) * (CHUNK_BYTES / SUB_BLOCK_BYTES);
         let origin = Origin {
@@ -271,7 +270,7 @@ impl<D: Disk> Engine<D> {
             page: at.page,
             sub,
         };
-        self.gather(&sources, origin, &mut buf, fetched, cold)?;
+        self.gather(sources, origin, &mut buf, fetched, cold)?;
         let (mut mask, mut crcs) = (0, [0; SUBS]);
         for (sub, source) in sources.iter().enumerate() {
             if let Source::Stored { crc, .. } = source {
@@ -314,6 +313,7 @@ impl<D: Disk> Engine<D> {
             epoch: 0,
             crcs,
         };
+        *self.copied_up.entry(at.volume.0).or_default() += (parts.len() * SUB) as u64;
         self.commit(&change, &parts)
     }
 
@@ -444,7 +444,7 @@ impl<D: Disk> Engine<D> {
         epoch: Epoch,
         fetched: &[Fetched],
     ) -> Result<Step<()>, StoreError> {
-        if to <= from || self.sub_source(at, from / SUB_BLOCK_BYTES, u32::MAX) == Source::Hole {
+        if to <= from || self.head_source(at, from / SUB_BLOCK_BYTES) == Source::Hole {
             return Ok(Step::Done(()));
         }
         let zeros = [0; SUB];
@@ -463,10 +463,11 @@ impl<D: Disk> Engine<D> {
         epoch: Epoch,
         fetched: &[Fetched],
     ) -> Result<Step<()>, StoreError> {
-        let sources = self
-            .tables
-            .sources(self.versions(piece.at), u32::MAX, piece.mask());
-        if sources.iter().all(|source| *source == Source::Hole) {
+        let volume = self.tables.volumes.get(&piece.at.volume.0);
+        let is_hole = volume.is_none_or(|volume| {
+            self.data_mask((volume, volume.head()), piece.at, piece.mask()) == 0
+        });
+        if is_hole {
             return Ok(Step::Done(()));
         }
         if !self.begin_era(piece.at.volume)? {

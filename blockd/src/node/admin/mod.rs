@@ -4,10 +4,14 @@
 mod cluster;
 mod holds;
 mod lease;
+mod lineage;
 mod moves;
 mod settings;
+mod target;
 mod volume;
 
+pub(super) use lineage::drive;
+pub(super) use target::check_online;
 pub(super) use volume::find_snapshot;
 
 use super::registry::{RegistryError, UpdateError};
@@ -113,6 +117,22 @@ async fn dispatch(node: &Rc<Node>, request: AdminRequest) -> Answer {
         } => moves::drain(member, node, drain, rate_bytes).await,
         AdminRequest::DrainList => moves::drains(member).await,
         AdminRequest::MoveGiven { volume } => moves::given(member, volume).await,
+        AdminRequest::VolumeDetails { name } => volume::details(member, &name).await,
+        AdminRequest::SnapshotDetails { volume } => {
+            snapshot::details(member, volume.as_deref()).await
+        }
+        AdminRequest::SnapshotRename { target, new_name } => {
+            target::rename(member, &target, &new_name).await
+        }
+        AdminRequest::SnapshotProtect { target, protected } => {
+            target::protect(member, &target, protected).await
+        }
+        AdminRequest::SnapshotRollback { target } => lineage::rollback(node, member, &target).await,
+        AdminRequest::VolumeClone(wanted) => lineage::clone(member, &wanted).await,
+        AdminRequest::VolumeFlatten { name } => lineage::flatten(member, &name).await,
+        AdminRequest::SetOffline { target, offline } => {
+            target::set_offline(member, &target, offline).await
+        }
         AdminRequest::Version
         | AdminRequest::Identify
         | AdminRequest::Join(_)
@@ -170,7 +190,14 @@ impl From<RegistryError> for AdminError {
 impl From<ChangeError> for AdminError {
     fn from(error: ChangeError) -> Self {
         let kind = match &error {
-            ChangeError::NoCluster | ChangeError::HasSnapshots(_) => AdminErrorKind::Conflict,
+            ChangeError::NoCluster
+            | ChangeError::HasSnapshots(_)
+            | ChangeError::Protected(..)
+            | ChangeError::HasClones(..)
+            | ChangeError::ClonesStay(_)
+            | ChangeError::NoClone(_)
+            | ChangeError::TooDeep(_)
+            | ChangeError::NotInSnapshot(..) => AdminErrorKind::Conflict,
             ChangeError::ClusterExists(_)
             | ChangeError::NodeTaken(_)
             | ChangeError::VolumeExists(_)

@@ -1,9 +1,10 @@
 //! Volumes: create, list, resize, rename, delete, and what a client needs to open one.
 
 use super::super::peer_server::Usage;
-use super::{Answer, catch_up, no_volume, refused};
+use super::{Answer, catch_up, check_online, no_volume, refused};
 use crate::admin::{
-    AdminError, AdminErrorKind, AdminReply, OpenInfo, RouteInfo, VolumeCreate, VolumeInfo,
+    AdminError, AdminErrorKind, AdminReply, FlattenInfo, OpenInfo, RouteInfo, VolumeCreate,
+    VolumeDetails, VolumeInfo,
 };
 use crate::control::registry::change::{
     VolumeSpec, create_volume, delete_volume, rename_volume, resize_volume,
@@ -16,9 +17,10 @@ use crate::id::{BLOCK_BYTES, Epoch, NodeNo, PageNo, SnapshotId, VolumeId, locate
 use crate::io::link::decode_control;
 use crate::io::wire::{Frame, Kind, Status};
 use crate::node::Member;
+use crate::node::lineage::ask;
 use futures_util::future::join_all;
 
-fn record(state: &RegistryState, name: &str) -> Result<VolumeRecord, AdminError> {
+pub(super) fn record(state: &RegistryState, name: &str) -> Result<VolumeRecord, AdminError> {
     state
         .volume_by_name(name)
         .cloned()
@@ -77,6 +79,47 @@ pub(super) async fn show(member: &Member, name: &str) -> Answer {
     Ok(AdminReply::Volume(info(member, &record).await))
 }
 
+/// One volume with what belongs to snapshots and clones.
+pub(super) async fn details(member: &Member, name: &str) -> Answer {
+    catch_up(member).await?;
+    let record = record(&member.registry.state(), name)?;
+    details_of(member, &record).await
+}
+
+pub(super) async fn details_of(member: &Member, record: &VolumeRecord) -> Answer {
+    let state = member.registry.state();
+    let nodes: Vec<NodeNo> = owners(&record.routes).into_keys().collect();
+    let statuses = ask(member, &nodes, record.id, Epoch(0)).await;
+    let origin = state.origin(record.id);
+    let copied_up = statuses
+        .iter()
+        .map(|status| status.map(|s| s.copied_up_bytes));
+    Ok(AdminReply::VolumeDetails(VolumeDetails {
+        info: info(member, record).await,
+        offline: state.is_offline(record.id, None),
+        origin: origin.and_then(|origin| {
+            let snapshot = state.snapshot(origin.parent, origin.snapshot)?;
+            Some(format!(
+                "{}@{}",
+                state.volume(origin.parent)?.name,
+                snapshot.name
+            ))
+        }),
+        clones: state.clones(record.id, None),
+        copied_up_bytes: copied_up.sum(),
+        flatten: origin.filter(|origin| origin.flattening).map(|_| {
+            let known = statuses
+                .iter()
+                .flatten()
+                .filter_map(|status| status.flatten);
+            known.fold(FlattenInfo::default(), |all, one| FlattenInfo {
+                pages_done: all.pages_done + one.pages_done,
+                pages_total: all.pages_total + one.pages_total,
+            })
+        }),
+    }))
+}
+
 /// Changes the size. Shrinking loses what is beyond the new end, and is refused unless asked for.
 /// A shrink that is repeated clears what an owner that was down did not. Before a growth every owner clears what is beyond the old end: an owner that was down during an
 /// earlier shrink may still have data there.
@@ -90,7 +133,7 @@ pub(super) async fn resize(
     catch_up(member).await?;
     let now = record(&member.registry.state(), name)?;
     if size_bytes > now.size_bytes {
-        drop_beyond(member, &now).await?;
+        drop_beyond(member, &now, now.size_bytes).await?;
     }
     let build = |state: &RegistryState| -> Result<_, AdminError> {
         let before = record(state, name)?;
@@ -108,10 +151,12 @@ pub(super) async fn resize(
     let after = member.registry.update(build).await?;
     member.publish();
     if after.size_bytes <= now.size_bytes {
-        drop_beyond(member, &after).await.map_err(|error| {
-            let text = format!("volume {name} has {size_bytes} bytes now, but {error}");
-            refused(error.kind, text)
-        })?;
+        drop_beyond(member, &after, after.size_bytes)
+            .await
+            .map_err(|error| {
+                let text = format!("volume {name} has {size_bytes} bytes now, but {error}");
+                refused(error.kind, text)
+            })?;
     }
     Ok(AdminReply::Volume(info(member, &after).await))
 }
@@ -155,9 +200,13 @@ fn check_shrink(
     }
 }
 
-/// Frees what the owners have beyond the end of a volume, so that a later growth finds zeros there.
-async fn drop_beyond(member: &Member, volume: &VolumeRecord) -> Result<(), AdminError> {
-    let (page, offset) = locate(volume.size_bytes, volume.page_blocks);
+/// Frees what the owners have beyond a byte of a volume, so that zeros are found there.
+pub(super) async fn drop_beyond(
+    member: &Member,
+    volume: &VolumeRecord,
+    end_bytes: u64,
+) -> Result<(), AdminError> {
+    let (page, offset) = locate(end_bytes, volume.page_blocks);
     let drops = volume_owners(member, volume).into_iter().map(|node| {
         let mut request = Frame::request(Kind::VolumeDrop, volume.id);
         request.epoch = volume.epoch;
@@ -245,6 +294,11 @@ pub(super) async fn open(member: &Member, name: &str, snapshot: Option<&str>) ->
         None => None,
         Some(wanted) => Some(find_snapshot(&state, &record, wanted)?),
     };
+    let target = match snapshot {
+        None => name.to_owned(),
+        Some(snapshot) => format!("{name}@{snapshot}"),
+    };
+    check_online(&state, record.id, taken.map(|(id, _)| id), &target)?;
     let address = |node: NodeNo| Some((node, state.node(node)?.peer_address.clone()));
     Ok(AdminReply::Open(OpenInfo {
         snapshot: taken.map(|(id, _)| id),

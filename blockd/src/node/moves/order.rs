@@ -83,6 +83,7 @@ mod tests {
     #[test]
     fn moved_data_is_read_back_and_anything_else_is_refused() {
         let version = MovedVersion {
+            rollbacks: 0,
             after: Some(SnapshotId(3)),
             present: 0b11,
             zero: 0b10,

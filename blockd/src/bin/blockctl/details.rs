@@ -1,0 +1,122 @@
+//! What `volume show` and `snapshot list` say beside the facts of every list.
+
+use crate::output::{ago, bytes_or_unknown, facts_of, table, yes};
+use crate::size::human_bytes;
+use blockd::admin::{RollbackInfo, SnapshotDetails, VolumeDetails};
+use serde_json::{Value, json};
+
+/// The keys of `more` beside those of `info`.
+fn beside(info: Value, more: Value) -> Value {
+    match (info, more) {
+        (Value::Object(mut all), Value::Object(more)) => {
+            all.extend(more);
+            Value::Object(all)
+        }
+        (info, _) => info,
+    }
+}
+
+pub(crate) fn volume_json(volume: &VolumeDetails) -> Value {
+    let VolumeDetails {
+        info,
+        offline,
+        origin,
+        clones,
+        flatten,
+        copied_up_bytes,
+    } = volume;
+    let more = json!({
+        "offline": offline,
+        "origin": origin,
+        "clones": clones,
+        "flatten": flatten,
+        "copied_up_bytes": copied_up_bytes,
+    });
+    beside(json!(info), more)
+}
+
+pub(crate) fn volume_text(volume: &VolumeDetails, now_ms: u64) -> String {
+    let mut facts = facts_of(&volume.info, now_ms);
+    if volume.offline {
+        facts.push(("state", "off-line".to_owned()));
+    }
+    if let Some(origin) = &volume.origin {
+        facts.push(("origin", origin.clone()));
+    }
+    if let Some(flatten) = &volume.flatten {
+        let (done, total) = (flatten.pages_done, flatten.pages_total);
+        facts.push(("flattening", format!("{done} of {total} pages")));
+    }
+    if !volume.clones.is_empty() {
+        facts.push(("clones", volume.clones.join(", ")));
+    }
+    facts.push(("copied up", bytes_or_unknown(volume.copied_up_bytes)));
+    crate::output::facts(&facts)
+}
+
+pub(crate) fn snapshot_json(snapshot: &SnapshotDetails) -> Value {
+    let SnapshotDetails {
+        info,
+        protected,
+        offline,
+        clones,
+    } = snapshot;
+    let more = json!({"protected": protected, "offline": offline, "clones": clones});
+    beside(json!(info), more)
+}
+
+pub(crate) fn snapshots_text(snapshots: &[SnapshotDetails], now_ms: u64) -> String {
+    let rows = snapshots.iter().map(|snapshot| {
+        let info = &snapshot.info;
+        vec![
+            format!("{}@{}", info.volume, info.name),
+            human_bytes(info.size_bytes),
+            bytes_or_unknown(info.referenced_bytes),
+            bytes_or_unknown(info.unique_bytes),
+            ago(info.created_unix_ms, now_ms),
+            yes(snapshot.protected),
+            yes(snapshot.offline),
+            match snapshot.clones.is_empty() {
+                true => "-".to_owned(),
+                false => snapshot.clones.join(","),
+            },
+        ]
+    });
+    let header = [
+        "SNAPSHOT",
+        "SIZE",
+        "REFERENCED",
+        "UNIQUE",
+        "CREATED",
+        "PROTECTED",
+        "OFF-LINE",
+        "CLONES",
+    ];
+    table(&header, &[1, 2, 3], rows)
+}
+
+pub(crate) fn rollback_text(rollback: &RollbackInfo) -> String {
+    let RollbackInfo {
+        volume,
+        snapshot,
+        safety,
+        size_bytes,
+        snapshot_size_bytes,
+        unheard,
+        ..
+    } = rollback;
+    let mut text = format!(
+        "volume {volume} is what {volume}@{snapshot} is; what it was before is {volume}@{safety}"
+    );
+    if snapshot_size_bytes < size_bytes {
+        let end = human_bytes(*snapshot_size_bytes);
+        let size = human_bytes(*size_bytes);
+        text += &format!("\nit keeps its size of {size}; behind {end} it reads as zeros");
+    }
+    if !unheard.is_empty() {
+        let nodes: Vec<String> = unheard.iter().map(ToString::to_string).collect();
+        let nodes = nodes.join(", ");
+        text += &format!("\nnode {nodes} did not answer; it follows before it serves the volume");
+    }
+    text
+}

@@ -1,0 +1,170 @@
+//! What an owner's store must have done before the owner serves a volume at a routing epoch: be a clone,
+//! or none any more; be rolled back.
+//!
+//! The registry says it, with the routing table of a new epoch; here it is carried out, once. Until
+//! then the volume keeps its former table: requests of the new epoch wait, those of the former one
+//! are served, but no new change begins. When the last one has ended the store does its part, by one
+//! record of its log. So a change, or a span of changes over several owners, is before a rollback
+//! everywhere or after it everywhere.
+//!
+//! It need not be durable at once: what the log loses in a power failure is its end, so with it is
+//! gone all that came later, and it is done again before the volume is served.
+
+use super::cut::Width;
+use super::error::DataError;
+use super::fence::Fence;
+use super::owner::{Owner, VolumeState};
+use super::page_store::{Parent, StoreError};
+use super::router::RoutingTable;
+use crate::id::{Epoch, SnapshotId};
+use crate::limits::LINEAGE_RETRY_MS;
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+use tokio::time::{sleep, timeout};
+
+/// What the registry says about one volume.
+#[derive(Clone, Debug)]
+pub struct Published {
+    pub table: RoutingTable,
+    pub fence: Fence,
+    pub lineage: Lineage,
+    /// Why the volume is not served: it is off-line.
+    pub offline: Option<Rc<str>>,
+}
+
+/// What the store of this server must make of a volume.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lineage {
+    /// It is a clone.
+    pub parent: Option<Parent>,
+    /// It was rolled back to this snapshot, at this routing epoch.
+    pub rollback: Option<(SnapshotId, Epoch)>,
+}
+
+/// What is to be done for one volume, and whether it is off-line.
+#[derive(Default)]
+pub(super) struct LineageGate {
+    pending: RefCell<Option<(RoutingTable, Lineage)>>,
+    /// A task waits for its turn.
+    waits: Cell<bool>,
+    offline: RefCell<Option<Rc<str>>>,
+}
+
+impl LineageGate {
+    /// True if nothing is to be done.
+    pub(super) fn is_settled(&self) -> bool {
+        self.pending.borrow().is_none()
+    }
+
+    /// Refuses what concerns the volume itself while it is off-line (S001-06).
+    pub(super) fn check_online(&self, snapshot: Option<SnapshotId>) -> Result<(), DataError> {
+        match (&*self.offline.borrow(), snapshot) {
+            (Some(why), None) => Err(DataError::Leased(why.as_ref().to_owned())),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl VolumeState {
+    /// Whether the store has done everything that came with the newest routing table heard of.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.lineage.is_settled()
+    }
+}
+
+impl Owner {
+    /// Takes over what the registry says of a volume, now or when its store has done its part.
+    pub(super) fn take_over(self: &Rc<Self>, state: &Rc<VolumeState>, published: Published) {
+        let Published {
+            table,
+            lineage,
+            offline,
+            ..
+        } = published;
+        *state.lineage.offline.borrow_mut() = offline;
+        *state.lineage.pending.borrow_mut() = Some((table, lineage));
+        if self.settle(state) {
+            return;
+        }
+        state.cut.turn(true);
+        if !state.lineage.waits.replace(true) {
+            tokio::task::spawn_local(settle_later(Rc::downgrade(self), Rc::clone(state)));
+        }
+    }
+
+    /// Does what is to be done, unless changes are being executed that must end first.
+    fn settle(&self, state: &VolumeState) -> bool {
+        let pending = state.lineage.pending.borrow().clone();
+        let Some((table, lineage)) = pending else {
+            return true;
+        };
+        let is_done = self.is_done(state, &table, lineage);
+        if !is_done && !state.cut.is_quiet() {
+            return false;
+        }
+        if let Err(error) = self.carry_out(state, &table, lineage) {
+            tracing::warn!(volume = %state.id, %error, "the volume waits for its store");
+            return false;
+        }
+        *state.lineage.pending.borrow_mut() = None;
+        self.set_table(state, table);
+        state.cut.turn(false);
+        true
+    }
+
+    fn is_done(&self, state: &VolumeState, table: &RoutingTable, lineage: Lineage) -> bool {
+        let rolled_back = self.store.rolled_back(state.id);
+        let wanted = lineage.rollback.map_or(Epoch(0), |(_, epoch)| epoch);
+        let is_parent = self.store.parent(state.id) == lineage.parent;
+        is_parent && wanted <= rolled_back && rolled_back <= table.epoch
+    }
+
+    fn carry_out(
+        &self,
+        state: &VolumeState,
+        table: &RoutingTable,
+        lineage: Lineage,
+    ) -> Result<(), StoreError> {
+        let (store, volume) = (&self.store, state.id);
+        let rolled_back = store.rolled_back(volume);
+        if table.epoch < rolled_back {
+            return Err(StoreError::Behind {
+                volume,
+                epoch: rolled_back,
+            });
+        }
+        match lineage.parent {
+            Some(parent) => store.clone_volume(volume, parent)?,
+            None => store.detach(volume)?,
+        }
+        match lineage.rollback {
+            Some((snapshot, epoch)) if rolled_back < epoch => {
+                store.roll_back(volume, snapshot, epoch)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Settles a volume when its changes have ended, however long that takes.
+async fn settle_later(owner: Weak<Owner>, state: Rc<VolumeState>) {
+    let pause = Duration::from_millis(LINEAGE_RETRY_MS);
+    loop {
+        // A change that ended is told at once; what the store refused is tried again later.
+        let quiet = timeout(pause, state.cut.quiet(Width::Narrow)).await;
+        let Some(owner) = owner.upgrade() else { return };
+        let is_known = owner
+            .volume(state.id)
+            .is_some_and(|known| Rc::ptr_eq(&known, &state));
+        if !is_known || owner.settle(&state) {
+            state.lineage.waits.set(false);
+            return;
+        }
+        drop(owner);
+        if quiet.is_ok() {
+            sleep(pause).await;
+        }
+    }
+}
