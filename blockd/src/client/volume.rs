@@ -274,7 +274,7 @@ impl Volume {
         let owners = opened.table.owners();
         let asked = match planted(Plant::FlushOneOwner) {
             true => &owners[..owners.len().min(1)],
-            false => &owners[..],
+            false => owners,
         };
         let flushes = asked.iter().map(|node| {
             let mut request = Frame::request(Kind::Flush, opened.table.volume);

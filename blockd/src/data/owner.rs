@@ -415,7 +415,7 @@ impl Owner {
         tracing::trace!(
             target: "blockd::executed",
             node = u64::from(self.me.0),
-            volume = u64::from(at.volume.0),
+            volume = at.volume.0,
             page = u64::from(at.page.0),
             epoch = u64::from(epoch.0),
         );

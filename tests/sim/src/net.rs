@@ -66,10 +66,16 @@ struct Flow {
     silent: bool,
 }
 
+fn wake(waiting: &mut Option<Waker>) {
+    if let Some(waker) = waiting.take() {
+        waker.wake();
+    }
+}
+
 impl Flow {
     fn wake(&mut self) {
-        self.reader.take().map(Waker::wake);
-        self.writer.take().map(Waker::wake);
+        wake(&mut self.reader);
+        wake(&mut self.writer);
     }
 }
 
@@ -271,7 +277,7 @@ impl Net {
         let theirs = stream(&out, &back_pipe, &listener.incarnation);
         let ours = stream(&back_pipe, &out, me);
         listener.queue.push_back((theirs, back));
-        listener.waker.take().map(Waker::wake);
+        wake(&mut listener.waker);
         state
             .pipes
             .extend([Arc::downgrade(&out), Arc::downgrade(&back_pipe)]);
@@ -360,7 +366,7 @@ impl AsyncRead for SimStream {
                         flow.queue.pop_front();
                     }
                     flow.bytes -= take;
-                    flow.writer.take().map(Waker::wake);
+                    wake(&mut flow.writer);
                     return Poll::Ready(Ok(()));
                 }
                 Some((at, ..)) => {
@@ -405,7 +411,7 @@ impl SimStream {
         let at = self.net.arrival(&mut flow);
         flow.bytes += data.len();
         flow.queue.push_back((at, data, 0));
-        flow.reader.take().map(Waker::wake);
+        wake(&mut flow.reader);
         Poll::Ready(Ok(len))
     }
 }

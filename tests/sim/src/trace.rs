@@ -62,7 +62,9 @@ fn check_progress(trace: &Trace, since: Option<tokio::time::Instant>, events: u6
         trace.moment.set((Some(now), 1));
     } else if events > EVENTS_MAX {
         problem("the run goes round in circles: no time passes".to_owned());
-        trace.fatal.take().map(|end| end());
+        if let Some(end) = trace.fatal.take() {
+            end();
+        }
     }
 }
 

@@ -158,7 +158,7 @@ fn in_snapshot(peer: &Peer, volume: &VolumeInfo, at: u64) -> bool {
     read.offset_bytes = u32::try_from(at % PAGE).unwrap();
     let reply = peer.call(read);
     assert_eq!(reply.status, Status::Ok);
-    reply.payload.into_bytes().iter().any(|byte| *byte == 7)
+    reply.payload.into_bytes().contains(&7)
 }
 
 /// S003-41, 42, 44, the golden trace of FIG. 8: 130 and 132 are executed before prepare, 136 and 134
