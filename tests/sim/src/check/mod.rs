@@ -115,13 +115,13 @@ mod tests {
         let story = Story::default();
         let old = story.write(1, 0, 1);
         story.flush(1);
-        let new = story.write(1, 0, 1);
+        story.write(1, 0, 1);
         story.lose_power();
         story.read(0, &[old]);
         assert_eq!(story.violations(), 0, "it was not flushed");
         let story = Story::default();
         let old = story.write(1, 0, 1);
-        let new = story.write(1, 0, 1).max(new);
+        let new = story.write(1, 0, 1);
         story.flush(1);
         story.lose_power();
         story.read(0, &[new]);
