@@ -23,13 +23,46 @@ pub struct Entry<'a> {
     pub name: &'a [u8],
 }
 
-/// The entries of a block, without its tail.
-///
-/// # Errors
-/// What is wrong with the block, as a phrase.
-pub fn entries(block: &[u8], stores_kinds: bool) -> Result<Vec<Entry<'_>>, String> {
-    let (mut at, mut entries) = (0, Vec::new());
-    while at < block.len() && !is_tail(part(block, at, block.len())) {
+/// An entry and the bytes of the block that it covers, padding included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot<'a> {
+    pub at: usize,
+    pub length: usize,
+    pub entry: Entry<'a>,
+}
+
+impl Slot<'_> {
+    /// The bytes that the entry itself needs; none if it is free.
+    #[must_use]
+    pub fn used(&self) -> usize {
+        match self.entry.inode {
+            0 => 0,
+            _ => own_length(self.entry.name),
+        }
+    }
+}
+
+/// The entries of a block, without its tail; ends behind an error.
+pub struct Slots<'a> {
+    block: &'a [u8],
+    at: usize,
+    stores_kinds: bool,
+}
+
+/// The entries of `block` in their order.
+#[must_use]
+pub fn slots(block: &[u8], stores_kinds: bool) -> Slots<'_> {
+    let at = 0;
+    Slots {
+        block,
+        at,
+        stores_kinds,
+    }
+}
+
+impl<'a> Slots<'a> {
+    fn slot(&self) -> Result<Slot<'a>, String> {
+        let (block, at) = (self.block, self.at);
         let length = length_of(le16(block, at + 4), block.len());
         let name_bytes = usize::from(le16(block, at + 6) & 0xff);
         if length < MIN_ENTRY_BYTES || !length.is_multiple_of(4) || at + length > block.len() {
@@ -40,21 +73,54 @@ pub fn entries(block: &[u8], stores_kinds: bool) -> Result<Vec<Entry<'_>>, Strin
                 "entry at {at} has a name of {name_bytes} bytes in {length}"
             ));
         }
-        entries.push(Entry {
+        let entry = Entry {
             inode: le32(block, at),
-            kind: if stores_kinds { block[at + 7] } else { 0 },
+            kind: if self.stores_kinds { block[at + 7] } else { 0 },
             name: part(block, at + HEADER_BYTES, at + HEADER_BYTES + name_bytes),
-        });
-        at += length;
+        };
+        Ok(Slot { at, length, entry })
     }
-    Ok(entries)
 }
 
-/// Makes a block of `entries`, which fit, and a tail; without entries, of free room.
+impl<'a> Iterator for Slots<'a> {
+    type Item = Result<Slot<'a>, String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.at >= self.block.len() || is_tail(part(self.block, self.at, self.block.len())) {
+            return None;
+        }
+        let slot = self.slot();
+        self.at = match &slot {
+            Ok(slot) => slot.at + slot.length,
+            Err(_) => self.block.len(),
+        };
+        Some(slot)
+    }
+}
+
+/// The entries of a block, without its tail.
+///
+/// # Errors
+/// What is wrong with the block, as a phrase.
+pub fn entries(block: &[u8], stores_kinds: bool) -> Result<Vec<Entry<'_>>, String> {
+    slots(block, stores_kinds)
+        .map(|slot| slot.map(|slot| slot.entry))
+        .collect()
+}
+
+/// The bytes of an entry with `name` and no more room than it needs.
 #[must_use]
-pub fn write_block(entries: &[Entry<'_>], block_bytes: usize, seed: u32) -> Vec<u8> {
+pub fn own_length(name: &[u8]) -> usize {
+    (HEADER_BYTES + name.len())
+        .next_multiple_of(4)
+        .max(MIN_ENTRY_BYTES)
+}
+
+/// Makes a block of `entries`, which fit, and with a `seed` a tail; without entries, of free room.
+#[must_use]
+pub fn write_block(entries: &[Entry<'_>], block_bytes: usize, seed: Option<u32>) -> Vec<u8> {
     let mut block = vec![0; block_bytes];
-    let end = block_bytes - TAIL_BYTES;
+    let end = block_bytes - seed.map_or(0, |_| TAIL_BYTES);
     let free = [Entry {
         inode: 0,
         kind: 0,
@@ -63,33 +129,55 @@ pub fn write_block(entries: &[Entry<'_>], block_bytes: usize, seed: u32) -> Vec<
     let entries = if entries.is_empty() { &free } else { entries };
     let mut at = 0;
     for (index, entry) in entries.iter().enumerate() {
-        let own = (HEADER_BYTES + entry.name.len())
-            .next_multiple_of(4)
-            .max(MIN_ENTRY_BYTES);
         let length = if index + 1 == entries.len() {
             end - at
         } else {
-            own
+            own_length(entry.name)
         };
-        write_entry(&mut block[at..], entry, length);
+        write_entry(&mut block, at, entry, length);
         at += length;
     }
-    let tail = Entry {
-        inode: 0,
-        kind: TAIL_KIND,
-        name: b"",
-    };
-    write_entry(&mut block[end..], &tail, TAIL_BYTES);
-    let crc = crc32c(seed, part(&block, 0, end));
-    put(&mut block, end + 8, &crc.to_le_bytes());
+    if seed.is_some() {
+        let tail = Entry {
+            inode: 0,
+            kind: TAIL_KIND,
+            name: b"",
+        };
+        write_entry(&mut block, end, &tail, TAIL_BYTES);
+    }
+    seal(&mut block, seed);
     block
 }
 
-fn write_entry(bytes: &mut [u8], entry: &Entry<'_>, length: usize) {
-    put(bytes, 0, &entry.inode.to_le_bytes());
-    put(bytes, 4, &(length as u16).to_le_bytes());
-    put(bytes, 6, &[entry.name.len() as u8, entry.kind]);
-    put(bytes, HEADER_BYTES, entry.name);
+/// Puts the checksum into the tail of a block that has one.
+pub fn seal(block: &mut [u8], seed: Option<u32>) {
+    if let Some(seed) = seed {
+        let end = block.len() - TAIL_BYTES;
+        let crc = crc32c(seed, part(block, 0, end));
+        put(block, end + 8, &crc.to_le_bytes());
+    }
+}
+
+/// Writes an entry of `length` bytes at `at`.
+pub(super) fn write_entry(block: &mut [u8], at: usize, entry: &Entry<'_>, length: usize) {
+    put(block, at, &entry.inode.to_le_bytes());
+    set_length(block, at, length);
+    put(block, at + 6, &[entry.name.len() as u8, entry.kind]);
+    put(block, at + HEADER_BYTES, entry.name);
+}
+
+/// Changes how far the entry at `at` reaches.
+pub(super) fn set_length(block: &mut [u8], at: usize, length: usize) {
+    let stored = stored_length(length, block.len());
+    put(block, at + 4, &stored.to_le_bytes());
+}
+
+fn stored_length(length: usize, block_bytes: usize) -> u16 {
+    match length {
+        _ if length < WIDE_BLOCK_BYTES => length as u16,
+        _ if length == block_bytes => u16::MAX,
+        _ => (length & 0xfffc | length >> 16) as u16,
+    }
 }
 
 /// Lengths of blocks of 64 KiB do not fit 16 bits; their lowest two are the highest.

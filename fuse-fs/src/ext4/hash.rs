@@ -3,6 +3,8 @@
 const DEFAULT_STATE: [u32; 4] = [0x6745_2301, 0xefcd_ab89, 0x98ba_dcfe, 0x1032_5476];
 /// Marks the end of a directory for readers, so no name may have it.
 const END_OF_DIRECTORY: u32 = 0x7fff_ffff << 1;
+/// The hash of new filesystems.
+pub const HALF_MD4: u8 = 1;
 const UNSIGNED_FROM: u8 = 3;
 
 /// The hash of `name`; its lowest bit is 0. `version` is the index root's, 0 to 5.

@@ -32,6 +32,15 @@ pub const FLAG_INDEX: u32 = 0x1000;
 pub const FLAG_HUGE_FILE: u32 = 0x4_0000;
 pub const FLAG_EXTENTS: u32 = 0x8_0000;
 pub const FLAG_VERITY: u32 = 0x10_0000;
+const FLAG_SYNC: u32 = 0x8;
+const FLAG_NO_DUMP: u32 = 0x40;
+const FLAG_NO_ATIME: u32 = 0x80;
+const FLAG_SYNC_DIRECTORY: u32 = 0x1_0000;
+/// The flags that programs may change.
+pub const FLAGS_CHANGEABLE: u32 =
+    FLAG_SYNC | FLAG_IMMUTABLE | FLAG_APPEND | FLAG_NO_DUMP | FLAG_NO_ATIME | FLAG_SYNC_DIRECTORY;
+/// The flags that programs see.
+pub const FLAGS_VISIBLE: u32 = FLAGS_CHANGEABLE | FLAG_INDEX | FLAG_HUGE_FILE | FLAG_EXTENTS;
 /// Flags of files that only filesystems have which this code refuses: encrypted, a large xattr, data in the
 /// inode, names without case.
 pub const FLAGS_REFUSED: u32 = 0x800 | 0x20_0000 | 0x1000_0000 | 0x4000_0000;
@@ -67,6 +76,32 @@ impl Kind {
             0o12 => Self::Symlink,
             _ => return None,
         })
+    }
+
+    /// The kind of a number in a directory.
+    #[must_use]
+    pub fn of_number(number: u8) -> Option<Self> {
+        Some(match number {
+            1 => Self::Regular,
+            2 => Self::Directory,
+            3 => Self::CharDevice,
+            4 => Self::BlockDevice,
+            5 => Self::Fifo,
+            6 => Self::Socket,
+            7 => Self::Symlink,
+            _ => return None,
+        })
+    }
+
+    /// The flags that a new inode has from its directory.
+    #[must_use]
+    pub fn inherited_flags(self) -> u32 {
+        let any = FLAG_NO_DUMP | FLAG_NO_ATIME;
+        match self {
+            Self::Directory => any | FLAG_SYNC | FLAG_SYNC_DIRECTORY,
+            Self::Regular => any | FLAG_SYNC,
+            _ => any,
+        }
     }
 
     /// Has neither data nor a size.

@@ -6,7 +6,7 @@
 //! 0x08 u32 reserved, low   0x38 u16 magic 0xef53      0x60 u32 incompatible        0xec u32 x4 hash seed
 //! 0x0c u32 free blocks, low 0x3a u16 state            0x64 u32 read-only compatible 0xfe u16 descriptor size
 //! 0x10 u32 free inodes     0x4c u32 revision          0x68 u8 x16 uuid             0x104 u32 first meta group
-//! 0x14 u32 first data block 0x54 u32 first inode      0xce u16 reserved descriptor blocks
+//! 0x14 u32 first data block 0x54 u32 first inode      0xce u16 reserved descriptor blocks 0xfc u8 hash of new indexes
 //! 0x18 u32 log2(block) - 10                           0xe0 u32 journal inode
 //! 0x150, 0x154, 0x158 u32 high halves of blocks, reserved, free   0x160 u32 flags   0x168 u64 MMP block
 //! 0x175 u8 checksum type (1, CRC-32C)   0x194 u32 errors seen     0x240, 0x244, 0x26c u32 quota inodes
@@ -57,6 +57,8 @@ pub struct Superblock {
     pub journal_device: u32,
     pub last_orphan: u32,
     pub hash_seed: [u32; 4],
+    /// Of the indexes that new directories get.
+    pub hash_version: u8,
     pub descriptor_bytes: u16,
     pub first_meta_group: u32,
     pub flags: u32,
@@ -148,6 +150,7 @@ impl Superblock {
             journal_device: le32(bytes, 0xe4),
             last_orphan: le32(bytes, 0xe8),
             hash_seed: [0xec, 0xf0, 0xf4, 0xf8].map(|at| le32(bytes, at)),
+            hash_version: bytes.get(0xfc).copied().unwrap_or(0),
             descriptor_bytes: if wide {
                 le16(bytes, 0xfe)
             } else {

@@ -6,7 +6,7 @@ use crate::ext4::error::{Ext4Error, Place};
 use crate::ext4::extent::Run;
 use crate::ext4::features::{compat, incompat};
 use crate::ext4::hash;
-use crate::ext4::htree::{self, Child};
+use crate::ext4::htree::{self, Child, MAX_LEVELS, MAX_LEVELS_LARGE};
 use crate::ext4::inode::{self, FLAG_INDEX, Inode, Kind};
 use futures_util::stream::{self, TryStreamExt};
 use std::collections::{HashMap, HashSet};
@@ -14,8 +14,6 @@ use std::ops::RangeInclusive;
 
 /// Blocks of a directory that one read fetches.
 const READ_BLOCKS: u64 = 64;
-const MAX_LEVELS: u8 = 1;
-const MAX_LEVELS_LARGE: u8 = 2;
 const DOT: &[u8] = b".";
 const DOTDOT: &[u8] = b"..";
 

@@ -102,7 +102,7 @@ impl Plan {
         ];
         let lost = [entry(LOST_AND_FOUND, &b"."[..]), entry(inode::ROOT, b"..")];
         let block = |entries: &[Entry<'_>], number| {
-            dir::write_block(entries, self.block_bytes(), seed(number))
+            dir::write_block(entries, self.block_bytes(), Some(seed(number)))
         };
         let mut pieces = vec![(self.at(self.root_block), block(&root, inode::ROOT))];
         for at in self.lost_and_found.clone() {
@@ -357,8 +357,8 @@ impl Plan {
         put(&mut bytes, 0x68, &superblock.uuid);
         put(&mut bytes, 0x78, &identity.label);
         put(&mut bytes, 0xec, &identity.hash_seed);
-        // The hash is half_md4; the journal's inode is kept behind 0x10c; checksums are CRC-32C.
-        put(&mut bytes, 0xfc, &[1, 1]);
+        // The journal's inode is kept behind 0x10c; checksums are CRC-32C.
+        put(&mut bytes, 0xfc, &[superblock.hash_version, 1]);
         put(&mut bytes, 0x174, &[LOG_GROUPS_PER_FLEX as u8, 1]);
         let journal = self.inode(inode::JOURNAL, identity);
         put(

@@ -6,6 +6,7 @@ use crate::ext4::error::Ext4Error;
 use crate::ext4::extent::{MAX_RUN_BLOCKS, Run};
 use crate::ext4::features::{Features, compat, incompat, ro_compat};
 use crate::ext4::group::Group;
+use crate::ext4::hash;
 use crate::ext4::inode;
 use crate::ext4::superblock::Superblock;
 use std::ops::Range;
@@ -287,6 +288,7 @@ fn sizes(size_bytes: u64, identity: &Identity) -> Superblock {
         journal_device: 0,
         last_orphan: 0,
         hash_seed: [0, 4, 8, 12].map(|at| crate::ext4::bytes::le32(&identity.hash_seed, at)),
+        hash_version: hash::HALF_MD4,
         descriptor_bytes: DESCRIPTOR_BYTES,
         first_meta_group: 0,
         // Names are hashed as signed bytes.
