@@ -1,5 +1,7 @@
-//! All randomness of the process by one seed: libc's `getrandom` is replaced.
+//! All randomness of the process by one seed: libc's `getrandom` is replaced, and its system call.
 
+use libc::c_long;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 static STATE: AtomicU64 = AtomicU64::new(1);
@@ -29,6 +31,45 @@ pub(crate) unsafe extern "C" fn getrandom(buf: *mut u8, len: usize, _flags: u32)
         chunk.copy_from_slice(&next(state).to_le_bytes()[..chunk.len()]);
     }
     isize::try_from(len).unwrap_or(isize::MAX)
+}
+
+type Syscall = unsafe extern "C" fn(c_long, ...) -> c_long;
+
+/// libc's own.
+fn libc_syscall() -> Syscall {
+    static FOUND: OnceLock<Syscall> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        // SAFETY: the name ends with 0, and what libc has under it is a function of this type.
+        unsafe {
+            let found = libc::dlsym(libc::RTLD_NEXT, c"syscall".as_ptr());
+            assert!(!found.is_null(), "libc has no syscall");
+            std::mem::transmute::<*mut libc::c_void, Syscall>(found)
+        }
+    })
+}
+
+/// getrandom 0.2, from which openraft has its election timeouts, asks the kernel past libc.
+///
+/// # Safety
+/// As syscall(2).
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn syscall(
+    number: c_long,
+    a: c_long,
+    b: c_long,
+    c: c_long,
+    d: c_long,
+    e: c_long,
+    f: c_long,
+) -> c_long {
+    // SAFETY: the caller's arguments, as they are; a call with fewer leaves the others unused.
+    unsafe {
+        if number == libc::SYS_getrandom {
+            let len = usize::try_from(b).unwrap_or_default();
+            return getrandom(a as *mut u8, len, 0) as c_long;
+        }
+        libc_syscall()(number, a, b, c, d, e, f)
+    }
 }
 
 /// Random numbers of one part of the simulation: parts do not disturb each other.
