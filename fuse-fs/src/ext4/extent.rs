@@ -91,18 +91,7 @@ fn leaf<'a>(
     let mut next = range.start;
     let mut runs = Vec::new();
     for entry in entries {
-        let stored = le16(entry, 4);
-        let unwritten = stored > MAX_WRITTEN;
-        let run = Run {
-            logical: u64::from(le32(entry, 0)),
-            physical: join(u32::from(le16(entry, 6)), le32(entry, 8)),
-            blocks: u64::from(if unwritten {
-                stored - MAX_WRITTEN
-            } else {
-                stored
-            }),
-            unwritten,
-        };
+        let run = run_of(entry);
         let end = run.logical + run.blocks;
         if run.blocks == 0 || run.logical < next || end > range.end {
             return Err(format!(
@@ -153,39 +142,116 @@ fn index<'a>(
 
 /// The most blocks that one written extent has.
 pub const MAX_RUN_BLOCKS: u64 = MAX_WRITTEN as u64;
+/// The most blocks that one unwritten extent has.
+pub const MAX_UNWRITTEN_BLOCKS: u64 = MAX_RUN_BLOCKS - 1;
 
-/// Writes a leaf of `runs`, which fit and are written, over the whole of `bytes`.
+/// A child of an index: the first logical block that it maps, and its own block.
+pub type Child = (u64, u64);
+
+/// Entries that fit a node of so many bytes.
+#[must_use]
+pub fn capacity(bytes: usize) -> usize {
+    (bytes - ENTRY_BYTES) / ENTRY_BYTES
+}
+
+/// Writes a leaf of `runs`, which fit, over the whole of `bytes`.
 pub fn write_leaf(bytes: &mut [u8], runs: &[Run]) {
     write_header(bytes, runs.len(), 0);
     for (at, run) in (ENTRY_BYTES..).step_by(ENTRY_BYTES).zip(runs) {
+        let unwritten = if run.unwritten { MAX_WRITTEN } else { 0 };
         put(bytes, at, &(run.logical as u32).to_le_bytes());
-        put(bytes, at + 4, &(run.blocks as u16).to_le_bytes());
+        put(
+            bytes,
+            at + 4,
+            &(run.blocks as u16 + unwritten).to_le_bytes(),
+        );
         put(bytes, at + 6, &((run.physical >> 32) as u16).to_le_bytes());
         put(bytes, at + 8, &(run.physical as u32).to_le_bytes());
     }
 }
 
-/// Writes an index with one child, which maps the whole file, over the whole of `bytes`.
-pub fn write_index_of_one(bytes: &mut [u8], child: u64) {
-    write_header(bytes, 1, 1);
-    put(bytes, ENTRY_BYTES + 4, &(child as u32).to_le_bytes());
-    put(
-        bytes,
-        ENTRY_BYTES + 8,
-        &((child >> 32) as u16).to_le_bytes(),
-    );
+/// Writes an index of `children`, which fit, over the whole of `bytes`; `depth` is 1 above leaves.
+pub fn write_index(bytes: &mut [u8], depth: u16, children: &[Child]) {
+    write_header(bytes, children.len(), depth);
+    for (at, (logical, block)) in (ENTRY_BYTES..).step_by(ENTRY_BYTES).zip(children) {
+        put(bytes, at, &(*logical as u32).to_le_bytes());
+        put(bytes, at + 4, &(*block as u32).to_le_bytes());
+        put(bytes, at + 8, &((*block >> 32) as u16).to_le_bytes());
+    }
 }
 
 fn write_header(bytes: &mut [u8], count: usize, depth: u16) {
     bytes.fill(0);
-    let capacity = (bytes.len() - ENTRY_BYTES) / ENTRY_BYTES;
     for (at, value) in [
         (0, MAGIC),
         (2, count as u16),
-        (4, capacity as u16),
+        (4, capacity(bytes.len()) as u16),
         (6, depth),
     ] {
         put(bytes, at, &value.to_le_bytes());
+    }
+}
+
+/// Levels below the node in `bytes`; 0: a leaf.
+#[must_use]
+pub fn depth(bytes: &[u8]) -> u16 {
+    le16(bytes, 6)
+}
+
+/// The last entry of a checked node that starts at or before `logical`.
+#[must_use]
+pub fn find(bytes: &[u8], logical: u64) -> Option<usize> {
+    let count = usize::from(le16(bytes, 2));
+    let (mut low, mut high) = (0, count);
+    while low < high {
+        let middle = usize::midpoint(low, high);
+        if u64::from(le32(bytes, (middle + 1) * ENTRY_BYTES)) <= logical {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    low.checked_sub(1)
+}
+
+/// Where entry `index` of a node starts; `None` behind the last.
+#[must_use]
+pub fn logical_of(bytes: &[u8], index: usize) -> Option<u64> {
+    let count = usize::from(le16(bytes, 2));
+    (index < count).then(|| u64::from(le32(bytes, (index + 1) * ENTRY_BYTES)))
+}
+
+/// Entry `index` of an index.
+#[must_use]
+pub fn child(bytes: &[u8], index: usize) -> Child {
+    let entry = part(bytes, (index + 1) * ENTRY_BYTES, (index + 2) * ENTRY_BYTES);
+    let block = join(u32::from(le16(entry, 8)), le32(entry, 4));
+    (u64::from(le32(entry, 0)), block)
+}
+
+/// Entry `index` of a leaf.
+#[must_use]
+pub fn run(bytes: &[u8], index: usize) -> Run {
+    run_of(part(
+        bytes,
+        (index + 1) * ENTRY_BYTES,
+        (index + 2) * ENTRY_BYTES,
+    ))
+}
+
+fn run_of(entry: &[u8]) -> Run {
+    let stored = le16(entry, 4);
+    let unwritten = stored > MAX_WRITTEN;
+    let blocks = if unwritten {
+        stored - MAX_WRITTEN
+    } else {
+        stored
+    };
+    Run {
+        logical: u64::from(le32(entry, 0)),
+        physical: join(u32::from(le16(entry, 6)), le32(entry, 8)),
+        blocks: u64::from(blocks),
+        unwritten,
     }
 }
 

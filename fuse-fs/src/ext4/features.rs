@@ -67,6 +67,16 @@ pub const CHECKED: u32 = ro_compat::SPARSE_SUPER
     | ro_compat::VERITY
     | ro_compat::ORPHAN_PRESENT;
 
+/// Features of `ro_compat` whose filesystems can be written.
+pub const WRITABLE: u32 = ro_compat::SPARSE_SUPER
+    | ro_compat::LARGE_FILE
+    | ro_compat::HUGE_FILE
+    | ro_compat::GDT_CSUM
+    | ro_compat::DIR_NLINK
+    | ro_compat::EXTRA_ISIZE
+    | ro_compat::METADATA_CSUM
+    | ro_compat::ORPHAN_PRESENT;
+
 const INCOMPAT_NAMES: [(u32, &str); 16] = [
     (0x1, "compression"),
     (0x2, "filetype"),
@@ -86,7 +96,7 @@ const INCOMPAT_NAMES: [(u32, &str); 16] = [
     (0x2_0000, "casefold"),
 ];
 
-const RO_COMPAT_NAMES: [(u32, &str); 16] = [
+const RO_COMPAT_NAMES: [(u32, &str); 17] = [
     (0x1, "sparse_super"),
     (0x2, "large_file"),
     (0x4, "btree_dir"),
@@ -103,6 +113,7 @@ const RO_COMPAT_NAMES: [(u32, &str); 16] = [
     (0x2000, "project"),
     (0x4000, "shared_blocks"),
     (0x8000, "verity"),
+    (0x1_0000, "orphan_present"),
 ];
 
 /// The three words of a superblock.
@@ -139,6 +150,20 @@ impl Features {
     #[must_use]
     pub fn unreadable(&self) -> Vec<String> {
         names(self.incompat & !READABLE, &INCOMPAT_NAMES, "incompat")
+    }
+
+    /// Names of the features for which nothing may be written; a missing one is named, too.
+    #[must_use]
+    pub fn unwritable(&self) -> Vec<String> {
+        let mut found = names(self.ro_compat & !WRITABLE, &RO_COMPAT_NAMES, "ro_compat");
+        found.extend(names(self.incompat & incompat::MMP, &INCOMPAT_NAMES, ""));
+        if !self.has_compat(compat::HAS_JOURNAL) {
+            found.push("no has_journal".to_owned());
+        }
+        if !self.has_incompat(incompat::EXTENT) {
+            found.push("no extent".to_owned());
+        }
+        found
     }
 
     /// Names of the features for which a check would be wrong.

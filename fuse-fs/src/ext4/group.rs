@@ -81,13 +81,22 @@ impl Group {
     #[must_use]
     pub fn write(&self, number: u32, superblock: &Superblock) -> [u8; WIDE_BYTES] {
         let mut bytes = [0; WIDE_BYTES];
+        self.write_over(&mut bytes, number, superblock);
+        bytes
+    }
+
+    /// Puts the descriptor `number` over `bytes`, which may be as narrow as old ones, with its checksum.
+    pub fn write_over(&self, bytes: &mut [u8], number: u32, superblock: &Superblock) {
+        let wide = bytes.len() >= WIDE_BYTES;
         for (at, block) in [
             (0, self.block_bitmap),
             (4, self.inode_bitmap),
             (8, self.inode_table),
         ] {
-            put(&mut bytes, at, &(block as u32).to_le_bytes());
-            put(&mut bytes, at + 0x20, &((block >> 32) as u32).to_le_bytes());
+            put(bytes, at, &(block as u32).to_le_bytes());
+            if wide {
+                put(bytes, at + 0x20, &((block >> 32) as u32).to_le_bytes());
+            }
         }
         for (low, high, count) in [
             (0xc, 0x2c, self.free_blocks),
@@ -97,18 +106,19 @@ impl Group {
             (0x18, 0x38, self.block_bitmap_checksum),
             (0x1a, 0x3a, self.inode_bitmap_checksum),
         ] {
-            put(&mut bytes, low, &(count as u16).to_le_bytes());
-            put(&mut bytes, high, &((count >> 16) as u16).to_le_bytes());
+            put(bytes, low, &(count as u16).to_le_bytes());
+            if wide {
+                put(bytes, high, &((count >> 16) as u16).to_le_bytes());
+            }
         }
         let flag = |set, bit| if set { bit } else { 0 };
         let flags = flag(self.inodes_uninit, INODES_UNINIT)
             | flag(self.blocks_uninit, BLOCKS_UNINIT)
             | flag(self.table_zeroed, TABLE_ZEROED);
-        put(&mut bytes, 0x12, &flags.to_le_bytes());
-        if let Some(checksum) = checksum(&bytes, number, superblock) {
-            put(&mut bytes, CHECKSUM_AT, &checksum.to_le_bytes());
+        put(bytes, 0x12, &flags.to_le_bytes());
+        if let Some(checksum) = checksum(bytes, number, superblock) {
+            put(bytes, CHECKSUM_AT, &checksum.to_le_bytes());
         }
-        bytes
     }
 }
 

@@ -212,11 +212,14 @@ impl Inode {
     }
 }
 
-/// Puts the checksum into `bytes`, the slot of inode `number` in a filesystem with checksums and wide inodes.
+/// Puts the checksum into `bytes`, the slot of inode `number` in a filesystem with checksums.
 pub fn seal(number: u32, bytes: &mut [u8], superblock: &Superblock) {
-    let crc = Inode::read(number, bytes, superblock).checksum(bytes);
+    let inode = Inode::read(number, bytes, superblock);
+    let crc = inode.checksum(bytes);
     put(bytes, CHECKSUM_LOW_AT, &(crc as u16).to_le_bytes());
-    put(bytes, CHECKSUM_HIGH_AT, &((crc >> 16) as u16).to_le_bytes());
+    if inode.has_wide_checksum(bytes) {
+        put(bytes, CHECKSUM_HIGH_AT, &((crc >> 16) as u16).to_le_bytes());
+    }
 }
 
 /// The name of a field that is not zero though the filesystem has no use for it.

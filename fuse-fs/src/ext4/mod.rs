@@ -4,6 +4,14 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | [`filesystem`] | a mounted filesystem: open, sync, close |
+//! | [`handle`], [`transaction`], [`commit`] | operations, the transaction they share, its way to the disk |
+//! | [`read`], [`write`], [`writeback`] | data of files: from memory, to memory, to the disk |
+//! | [`truncate`], [`fallocate`], [`statfs`] | sizes and space |
+//! | [`mapping`], [`extent_tree`], [`deletion`] | finding, adding and giving up blocks of a file |
+//! | [`inode_cell`], [`raw_inode`], [`orphans`], [`orphan_file`], [`time`] | inodes while they are in use |
+//! | [`groups`], [`block_space`], [`inode_space`], [`bitmap`] | which blocks and inodes are given away |
+//! | [`cache`] | blocks of metadata in memory |
 //! | [`check`] | whether a filesystem is consistent |
 //! | [`mkfs`] | makes a filesystem |
 //! | [`image`] | a filesystem with its journal replayed in memory |
@@ -18,24 +26,48 @@
 //! | [`device`] | the seam below |
 
 pub mod acl;
+pub mod bitmap;
+pub mod block_space;
 pub mod bytes;
+pub mod cache;
 pub mod check;
+pub mod commit;
 pub mod crc;
+pub mod deletion;
 pub mod device;
 pub mod dir;
 pub mod error;
 pub mod extent;
+pub mod extent_tree;
+pub mod fallocate;
 pub mod features;
+pub mod file_data;
+pub mod filesystem;
 pub mod group;
+pub mod groups;
 pub mod growth;
+pub mod handle;
 pub mod hash;
 pub mod htree;
 pub mod image;
 pub mod inode;
+pub mod inode_cell;
+pub mod inode_space;
 pub mod journal;
 pub mod leaf;
 pub mod map;
+pub mod mapping;
 pub mod mkfs;
+pub mod orphan_file;
+pub mod orphans;
+pub mod raw_inode;
+pub mod read;
+pub mod statfs;
 pub mod superblock;
+pub mod time;
+pub mod transaction;
+pub mod truncate;
+pub mod write;
+pub mod writeback;
 pub mod xattr;
 pub mod xattr_set;

@@ -8,6 +8,8 @@
 mod clean;
 mod command;
 mod damage;
+mod data;
 mod image;
 mod journal;
 mod mkfs;
+mod write;

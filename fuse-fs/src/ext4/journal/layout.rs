@@ -34,11 +34,13 @@ const TAIL_BYTES: usize = 4;
 const UUID_BYTES: usize = 16;
 
 const COMPAT_CHECKSUM: u32 = 1;
+const INCOMPAT_REVOKE: u32 = 1;
 const INCOMPAT_64BIT: u32 = 2;
 const INCOMPAT_CSUM_V2: u32 = 8;
 const INCOMPAT_CSUM_V3: u32 = 0x10;
 const INCOMPAT_FAST_COMMIT: u32 = 0x20;
 const INCOMPAT_KNOWN: u32 = 0x3f;
+const CHECKSUM_CRC32C: u8 = 4;
 
 const TAG_ESCAPED: u32 = 1;
 const TAG_SAME_UUID: u32 = 2;
@@ -251,6 +253,169 @@ impl JournalSuperblock {
             0xffff
         };
         !self.has_checksums() || crc & kept == tag.checksum
+    }
+}
+
+/// A block of a transaction, as it is to be announced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewTag {
+    /// Of the filesystem.
+    pub block: u64,
+    pub escaped: bool,
+    /// See [`JournalSuperblock::logged_checksum`].
+    pub checksum: u32,
+}
+
+/// What a transaction is written with.
+impl JournalSuperblock {
+    /// How many blocks one descriptor announces.
+    #[must_use]
+    pub fn tags_per_descriptor(&self, block_bytes: usize) -> usize {
+        (block_bytes - HEADER_BYTES - UUID_BYTES - TAIL_BYTES) / self.tag_bytes()
+    }
+
+    /// How many blocks one revoke block names.
+    #[must_use]
+    pub fn revokes_per_block(&self, block_bytes: usize) -> usize {
+        (block_bytes - HEADER_BYTES - 4 - TAIL_BYTES) / self.number_bytes()
+    }
+
+    fn number_bytes(&self) -> usize {
+        if self.incompatible & INCOMPAT_64BIT != 0 {
+            8
+        } else {
+            4
+        }
+    }
+
+    /// The checksum of a block as it is logged.
+    #[must_use]
+    pub fn logged_checksum(&self, sequence: u32, block: &[u8]) -> u32 {
+        crc32c(crc32c(self.checksum_seed, &sequence.to_be_bytes()), block)
+    }
+
+    /// A descriptor that announces `tags`, which fit.
+    #[must_use]
+    pub fn write_descriptor(&self, block_bytes: usize, sequence: u32, tags: &[NewTag]) -> Vec<u8> {
+        let mut block = new_block(block_bytes, KIND_DESCRIPTOR, sequence);
+        let mut at = HEADER_BYTES;
+        for (index, tag) in tags.iter().enumerate() {
+            let mut flags = if tag.escaped { TAG_ESCAPED } else { 0 };
+            flags |= if index > 0 { TAG_SAME_UUID } else { 0 };
+            flags |= if index + 1 == tags.len() { TAG_LAST } else { 0 };
+            self.put_tag(&mut block[at..], tag, flags);
+            at += self.tag_bytes();
+            if index == 0 {
+                at += UUID_BYTES;
+            }
+        }
+        self.seal(&mut block, block_bytes - TAIL_BYTES);
+        block
+    }
+
+    fn put_tag(&self, bytes: &mut [u8], tag: &NewTag, flags: u32) {
+        put(bytes, 0, &(tag.block as u32).to_be_bytes());
+        if self.incompatible & INCOMPAT_CSUM_V3 != 0 {
+            put(bytes, 4, &flags.to_be_bytes());
+            put(bytes, 12, &tag.checksum.to_be_bytes());
+        } else {
+            let checksum = if self.has_checksums() {
+                tag.checksum as u16
+            } else {
+                0
+            };
+            put(bytes, 4, &checksum.to_be_bytes());
+            put(bytes, 6, &(flags as u16).to_be_bytes());
+        }
+        if self.incompatible & INCOMPAT_64BIT != 0 {
+            put(bytes, 8, &((tag.block >> 32) as u32).to_be_bytes());
+        }
+    }
+
+    /// A revoke block that names `blocks`, which fit.
+    #[must_use]
+    pub fn write_revoke(&self, block_bytes: usize, sequence: u32, blocks: &[u64]) -> Vec<u8> {
+        let mut block = new_block(block_bytes, KIND_REVOKE, sequence);
+        let mut at = HEADER_BYTES + 4;
+        for number in blocks {
+            match self.number_bytes() {
+                8 => put(&mut block, at, &number.to_be_bytes()),
+                _ => put(&mut block, at, &(*number as u32).to_be_bytes()),
+            }
+            at += self.number_bytes();
+        }
+        put(&mut block, HEADER_BYTES, &(at as u32).to_be_bytes());
+        self.seal(&mut block, block_bytes - TAIL_BYTES);
+        block
+    }
+
+    /// The block that makes transaction `sequence` count.
+    #[must_use]
+    pub fn write_commit(
+        &self,
+        block_bytes: usize,
+        sequence: u32,
+        seconds: u64,
+        nanos: u32,
+    ) -> Vec<u8> {
+        let mut block = new_block(block_bytes, KIND_COMMIT, sequence);
+        put(&mut block, 0x30, &seconds.to_be_bytes());
+        put(&mut block, 0x38, &nanos.to_be_bytes());
+        self.seal(&mut block, COMMIT_CHECKSUM_AT);
+        block
+    }
+
+    fn seal(&self, block: &mut [u8], at: usize) {
+        if self.has_checksums() {
+            put(block, at, &[0; 4]);
+            let crc = crc32c(self.checksum_seed, block);
+            put(block, at, &crc.to_be_bytes());
+        }
+    }
+}
+
+fn new_block(block_bytes: usize, kind: u32, sequence: u32) -> Vec<u8> {
+    let mut block = vec![0; block_bytes];
+    for (at, value) in [(0, MAGIC), (4, kind), (8, sequence)] {
+        put(&mut block, at, &value.to_be_bytes());
+    }
+    block
+}
+
+/// Makes `block`, the superblock of an empty journal, that of one which is written as this code does it: block
+/// numbers as wide as the filesystem's, with checksums if the filesystem has them.
+pub fn prepare(block: &mut [u8], wide: bool, checksums: bool) {
+    let mut incompatible = be32(block, 0x28) & !(INCOMPAT_CSUM_V2 | INCOMPAT_FAST_COMMIT);
+    let compatible = be32(block, 0x24) & !COMPAT_CHECKSUM;
+    incompatible |= INCOMPAT_REVOKE;
+    if wide {
+        incompatible |= INCOMPAT_64BIT;
+    }
+    let kept = if checksums {
+        incompatible | INCOMPAT_CSUM_V3
+    } else {
+        incompatible & !INCOMPAT_CSUM_V3
+    };
+    put(block, 4, &KIND_SUPERBLOCK_V2.to_be_bytes());
+    put(block, 0x24, &compatible.to_be_bytes());
+    put(block, 0x28, &kept.to_be_bytes());
+    let kind = if checksums { CHECKSUM_CRC32C } else { 0 };
+    put(block, 0x50, &[kind]);
+    seal_superblock(block);
+}
+
+/// Makes `block`, the superblock of a journal, say that the log starts at `start` (0: it is empty) with
+/// `sequence`.
+pub fn set_start(block: &mut [u8], start: u32, sequence: u32) {
+    put(block, 0x18, &sequence.to_be_bytes());
+    put(block, 0x1c, &start.to_be_bytes());
+    seal_superblock(block);
+}
+
+fn seal_superblock(block: &mut [u8]) {
+    if be32(block, 0x28) & (INCOMPAT_CSUM_V2 | INCOMPAT_CSUM_V3) != 0 {
+        let crc = superblock_checksum(block);
+        put(block, SUPERBLOCK_CHECKSUM_AT, &crc.to_be_bytes());
     }
 }
 

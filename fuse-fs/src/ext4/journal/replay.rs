@@ -44,6 +44,8 @@ pub struct Replay {
     pub transactions: u32,
     /// The journal was given up with an error.
     pub error: u32,
+    /// A sequence that no block of the log has, not even of a transaction without its commit block.
+    pub next_sequence: u32,
 }
 
 impl Replay {
@@ -55,6 +57,11 @@ impl Replay {
     #[must_use]
     pub fn len(&self) -> usize {
         self.blocks.len()
+    }
+
+    /// The blocks of the filesystem that the log holds.
+    pub fn numbers(&self) -> impl Iterator<Item = u64> {
+        self.blocks.keys().copied()
     }
 
     #[must_use]
@@ -81,6 +88,7 @@ pub async fn replay(image: &Image<'_>, findings: &mut Vec<Finding>) -> Result<Re
     let mut log = Log::open(image).await?;
     let mut replay = Replay {
         error: log.superblock.error,
+        next_sequence: log.superblock.sequence.wrapping_add(1),
         ..Replay::default()
     };
     if log.superblock.start == 0 {
@@ -98,6 +106,7 @@ pub async fn replay(image: &Image<'_>, findings: &mut Vec<Finding>) -> Result<Re
     let transactions = log.scan(findings).await?;
     let revoked = revocations(&transactions);
     replay.transactions = transactions.len() as u32;
+    replay.next_sequence = replay.next_sequence.wrapping_add(replay.transactions);
     for transaction in &transactions {
         log.apply(transaction, &revoked, &mut replay, findings)
             .await?;

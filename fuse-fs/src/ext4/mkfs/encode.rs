@@ -195,7 +195,7 @@ impl Plan {
     fn journal_map(&self) -> [u8; MAP_BYTES] {
         let mut map = [0; MAP_BYTES];
         match self.journal_node {
-            Some(node) => extent::write_index_of_one(&mut map, node),
+            Some(node) => extent::write_index(&mut map, 1, &[(0, node)]),
             None => extent::write_leaf(&mut map, &self.journal),
         }
         map
