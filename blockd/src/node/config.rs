@@ -112,6 +112,11 @@ pub enum ConfigError {
         "nbd_access: a rule asks for names, which nobody has without nbd_tls_verify_peer or nbd_tls_psk"
     )]
     NamesWithoutTls,
+    #[error(
+        "nbd_listen: {0} is not a loopback address, so data would cross the network in the clear: give \
+         --nbd-tls-certificates DIR or --nbd-tls-psk FILE, or say --nbd-tls off if that is wanted"
+    )]
+    PlainNbd(SocketAddr),
     #[error("listen: {0} is no address that other servers could reach; name one of this machine's")]
     Unspecified(SocketAddr),
     #[error("listen: not set; give --listen ADDR[:PORT] or the key `listen` of the configuration")]
@@ -185,6 +190,12 @@ impl ConfigFile {
                 .map(|text| parse_address("nbd_listen", text, NBD_PORT))
                 .collect::<Result<_, _>>()?,
         };
+        let far = nbd_listen
+            .iter()
+            .find(|address| !address.ip().is_loopback());
+        if let Some(address) = far.filter(|_| nbd_tls == TlsSettings::default()) {
+            return Err(ConfigError::PlainNbd(*address));
+        }
         let hold = self
             .snapshot_hold_max_ms
             .unwrap_or(crate::limits::SNAPSHOT_HOLD_MAX_MS);
@@ -300,6 +311,11 @@ mod tests {
                 "snapshot_hold_max_ms",
             ),
             ("listen = '127.0.0.1'\nnbd_tls = 'yes'", "nbd_tls"),
+            ("listen = '10.0.0.1'", "nbd_listen: 10.0.0.1:10809"),
+            (
+                "listen = '127.0.0.1'\nnbd_listen = ['127.0.0.1', '[::]:7']",
+                "nbd_listen: [::]:7",
+            ),
             (
                 "listen = '127.0.0.1'\n[[nbd_access]]\naddresses = ['ten']",
                 "nbd_access, rule 1",
@@ -312,6 +328,28 @@ mod tests {
         ] {
             let error = file(text).unwrap().resolve(PathBuf::new()).unwrap_err();
             assert!(error.to_string().starts_with(key), "{text}: {error}");
+        }
+    }
+
+    /// S003-15: in the clear only where nobody listens, or by order.
+    #[test]
+    fn nbd_without_tls_stays_on_the_machine_unless_told_otherwise() {
+        for text in [
+            "listen = '127.0.0.3'",
+            "listen = '::1'",
+            "listen = '10.0.0.1'\nnbd_listen = ['127.0.0.1']",
+            "listen = '10.0.0.1'\nnbd_listen = []\nnbd_unix = '/run/nbd.sock'",
+            "listen = '10.0.0.1'\nnbd_tls = 'off'",
+            "listen = '10.0.0.1'\nnbd_tls_psk = '/etc/keys.psk'",
+            "listen = '10.0.0.1'\nnbd_tls_certificates = '/etc/pki'",
+        ] {
+            let resolved = file(text).unwrap().resolve(PathBuf::new());
+            assert!(resolved.is_ok(), "{text}: {resolved:?}");
+        }
+        let error = file("listen = '10.0.0.1'").unwrap().resolve(PathBuf::new());
+        let error = error.unwrap_err().to_string();
+        for way_out in ["--nbd-tls-certificates", "--nbd-tls-psk", "--nbd-tls off"] {
+            assert!(error.contains(way_out), "{error}");
         }
     }
 

@@ -185,7 +185,7 @@ fn bad_configurations() {
         ("nonsense", "nonsense"),
         ("0.0.0.0", "0.0.0.0"),
         ("127.0.0.1:99999", "99999"),
-        ("203.0.113.7", "203.0.113.7"),
+        ("203.0.113.7", "203.0.113.7:10809 is not a loopback address"),
     ] {
         let ran = start(&["--listen", listen]);
         assert_eq!(ran.code, Some(1), "{listen}: {ran:?}");

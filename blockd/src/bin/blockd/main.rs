@@ -59,7 +59,7 @@ struct Serve {
     /// TLS for NBD with the pre-shared keys of this file of psktool (USER:KEY) instead; it is read again when it changes.
     #[arg(long, value_name = "FILE", conflicts_with = "nbd_tls_certificates")]
     nbd_tls_psk: Option<PathBuf>,
-    /// TLS on all NBD sockets, the unix one included: off, on (clients choose) or require. Default: require with certificates or keys, else off.
+    /// TLS on all NBD sockets, the unix one included: off, on (clients choose) or require. Default: require with certificates or keys, else off, which an address that is no loopback one needs to be told.
     #[arg(long, value_name = "MODE")]
     nbd_tls: Option<String>,
     /// Accept in TLS only clients with a certificate that an authority in ca-cert.pem of the directory signed.
