@@ -183,6 +183,10 @@ pub enum AdminRequest {
     VolumeFlatten {
         name: String,
     },
+    /// Takes a drained node that is gone for good out of the cluster.
+    NodeForget {
+        node: NodeNo,
+    },
 }
 
 /// `VOL@SNAP`.

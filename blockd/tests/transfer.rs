@@ -315,7 +315,7 @@ impl Fault {
     fn apply(self, version: &MovedVersion) -> MovedVersion {
         let mut version = version.clone();
         match self {
-            Self::PlacesForgotten => version.after = None,
+            Self::PlacesForgotten => version.place.after = None,
             Self::ZerosForgotten => {
                 version.present &= !version.zero;
                 version.copied &= version.present;

@@ -22,6 +22,8 @@ mod crash;
 mod dirty_bitmaps;
 #[path = "system/exports.rs"]
 mod exports;
+#[path = "system/family_moves.rs"]
+mod family_moves;
 #[path = "system/files_view.rs"]
 mod files_view;
 #[path = "system/full_disk.rs"]

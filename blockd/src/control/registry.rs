@@ -11,6 +11,7 @@ mod machine;
 pub mod marks;
 pub mod moves;
 mod name;
+pub mod nodes;
 mod object;
 pub mod routes;
 pub mod schedule;
@@ -23,8 +24,9 @@ pub use change::{ChangeError, VolumeSpec};
 pub use lease::{LeaseEnd, LeaseHolder, LeaseRecord, LeaseState};
 pub use lineage::{OriginRecord, RollbackRecord};
 pub use machine::{Command, Machine};
-pub use moves::{DrainRecord, Duty, MoveBatch, MovePhase, MoveRecord, MoveWish};
+pub use moves::{Duty, MoveBatch, MovePhase, MoveRecord, MoveWish};
 pub use name::{NameError, check_name, split_volume_name};
+pub use nodes::DrainRecord;
 pub use object::{
     ClusterRecord, Key, Mark, NodeRecord, Object, SnapshotRecord, SnapshotState, UniqueId,
     VolumeRecord,

@@ -28,7 +28,8 @@ use tokio::time::{sleep, timeout};
 pub struct Published {
     pub table: RoutingTable,
     pub fence: Fence,
-    pub lineage: Lineage,
+    /// `None`: this server has no pages of it and gets none.
+    pub lineage: Option<Lineage>,
     /// Why the volume is not served: it is off-line.
     pub offline: Option<Rc<str>>,
 }
@@ -36,7 +37,8 @@ pub struct Published {
 /// What the store of this server must make of a volume.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lineage {
-    /// It is a clone.
+    /// It is a clone. Also a server that has nothing of the parent must know: there, too, what a clone
+    /// makes zeros is told from what it never wrote.
     pub parent: Option<Parent>,
     /// It was rolled back to this snapshot, at this routing epoch.
     pub rollback: Option<(SnapshotId, Epoch)>,
@@ -45,7 +47,7 @@ pub struct Lineage {
 /// What is to be done for one volume, and whether it is off-line.
 #[derive(Default)]
 pub(super) struct LineageGate {
-    pending: RefCell<Option<(RoutingTable, Lineage)>>,
+    pending: RefCell<Option<(RoutingTable, Option<Lineage>)>>,
     /// A task waits for its turn.
     waits: Cell<bool>,
     offline: RefCell<Option<Rc<str>>>,
@@ -114,7 +116,8 @@ impl Owner {
         true
     }
 
-    fn is_done(&self, state: &VolumeState, table: &RoutingTable, lineage: Lineage) -> bool {
+    fn is_done(&self, state: &VolumeState, table: &RoutingTable, lineage: Option<Lineage>) -> bool {
+        let Some(lineage) = lineage else { return true };
         let rolled_back = self.store.rolled_back(state.id);
         let wanted = lineage.rollback.map_or(Epoch(0), |(_, epoch)| epoch);
         let is_parent = self.store.parent(state.id) == lineage.parent;
@@ -125,8 +128,11 @@ impl Owner {
         &self,
         state: &VolumeState,
         table: &RoutingTable,
-        lineage: Lineage,
+        lineage: Option<Lineage>,
     ) -> Result<(), StoreError> {
+        let Some(lineage) = lineage else {
+            return Ok(());
+        };
         let (store, volume) = (&self.store, state.id);
         let rolled_back = store.rolled_back(volume);
         if table.epoch < rolled_back {

@@ -1,7 +1,8 @@
 //! Rollbacks, clones and flattening on a server that owns pages: what its store must be, and the copying up.
 
 use super::Member;
-use crate::control::registry::{RegistryState, VolumeRecord};
+use crate::control::registry::routes::{self, owners};
+use crate::control::registry::{MoveRecord, RegistryState, VolumeRecord};
 use crate::data::error::DataError;
 use crate::data::lineage::Lineage;
 use crate::data::page_store::{Parent, StoreError};
@@ -40,21 +41,23 @@ pub(crate) struct FlattenStatus {
 #[derive(Default)]
 pub(crate) struct Flattenings(RefCell<HashMap<VolumeId, FlattenStatus>>);
 
-/// What the store of `me` must make of a volume.
-pub(super) fn of(state: &RegistryState, me: NodeNo, volume: &VolumeRecord) -> Lineage {
-    let origin = state.origin(volume.id);
-    let rollback = state.rollback(volume.id);
-    Lineage {
-        parent: origin
-            .filter(|origin| origin.owners.contains(&me))
-            .map(|origin| Parent {
-                volume: origin.parent,
-                snapshot: origin.snapshot,
-            }),
-        rollback: rollback
-            .filter(|rollback| rollback.owners.contains(&me))
-            .map(|rollback| (rollback.snapshot, rollback.epoch)),
-    }
+/// What the store of `me` must make of a volume; `None` if it has no pages of it and gets none.
+pub(super) fn of(state: &RegistryState, me: NodeNo, volume: &VolumeRecord) -> Option<Lineage> {
+    let owns = owners(&volume.routes).contains_key(&me);
+    let record = state.page_move(volume.id);
+    let gets = record
+        .and_then(MoveRecord::batch)
+        .is_some_and(|batch| batch.to == me);
+    let parent = state.origin(volume.id).map(|origin| Parent {
+        volume: origin.parent,
+        snapshot: origin.snapshot,
+    });
+    // A new owner takes the rollbacks over with its first pages.
+    let rollback = state
+        .rollback(volume.id)
+        .filter(|rollback| owns && rollback.owners.contains(&me));
+    let rollback = rollback.map(|rollback| (rollback.snapshot, rollback.epoch));
+    (owns || gets).then_some(Lineage { parent, rollback })
 }
 
 /// Waits until this server has done everything that came with the routing table of the epoch.
@@ -116,7 +119,10 @@ pub(super) fn flatten_if_asked(member: &Rc<Member>, volume: VolumeId) {
     let state = member.registry.state();
     let origin = state.origin(volume);
     let mut all = member.flattenings.0.borrow_mut();
-    if !origin.is_some_and(|o| o.flattening && o.owners.contains(&member.number())) {
+    let owns = state
+        .volume(volume)
+        .is_some_and(|volume| owners(&volume.routes).contains_key(&member.number()));
+    if !owns || !origin.is_some_and(|origin| origin.flattening) {
         all.remove(&volume);
         return;
     }
@@ -136,7 +142,12 @@ pub(super) fn flatten_if_asked(member: &Rc<Member>, volume: VolumeId) {
 /// Copies up page by page, at a bounded rate.
 async fn flatten(member: &Member, volume: VolumeId) -> Result<(), StoreError> {
     let store = &member.owner().store;
-    let pages = store.parent_pages(volume)?;
+    let mut pages = store.parent_pages(volume)?;
+    let state = member.registry.state();
+    let routes = state
+        .volume(volume)
+        .map_or(&[][..], |volume| &volume.routes);
+    pages.retain(|page| routes::owner(routes, page.0) == Some(member.number()));
     let mut status = FlattenStatus {
         pages_total: pages.len() as u64,
         ..FlattenStatus::default()

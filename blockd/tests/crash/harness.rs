@@ -399,7 +399,7 @@ impl Runner {
                     while self
                         .attempt(|engine, fetched| engine.copy_up_group(CLONE, key, fetched))
                         .unwrap()
-                        > 0
+                        .is_some()
                     {}
                 }
             }

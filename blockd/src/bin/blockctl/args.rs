@@ -132,6 +132,11 @@ pub(crate) enum NodeVerb {
         #[arg(value_name = "NODE", value_parser = parse_node)]
         node: NodeNo,
     },
+    /// Take a drained node that is gone for good out of the cluster
+    Forget {
+        #[arg(value_name = "NODE", value_parser = parse_node)]
+        node: NodeNo,
+    },
 }
 
 #[derive(Debug, Subcommand)]

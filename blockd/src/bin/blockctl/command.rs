@@ -210,6 +210,7 @@ fn cluster_request(verb: &ClusterVerb) -> AdminRequest {
 fn node_request(verb: &NodeVerb) -> AdminRequest {
     match verb {
         NodeVerb::List | NodeVerb::Drain(_) | NodeVerb::Undrain { .. } => AdminRequest::NodeList,
+        NodeVerb::Forget { node } => AdminRequest::NodeForget { node: *node },
         NodeVerb::Define {
             address,
             name,

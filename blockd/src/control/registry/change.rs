@@ -48,9 +48,6 @@ pub enum ChangeError {
          or delete them first"
     )]
     HasClones(String, String, String),
-    /// Pages of a clone or of its parent stay where they are; the name of the volume.
-    #[error("volume {0} is a clone or has clones: `blockctl volume flatten` before pages move")]
-    ClonesStay(String),
     /// The volume depends on no snapshot.
     #[error("volume {0} is no clone, or not any more")]
     NoClone(VolumeId),
@@ -92,6 +89,15 @@ pub enum ChangeError {
     /// The node shall own nothing.
     #[error("node {0} is drained: `blockctl node undrain {0}` lets it own pages again")]
     Drained(NodeNo),
+    /// The node may own pages.
+    #[error("node {0} is not drained: `blockctl node drain {0}` first")]
+    NotDrained(NodeNo),
+    /// The node has something of a volume, or gets it; carries the name.
+    #[error(
+        "node {0} has pages or snapshots of volume {1}, or pages are on their way to it: wait for \
+         `blockctl node drain {0}`"
+    )]
+    Owns(NodeNo, String),
     /// Every other node is drained.
     #[error("node {0} is the last one that may own pages: define another one first")]
     LastNode(NodeNo),

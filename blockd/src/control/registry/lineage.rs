@@ -40,7 +40,7 @@ pub struct OriginRecord {
     pub parent: VolumeId,
     /// The snapshot; it stays as long as this record does.
     pub snapshot: SnapshotId,
-    /// The servers whose stores have both, sorted.
+    /// The servers that had both when it was made, sorted.
     pub owners: Vec<NodeNo>,
     /// 1, and one more for each clone that the parent is.
     pub depth: u32,
@@ -74,6 +74,12 @@ impl RegistryState {
             Object::Origin(record) => Some(record),
             _ => None,
         })
+    }
+
+    /// What a volume was cloned from, what that was cloned from, and so on.
+    pub fn ancestors(&self, volume: VolumeId) -> impl Iterator<Item = VolumeId> {
+        let parent = |id: &VolumeId| Some(self.origin(*id)?.parent);
+        std::iter::successors(parent(&volume), parent)
     }
 
     /// Names of the clones of a volume, or of one snapshot of it.
@@ -243,14 +249,19 @@ pub fn begin_flatten(state: &RegistryState, volume: VolumeId) -> Result<Transact
 /// The clone depends on its parent no more: all its owners have copied up what they had there.
 ///
 /// # Errors
-/// It is no clone, or not being flattened.
+/// It is no clone, or not being flattened; or its pages are moving: they must find clones on both sides.
 pub fn end_flatten(state: &RegistryState, volume: VolumeId) -> Result<Transaction, ChangeError> {
     let origin = origin_of(state, volume)?;
     if !origin.flattening {
         return Err(ChangeError::NoClone(volume));
     }
+    if let Some(moving) = state.page_move(volume).filter(|moving| !moving.is_over()) {
+        let name = state.volume(volume).map(|volume| volume.name.clone());
+        let reason = moving.reason.clone();
+        return Err(ChangeError::Moving(name.unwrap_or_default(), reason));
+    }
     let key = Key::Origin(volume);
-    Ok(reading(state, std::slice::from_ref(&key)).remove(key))
+    Ok(reading(state, &[key.clone(), Key::Move(volume)]).remove(key))
 }
 
 fn origin_of(state: &RegistryState, volume: VolumeId) -> Result<&OriginRecord, ChangeError> {

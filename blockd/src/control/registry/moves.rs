@@ -14,7 +14,7 @@
 //! flip of that attempt that is still under way can never be executed.
 
 use super::change::{ChangeError, next_epoch, reading};
-use super::object::{Key, NodeRecord, Object, SnapshotRecord, SnapshotState, VolumeRecord};
+use super::object::{Key, Object, SnapshotRecord, SnapshotState, VolumeRecord};
 use super::routes::{self, RouteRun};
 use super::state::RegistryState;
 use super::transaction::Transaction;
@@ -99,16 +99,6 @@ pub struct MoveRecord {
     pub given: Vec<(NodeNo, u64)>,
 }
 
-/// A server that shall own nothing (S003-13).
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct DrainRecord {
-    pub node: NodeNo,
-    /// Bytes a second that are copied away at the most.
-    pub rate_bytes: u64,
-    /// Milliseconds since 1970; shown, never compared.
-    pub since_unix_ms: u64,
-}
-
 /// What is to be moved.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MoveSpec {
@@ -178,7 +168,7 @@ impl MoveRecord {
     }
 
     /// The phase in which a batch has ended.
-    fn resting(&self, volume: &VolumeRecord) -> MovePhase {
+    pub(super) fn resting(&self, volume: &VolumeRecord) -> MovePhase {
         match self.wish {
             MoveWish::Cancel => MovePhase::Cancelled,
             _ if self.next(volume).is_none() => MovePhase::Done,
@@ -241,14 +231,6 @@ pub fn responsible(state: &RegistryState, record: &MoveRecord) -> Option<NodeNo>
     }
 }
 
-/// What a clone has in its parent is read on the same server.
-fn check_no_clone(state: &RegistryState, volume: &VolumeRecord) -> Result<(), ChangeError> {
-    match state.origin(volume.id).is_some() || !state.clones(volume.id, None).is_empty() {
-        true => Err(ChangeError::ClonesStay(volume.name.clone())),
-        false => Ok(()),
-    }
-}
-
 /// Plans the move of pages of a volume, and gives its record.
 ///
 /// # Errors
@@ -260,7 +242,6 @@ pub fn plan_move(
     spec: &MoveSpec,
 ) -> Result<(Transaction, MoveRecord), ChangeError> {
     let volume = state.volume(id).ok_or(ChangeError::NoVolume(id))?;
-    check_no_clone(state, volume)?;
     let before = state.page_move(id);
     if let Some(now) = before.filter(|now| !now.is_over()) {
         return Err(ChangeError::Moving(volume.name.clone(), now.reason.clone()));
@@ -326,7 +307,6 @@ pub fn begin_batch(
     batch: MoveBatch,
 ) -> Result<(Transaction, MoveRecord), ChangeError> {
     let (volume, now) = under_way(state, id)?;
-    check_no_clone(state, volume)?;
     let next = now.next(volume).filter(|next| {
         now.phase == MovePhase::Planned
             && (next.first_page, next.from, next.to) == (batch.first_page, batch.from, batch.to)
@@ -493,8 +473,13 @@ pub fn adopt_batch(
         MovePhase::Flipped(found, _) if found == batch => {}
         _ => return Err(ChangeError::MoveWentOn(volume.name.clone())),
     }
+    let phase = match state.node(batch.from) {
+        Some(_) => MovePhase::Dropping(batch),
+        // It was forgotten, and its copy with it.
+        None => now.resting(volume),
+    };
     let record = MoveRecord {
-        phase: MovePhase::Dropping(batch),
+        phase,
         ..now.clone()
     };
     Ok((saving(state, &record), record))
@@ -587,48 +572,6 @@ pub fn wish_move(
         record.phase = record.resting(volume);
     }
     Ok((saving(state, &record), record))
-}
-
-/// Says that a server shall own nothing.
-///
-/// # Errors
-/// There is no such node, or no other one would be left.
-pub fn drain_node(
-    state: &RegistryState,
-    record: &DrainRecord,
-) -> Result<(Transaction, ()), ChangeError> {
-    if state.node(record.node).is_none() {
-        return Err(ChangeError::NoNode(record.node));
-    }
-    if !open_nodes(state).any(|node| node.number != record.node) {
-        return Err(ChangeError::LastNode(record.node));
-    }
-    let key = Key::Drain(record.node);
-    let transaction = reading(state, std::slice::from_ref(&key));
-    Ok((transaction.put(key, Object::Drain(record.clone())), ()))
-}
-
-/// Lets a server own pages again.
-///
-/// # Errors
-/// There is no such node.
-pub fn undrain_node(state: &RegistryState, node: NodeNo) -> Result<(Transaction, ()), ChangeError> {
-    if state.node(node).is_none() {
-        return Err(ChangeError::NoNode(node));
-    }
-    let key = Key::Drain(node);
-    if state.drain(node).is_none() {
-        return Ok((Transaction::new(), ()));
-    }
-    let transaction = reading(state, std::slice::from_ref(&key));
-    Ok((transaction.remove(key), ()))
-}
-
-/// Nodes that may get pages.
-pub fn open_nodes(state: &RegistryState) -> impl Iterator<Item = &NodeRecord> {
-    state
-        .nodes()
-        .filter(|node| state.drain(node.number).is_none())
 }
 
 fn under_way(

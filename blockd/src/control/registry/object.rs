@@ -2,8 +2,9 @@
 
 use super::lease::{LeaseRecord, LeaseState};
 use super::lineage::{OriginRecord, RollbackRecord};
-use super::moves::{DrainRecord, MovePhase, MoveRecord};
+use super::moves::{MovePhase, MoveRecord};
 use super::name::{NameError, check_name};
+use super::nodes::DrainRecord;
 use super::routes::{self, RouteError, RouteRun};
 use super::scrub::ScrubRecord;
 use super::settings::VolumeSettings;

@@ -1,7 +1,8 @@
 //! The state of the registry: what the transactions so far have made.
 
 use super::lease::LeaseRecord;
-use super::moves::{DrainRecord, MoveRecord};
+use super::moves::MoveRecord;
+use super::nodes::DrainRecord;
 use super::object::{ClusterRecord, Key, NodeRecord, Object, SnapshotRecord, VolumeRecord};
 use super::transaction::{Outcome, Refusal, Transaction};
 use crate::id::{NodeNo, Revision, SnapshotId, VolumeId};

@@ -14,7 +14,7 @@ use super::maintain::Upkeep;
 use super::record::{Change, ChunkAt};
 use super::sweep::first_todo;
 use super::tables::Tables;
-use super::types::{PageAt, StoreOptions};
+use super::types::{PageAt, Parent, StoreOptions};
 use super::version::{GROUP_CHUNKS, bits, resolve};
 use super::volume::{Volume, group_at, group_key};
 use crate::id::{CHUNK_BYTES, SUB_BLOCK_BYTES, SnapshotId, VolumeId};
@@ -179,13 +179,27 @@ impl<D: Disk> Engine<D> {
     /// Fails unless everything that a clone may read is here.
     fn check_parents<'a>(&'a self, mut volume: &'a Volume) -> Result<(), StoreError> {
         while let Some(parent) = volume.parent {
-            let missing = StoreError::UnknownSnapshot {
-                volume: parent.volume,
-                snapshot: parent.snapshot,
-            };
-            volume = self.tables.parent_of(volume).ok_or(missing)?.0;
+            self.check_parent(parent)?;
+            match self.tables.parent_of(volume) {
+                Some((next, _)) => volume = next,
+                None => return Ok(()),
+            }
         }
         Ok(())
+    }
+
+    /// Fails if there is something of a volume, and its snapshot is not there. A clone whose pages came
+    /// from other servers needs nothing of its parent.
+    pub(super) fn check_parent(&self, parent: Parent) -> Result<(), StoreError> {
+        let known = self.tables.volumes.get(&parent.volume.0);
+        let has_snapshot = |v: &Volume| !v.deleted && v.era_of(parent.snapshot).is_some();
+        match known.is_none_or(|v| has_snapshot(v) || v.groups.is_empty()) {
+            true => Ok(()),
+            false => Err(StoreError::UnknownSnapshot {
+                volume: parent.volume,
+                snapshot: parent.snapshot,
+            }),
+        }
     }
 
     /// Volume and line of a view; `None` if nothing was ever written.

@@ -6,10 +6,13 @@
 //!
 //! A clone needs its parent as long as the parent has data that the clone does not decide. Copying
 //! it up, page by page, puts it under all versions of the clone, so that every snapshot of the clone
-//! has it, too. Holes need no copy: what nobody decides is a hole, with a parent or without.
+//! has it, too. Holes need no copy: what nobody decides is a hole, with a parent or without. Zeros are
+//! copied as zeros: a page that was copied up decides all that the pages of its parents decide, so it
+//! makes no difference which of these are in the store (S003-13).
 
 use super::engine::{Engine, Fetched, PAGE_BYTES_MAX, Step};
 use super::error::StoreError;
+use super::line::Line;
 use super::read::SUB;
 use super::record::{Change, ChunkAt, DataKind, RECORD_BYTES_MAX};
 use super::types::Parent;
@@ -60,14 +63,7 @@ impl<D: Disk> Engine<D> {
         if self.parent(volume) == Some(parent) {
             return Ok(());
         }
-        let known = self.tables.volumes.get(&parent.volume.0);
-        let known = known.filter(|v| !v.deleted && v.era_of(parent.snapshot).is_some());
-        if known.is_none() {
-            return Err(StoreError::UnknownSnapshot {
-                volume: parent.volume,
-                snapshot: parent.snapshot,
-            });
-        }
+        self.check_parent(parent)?;
         self.commit_at_once(&Change::Clone(volume, parent))
     }
 
@@ -92,7 +88,7 @@ impl<D: Disk> Engine<D> {
                 ..first
             })
         });
-        if chunks.into_iter().any(|at| self.needed(found, at) != 0) {
+        if chunks.into_iter().any(|at| self.below(found, at).data != 0) {
             return Err(StoreError::NeedsParent { volume });
         }
         self.commit_at_once(&Change::Detach(volume))
@@ -154,13 +150,13 @@ impl<D: Disk> Engine<D> {
     }
 
     /// Copies up the next chunk of a group that a clone has in its parent only, in part; the bytes.
-    /// `Done(0)` says that there was none left.
+    /// `None` says that there was none left.
     pub fn copy_up_group(
         &mut self,
         volume: VolumeId,
         key: u64,
         fetched: &[Fetched],
-    ) -> Result<Step<u64>, StoreError> {
+    ) -> Result<Step<Option<u64>>, StoreError> {
         self.check_writable()?;
         self.check_volume(volume)?;
         let first = group_at(volume, key);
@@ -170,15 +166,15 @@ impl<D: Disk> Engine<D> {
         });
         let found = self.tables.volumes.get(&volume.0);
         let needed = found.and_then(|found| {
-            let mut needed = chunks.map(|at| (found, at, self.needed(found, at)));
+            let mut needed = chunks.map(|at| (found, at, self.below(found, at).mask()));
             needed.find(|(.., mask)| *mask != 0)
         });
         let Some((found, at, mask)) = needed else {
-            return Ok(Step::Done(0));
+            return Ok(Step::Done(None));
         };
         let under = under(found, found.chunk(at.page, at.chunk));
         let Some(parent) = self.tables.parent_of(found) else {
-            return Ok(Step::Done(0));
+            return Ok(Step::Done(None));
         };
         let sources = self.tables.sources(parent, at, mask);
         let mut cold = Vec::new();
@@ -191,7 +187,7 @@ impl<D: Disk> Engine<D> {
         if !self.has_room(RECORD_BYTES_MAX as u64) {
             return Ok(Step::Full);
         }
-        let bytes = u64::from(mask.count_ones()) * SUB as u64;
+        let bytes = u64::from(copy.mask.count_ones()) * SUB as u64;
         self.claim_space(bytes)?;
         if under.is_none() {
             copy.slot = self.tables.slots.allocate(1).ok_or(StoreError::NoSpace)?;
@@ -200,20 +196,44 @@ impl<D: Disk> Engine<D> {
         if logged.is_err() && under.is_none() {
             self.tables.slots.release(copy.slot, true);
         }
-        logged.map(|()| Step::Done(bytes))
+        logged.map(|()| Step::Done(Some(bytes)))
     }
 
-    /// Sub-blocks with data in the parent that some view of the clone reads there.
-    fn needed(&self, clone: &Volume, at: ChunkAt) -> u16 {
+    /// What a clone has of a chunk in its parents only.
+    pub(super) fn below(&self, clone: &Volume, at: ChunkAt) -> Below {
         let Some(parent) = self.tables.parent_of(clone) else {
-            return 0;
+            return Below::default();
         };
-        let versions = clone.chunk(at.page, at.chunk);
-        let open = open_in(clone, versions);
+        let open = open_in(clone, clone.chunk(at.page, at.chunk));
         if open == 0 {
-            return 0;
+            return Below::default();
         }
-        self.data_mask(parent, at, open)
+        let data = self.data_mask(parent, at, open);
+        let zero = self.decided(parent, at, open) & !data;
+        Below { data, zero }
+    }
+
+    /// Sub-blocks that a view or the parents under it decide.
+    fn decided(&self, (volume, line): (&Volume, Line<'_>), at: ChunkAt, want: u16) -> u16 {
+        let seen = line.of(volume.chunk(at.page, at.chunk));
+        let own = want & seen.fold(0, |mask, version| mask | version.present);
+        match self.tables.parent_of(volume) {
+            Some(parent) => own | self.decided(parent, at, want & !own),
+            None => own,
+        }
+    }
+}
+
+/// Sub-blocks of a chunk that a clone's parents decide and some view of the clone does not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Below {
+    pub(super) data: u16,
+    pub(super) zero: u16,
+}
+
+impl Below {
+    pub(super) fn mask(self) -> u16 {
+        self.data | self.zero
     }
 }
 
@@ -229,7 +249,7 @@ fn open_in(volume: &Volume, versions: &[Version]) -> u16 {
 }
 
 /// Slot and era of the version that is under all views of a chunk; `None` if there is none.
-fn under(volume: &Volume, versions: &[Version]) -> Option<(u32, u32)> {
+pub(super) fn under(volume: &Volume, versions: &[Version]) -> Option<(u32, u32)> {
     let oldest = versions.last()?;
     let is_under = oldest.era == 0 || {
         let mut views = volume.snapshots().iter().map(|(_, era)| *era);

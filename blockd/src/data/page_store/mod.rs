@@ -19,6 +19,7 @@ mod eras;
 mod error;
 mod finding;
 mod hash;
+mod history;
 mod image;
 mod lanes;
 mod layers;
@@ -49,6 +50,7 @@ pub use check::{CheckOptions, CheckProgress, StoreCheck, StoreSummary, check_sto
 pub use engine::{ColdRead, Engine, Fetched, PAGE_BYTES_MAX, Step};
 pub use error::StoreError;
 pub use finding::{DamagedRange, Finding, Findings, Place, Severity};
+pub use history::{EraPlace, History};
 pub use image::{PageImage, StoreImage};
 pub use maintain::{ApplyJob, CommitJob, Job, JobDone, MetaJob, SyncJob};
 pub use place::Placement;

@@ -26,6 +26,16 @@ pub(super) enum Source {
     Stored { file: DiskFile, pos: u64, crc: u32 },
 }
 
+impl Source {
+    /// The checksum of what is stored.
+    pub(super) fn crc(&self) -> Option<u32> {
+        match self {
+            Source::Hole => None,
+            Source::Stored { crc, .. } => Some(*crc),
+        }
+    }
+}
+
 /// First sub-block of a run of sources, to name a bad one.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Origin {

@@ -12,11 +12,11 @@
 //!     32    4  page; of a clone: 8 bytes, the parent volume
 //!     36    2  chunk of the page
 //!     38    2  zero: sub-blocks that become zeros, or of which a version forgets what it decided
-//!     40    4  slot; of a snapshot taken of an era: that era
+//!     40    4  slot; of a snapshot taken of an era: that era; of a turn: the era that it follows
 //!     44    4  argument: snapshot, slot to drop, chunks of a pointer, bytes of a pad; of moved
-//!              data: sub-blocks that are copied
-//!     48    4  epoch; of moved data and pointers: era; of a rollback: that of the routing table
-//!              that it made
+//!              data: sub-blocks that are copied; of a turn: its era
+//!     48    4  epoch; of moved data and pointers: era; of a rollback or turn: that of the routing
+//!              table that it made
 //!     52    4  length of the body in bytes, a multiple of 64
 //!     56    4  checksum field of the record before
 //!     60    4  CRC-32 (seeded by the store's id) of bytes 0..60 and of the checksum table
@@ -24,11 +24,12 @@
 //!              data: 4096 bytes for each set bit of mask
 //! ```
 //! A pointer has 16 checksums for each of its chunks, mask 0 and no data. The seed is secret, so that
-//! a guest cannot forge records inside its data. Kinds 20 to 23 came with page moves,
+//! a guest cannot forge records inside its data. Kinds 20 to 24 came with page moves,
 //! 15 and 16 with snapshots by time stamps,
 //! 11 to 14 with rollbacks and clones and format version 2 of the store.
 
 use super::codec::{put, u16_at, u32_at, u64_at};
+use super::line::Turn;
 use super::types::Parent;
 use super::version::{SUBS, bits};
 use crate::id::{PageNo, SnapshotId, VolumeId};
@@ -115,6 +116,8 @@ pub(super) enum Change {
     TakeSnapshotAt(VolumeId, SnapshotId, u32),
     /// The head is what the snapshot is; the routing epoch at which it came to be.
     Rollback(VolumeId, SnapshotId, u32),
+    /// A rollback that other stores carried out before this one had anything of the volume.
+    Turn(VolumeId, Turn, u32),
     /// A volume that begins as a snapshot of another one.
     Clone(VolumeId, Parent),
     /// A clone that needs its parent no more.
@@ -214,6 +217,7 @@ fn encode_fields(change: &Change, buf: &mut [u8]) -> usize {
         Change::NextEra(volume) => (15, *volume, 0),
         Change::TakeSnapshotAt(volume, snapshot, _) => (16, *volume, snapshot.0),
         Change::Rollback(volume, snapshot, _) => (11, *volume, snapshot.0),
+        Change::Turn(volume, turn, _) => (24, *volume, turn.era),
         Change::Clone(volume, parent) => (12, *volume, parent.snapshot.0),
         Change::Detach(volume) => (13, *volume, 0),
         Change::Forget { at, .. } => (14, at.volume, 0),
@@ -265,6 +269,10 @@ fn encode_fields(change: &Change, buf: &mut [u8]) -> usize {
         Change::Adopt(at, epoch) => put_place(buf, at, 0, *epoch),
         Change::TakeSnapshotAt(_, _, era) => put(buf, 40, &era.to_le_bytes()),
         Change::Rollback(_, _, epoch) => put(buf, 48, &epoch.to_le_bytes()),
+        Change::Turn(_, turn, epoch) => {
+            put(buf, 40, &turn.to.to_le_bytes());
+            put(buf, 48, &epoch.to_le_bytes());
+        }
         Change::Clone(_, parent) => put(buf, 32, &parent.volume.0.to_le_bytes()),
         Change::Forget { at, slot, mask } => {
             put_place(buf, at, *slot, 0);
@@ -301,7 +309,7 @@ pub(super) fn decode(bytes: &[u8], seed: u32) -> Option<Record> {
     let table = match bytes[4] {
         3..=5 | 20 => mask.count_ones() as usize,
         6 | 21 if (1..=POINTER_CHUNKS).contains(&(argument as usize)) => argument as usize * SUBS,
-        1 | 2 | 7..=16 | 22 | 23 => 0,
+        1 | 2 | 7..=16 | 22..=24 => 0,
         _ => return None,
     };
     let head_bytes = RECORD_ALIGN + (4 * table).next_multiple_of(RECORD_ALIGN);
@@ -372,6 +380,10 @@ fn decode_change(bytes: &[u8], mask: u16, argument: u32) -> Option<Change> {
         }
         22 => Change::DropChunk(at),
         23 => Change::Adopt(at, epoch),
+        24 => {
+            let (era, to) = (argument, slot);
+            Change::Turn(volume, Turn { era, to }, epoch)
+        }
         15 => Change::NextEra(volume),
         16 => Change::TakeSnapshotAt(volume, SnapshotId(argument), slot),
         11 => Change::Rollback(volume, SnapshotId(argument), epoch),
@@ -509,6 +521,7 @@ mod tests {
         round_trip(Change::Mark { in_slab: 6 });
         round_trip(Change::Pad(640));
         round_trip(Change::Rollback(VolumeId(1), SnapshotId(2), 3));
+        round_trip(Change::Turn(VolumeId(1), Turn { era: 7, to: 2 }, 3));
         round_trip(clone());
         round_trip(Change::Detach(VolumeId(1)));
         round_trip(Change::Forget {

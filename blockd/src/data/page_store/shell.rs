@@ -6,6 +6,7 @@
 
 use super::engine::{ColdRead, Engine, Fetched, Step};
 use super::error::StoreError;
+use super::history::History;
 use super::lanes::{Lanes, Outcome};
 use super::place::Placement;
 use super::scrub::{BadChunk, ChunkBuffer, Scrubbed, StoredChunk};
@@ -19,7 +20,7 @@ use crate::io::disk::{Disk, FileDisk};
 use crate::planted::{Plant, planted};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::path::Path;
@@ -388,8 +389,8 @@ impl PageStore {
                     .inner
                     .attempt(|engine, fetched| engine.copy_up_group(volume, key, fetched));
                 match step.await? {
-                    0 => break,
-                    bytes => copied += bytes,
+                    None => break,
+                    Some(bytes) => copied += bytes,
                 }
                 self.inner.after_change();
                 tokio::task::yield_now().await;
@@ -428,9 +429,34 @@ impl PageStore {
         self.inner.engine.borrow().held_pages(volume)
     }
 
-    /// Chunks of a page that have versions, in order.
+    /// See [`Engine::shown_pages`].
     #[must_use]
-    pub fn page_chunks(&self, volume: VolumeId, page: PageNo) -> Vec<u16> {
+    pub fn shown_pages(&self, volume: VolumeId) -> BTreeMap<PageNo, u64> {
+        self.inner.engine.borrow().shown_pages(volume)
+    }
+
+    /// See [`Engine::history`].
+    #[must_use]
+    pub fn history(&self, volume: VolumeId) -> History {
+        self.inner.engine.borrow().history(volume)
+    }
+
+    /// Gives a volume of which nothing is held here the history of another store.
+    pub async fn adopt_history(
+        &self,
+        volume: VolumeId,
+        history: &History,
+    ) -> Result<(), StoreError> {
+        self.inner
+            .attempt(|engine, _| engine.adopt_history(volume, history))
+            .await?;
+        self.inner.after_change();
+        Ok(())
+    }
+
+    /// See [`Engine::page_chunks`].
+    #[must_use]
+    pub fn page_chunks(&self, volume: VolumeId, page: PageNo) -> BTreeSet<u16> {
         self.inner.engine.borrow().page_chunks(volume, page)
     }
 

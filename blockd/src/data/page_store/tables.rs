@@ -251,6 +251,16 @@ impl Tables {
                 volume.remove_snapshot(*snapshot);
             }
             Change::Rollback(id, snapshot, epoch) => self.roll_back(*id, *snapshot, *epoch)?,
+            Change::Turn(id, turn, epoch) => {
+                let volume = self.volumes.entry(id.0).or_default();
+                let last = volume.turns.last().map_or(0, |last| last.era);
+                if turn.era <= last || turn.era <= turn.to {
+                    return Err(Misfit("a turn out of order"));
+                }
+                volume.era = volume.era.max(turn.era);
+                volume.turns.push(*turn);
+                volume.rolled_back = *epoch;
+            }
             Change::Clone(id, parent) => {
                 let volume = self.volumes.entry(id.0).or_default();
                 volume.parent = Some(*parent);

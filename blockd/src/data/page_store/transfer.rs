@@ -1,8 +1,7 @@
 //! Pages on their way between stores: the versions of a chunk out of one, and into another (S003-19).
 //!
-//! Eras count differently in every store. What stores agree on is the order of the snapshots, so a
-//! version is placed by the newest snapshot that does *not* see it. That place stays right whatever
-//! snapshots are taken on either side before the page belongs to the other one.
+//! A version is placed by the history of its volume (`history`). A clone's page comes with what it has
+//! in the pages of its parents, as if it had been copied up (`lineage`), so it needs none of them.
 //!
 //! A page that is moving in belongs to nobody here: it is taken in chunk by chunk, and a crash in
 //! between leaves a part that is dropped or taken in again. Moved data counts as of epoch 0 until the
@@ -10,14 +9,16 @@
 
 use super::engine::{ColdRead, Engine, Fetched, Step};
 use super::error::StoreError;
-use super::read::{Origin, SUB};
+use super::history::EraPlace;
+use super::lineage::{Below, under};
+use super::read::{Origin, SUB, Source};
 use super::record::{Change, ChunkAt, DataKind};
 use super::version::{ALL, GROUP_CHUNKS, SUBS, Version, bits};
 use super::volume::{Volume, group_at, group_key};
 use crate::id::{CHUNK_BYTES, Epoch, PageNo, SUB_BLOCK_BYTES, SnapshotId, VolumeId};
 use crate::io::disk::{Disk, DiskFile};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::IoSlice;
 
 /// Bytes of data after which an export ends a piece.
@@ -28,10 +29,7 @@ const PAGE_GROUPS: u16 = 128;
 /// One version of a chunk, without its data.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MovedVersion {
-    /// The newest snapshot that does not see it; `None`: all see it.
-    pub after: Option<SnapshotId>,
-    /// Rollbacks before it.
-    pub rollbacks: u32,
+    pub place: EraPlace,
     /// Sub-blocks that it decides; of these: zeros, and those that were copied and not written.
     pub present: u16,
     pub zero: u16,
@@ -61,6 +59,13 @@ pub struct Exported {
     pub next: Option<u32>,
 }
 
+impl Exported {
+    fn add(&mut self, (moved, data): (MovedVersion, Vec<u8>)) {
+        self.data.extend(data);
+        self.moved.versions.push(moved);
+    }
+}
+
 impl MovedVersion {
     fn data(&self) -> u16 {
         self.present & !self.zero
@@ -79,55 +84,40 @@ impl MovedVersion {
     }
 }
 
-impl Volume {
-    /// The newest snapshot that does not see a version of this era.
-    fn after(&self, era: u32) -> Option<SnapshotId> {
-        let older = self.snapshots_between(0, era).end;
-        older.checked_sub(1).map(|at| self.snapshots()[at].0)
-    }
-
-    /// Rollbacks before an era.
-    fn rollbacks(&self, era: u32) -> u32 {
-        let before = self.turns.partition_point(|turn| turn.era <= era);
-        u32::try_from(before).unwrap_or(u32::MAX)
-    }
-
-    /// The era of a version of the sender, whose snapshots are `order`: the one that begins behind
-    /// the same snapshot and the same rollback. A snapshot that was dropped here already counts as the
-    /// one before it.
-    fn era_behind(&self, order: &[SnapshotId], moved: &MovedVersion) -> Option<u32> {
-        let turn = match moved.rollbacks.checked_sub(1) {
-            Some(last) => self.turns.get(last as usize)?.era,
-            None => 0,
-        };
-        let Some(after) = moved.after else {
-            return Some(turn);
-        };
-        let at = order.iter().position(|id| *id == after)?;
-        let known = order[..=at].iter().rev();
-        let last = known.filter_map(|id| self.era_of(*id)).next();
-        Some(last.map_or(0, |last| last + 1).max(turn))
-    }
-}
-
 impl<D: Disk> Engine<D> {
-    /// Chunks of a page that have versions, in order.
-    pub fn page_chunks(&self, volume: VolumeId, page: PageNo) -> Vec<u16> {
-        let Some(found) = self.tables.volumes.get(&volume.0) else {
-            return Vec::new();
-        };
-        let groups = (0..PAGE_GROUPS).filter_map(|number| {
-            let group = found.groups.get(&group_key(page, number))?;
-            Some((number * GROUP_CHUNKS, group))
+    /// Chunks of a page that have versions here or in the volume's parents, in order.
+    pub fn page_chunks(&self, volume: VolumeId, page: PageNo) -> BTreeSet<u16> {
+        let family = self.ancestry(volume).into_iter();
+        let found = family.filter_map(|id| self.tables.volumes.get(&id.0));
+        let groups = found.flat_map(|found| {
+            let numbers = 0..PAGE_GROUPS;
+            numbers.filter_map(move |number| {
+                let group = found.groups.get(&group_key(page, number))?;
+                Some((number * GROUP_CHUNKS, group))
+            })
         });
         groups
-            .flat_map(|(first, group)| {
-                let chunks = group.chains();
-                let mut chunks: Vec<u16> = chunks.map(|v| first + u16::from(v[0].chunk)).collect();
-                chunks.sort_unstable();
-                chunks
-            })
+            .flat_map(|(first, group)| group.chains().map(move |v| first + u16::from(v[0].chunk)))
             .collect()
+    }
+
+    /// Pages that hold versions here or in the volume's parents, with the bytes of all their data.
+    pub fn shown_pages(&self, volume: VolumeId) -> BTreeMap<PageNo, u64> {
+        let mut pages = BTreeMap::new();
+        for (page, bytes) in self
+            .ancestry(volume)
+            .into_iter()
+            .flat_map(|v| self.held_pages(v))
+        {
+            *pages.entry(page).or_default() += bytes;
+        }
+        pages
+    }
+
+    /// A volume, what it was cloned from, and so on.
+    fn ancestry(&self, volume: VolumeId) -> Vec<VolumeId> {
+        let parent = |id: &VolumeId| Some(self.parent(*id)?.volume);
+        std::iter::successors(Some(volume), parent).collect()
     }
 
     /// Pages that hold versions, with the bytes of their data, in order.
@@ -166,27 +156,28 @@ impl<D: Disk> Engine<D> {
         let Some(found) = self.tables.volumes.get(&volume.0) else {
             return Ok(Step::Done(exported));
         };
-        let versions = found.chunk(page, chunk).iter().rev();
+        let at = ChunkAt {
+            volume,
+            page,
+            chunk,
+        };
+        let versions = found.chunk(page, chunk);
+        let mut below = match from {
+            None => self.below(found, at),
+            Some(_) => Below::default(),
+        };
+        if below.mask() != 0 && under(found, versions).is_none() {
+            let below = std::mem::take(&mut below);
+            exported.add(self.moved(found, at, None, below, fetched, &mut cold)?);
+        }
+        let versions = versions.iter().rev();
         for version in versions.filter(|v| from.is_none_or(|from| from <= v.era)) {
             if exported.data.len() >= PIECE_BYTES {
                 exported.next = Some(version.era);
                 break;
             }
-            let at = ChunkAt {
-                volume,
-                page,
-                chunk,
-            };
-            let data = self.version_data(at, version, fetched, &mut cold)?;
-            exported.data.extend(data);
-            exported.moved.versions.push(MovedVersion {
-                after: found.after(version.era),
-                rollbacks: found.rollbacks(version.era),
-                present: version.present,
-                zero: version.zero,
-                copied: version.copied,
-                crcs: bits(version.data()).map(|sub| version.crcs[sub]).collect(),
-            });
+            let below = std::mem::take(&mut below);
+            exported.add(self.moved(found, at, Some(version), below, fetched, &mut cold)?);
         }
         Ok(match cold.is_empty() {
             true => Step::Done(exported),
@@ -194,23 +185,50 @@ impl<D: Disk> Engine<D> {
         })
     }
 
-    /// The sub-blocks that a version stores, one behind the other.
-    fn version_data(
+    /// A version, the one under all if there is none, with what the parents of its volume decide
+    /// below it; and its data.
+    fn moved(
+        &self,
+        found: &Volume,
+        at: ChunkAt,
+        version: Option<&Version>,
+        below: Below,
+        fetched: &[Fetched],
+        cold: &mut Vec<ColdRead>,
+    ) -> Result<(MovedVersion, Vec<u8>), StoreError> {
+        let own = version.map_or(0, Version::data);
+        let mut sources = self.tables.sources_in(version.into_iter(), own);
+        if let Some(parent) = self.tables.parent_of(found).filter(|_| below.data != 0) {
+            let theirs = self.tables.sources(parent, at, below.data);
+            bits(below.data).for_each(|sub| sources[sub] = theirs[sub]);
+        }
+        let moved = MovedVersion {
+            place: version.map_or_else(EraPlace::default, |v| found.place(v.era)),
+            present: version.map_or(0, |v| v.present) | below.mask(),
+            zero: version.map_or(0, |v| v.zero) | below.zero,
+            copied: version.map_or(0, |v| v.copied) | below.mask(),
+            crcs: sources.iter().filter_map(Source::crc).collect(),
+        };
+        let data = self.stored(at, &sources, own | below.data, fetched, cold)?;
+        Ok((moved, data))
+    }
+
+    /// The sub-blocks that are stored in these sources, one behind the other.
+    fn stored(
         &self,
         at: ChunkAt,
-        version: &Version,
+        sources: &[Source; SUBS],
+        want: u16,
         fetched: &[Fetched],
         cold: &mut Vec<ColdRead>,
     ) -> Result<Vec<u8>, StoreError> {
-        let want = version.data();
-        let sources = self.tables.sources_in(std::iter::once(version), want);
         let mut buf = vec![0; CHUNK_BYTES as usize];
         let origin = Origin {
             volume: at.volume,
             page: at.page,
             sub: u32::from(at.chunk) * (CHUNK_BYTES / SUB_BLOCK_BYTES),
         };
-        self.gather(&sources, origin, &mut buf, fetched, cold)?;
+        self.gather(sources, origin, &mut buf, fetched, cold)?;
         if want == ALL {
             return Ok(buf);
         }
@@ -238,7 +256,7 @@ impl<D: Disk> Engine<D> {
         }
         let known = self.tables.volumes.get(&volume.0);
         let nothing = Volume::default();
-        let era = known.unwrap_or(&nothing).era_behind(order, moved);
+        let era = known.unwrap_or(&nothing).era_at(order, moved.place);
         let unknown = "a version behind a snapshot or rollback that is unknown here";
         let era = era.ok_or_else(|| bad_move(chunk, 0, unknown))?;
         let at = ChunkAt {

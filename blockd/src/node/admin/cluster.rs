@@ -9,12 +9,17 @@ use crate::admin::{
     NodeInfo,
 };
 use crate::control::registry::change::{define_cluster, define_node as node_change};
-use crate::control::registry::{ChangeError, NodeRecord, Transaction, UniqueId, check_name};
+use crate::control::registry::nodes::{self as registry_nodes, next_number};
+use crate::control::registry::routes::owners;
+use crate::control::registry::{
+    ChangeError, NodeRecord, Transaction, UniqueId, VolumeRecord, check_name,
+};
 use crate::id::{NodeNo, VolumeId};
 use crate::io::host::random_u128;
 use crate::io::link::{LinkError, decode_control, encode_control};
 use crate::io::wire::{Frame, Kind, Status};
 use crate::node::config::with_peer_port;
+use crate::node::moves::change_owners;
 use crate::node::{Member, Node};
 use futures_util::future::join_all;
 use std::rc::Rc;
@@ -173,8 +178,7 @@ pub(super) async fn define_node(
     let unique_id = parse_id(&them.unique_id)?;
     let build = |state: &crate::control::registry::RegistryState| {
         let known = state.nodes().find(|node| node.unique_id == unique_id);
-        let last = state.nodes().last().map_or(0, |node| node.number.0);
-        let number = known.map_or(NodeNo(last.saturating_add(1)), |node| node.number);
+        let number = known.map_or_else(|| next_number(state), |node| node.number);
         let record = NodeRecord {
             number,
             name: name
@@ -208,6 +212,38 @@ pub(super) async fn define_node(
     }
     member.publish();
     Ok(AdminReply::Node(node_info(member, &record).await))
+}
+
+/// Takes a drained node that is gone for good out of the cluster. Repeating it completes what a
+/// failure cut short.
+pub(super) async fn forget_node(member: &Member, node: NodeNo) -> Answer {
+    catch_up(member).await?;
+    let state = member.registry.state();
+    let votes = member.registry.status().voters.contains(&node);
+    if let Some(record) = state.node(node) {
+        if node_info(member, record).await.reachable {
+            let text = format!("node {node} is up: stop the server before it is forgotten");
+            return Err(refused(AdminErrorKind::Conflict, text));
+        }
+        if state.drain(node).is_none() {
+            return Err(ChangeError::NotDrained(node).into());
+        }
+        let owns = |volume: &VolumeRecord| owners(&volume.routes).contains_key(&node);
+        for volume in state.volumes().filter(|volume| !owns(volume)) {
+            change_owners(member, volume.id, node, false).await?;
+        }
+        member
+            .registry
+            .update(|state| registry_nodes::forget_node(state, node))
+            .await?;
+    } else if !votes {
+        return Err(ChangeError::NoNode(node).into());
+    }
+    if votes {
+        member.registry.remove_voter(node).await?;
+    }
+    member.publish();
+    Ok(AdminReply::Done)
 }
 
 /// One administrative request to another server, which need not be a member yet.

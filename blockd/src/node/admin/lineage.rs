@@ -7,6 +7,7 @@ use crate::admin::{
 };
 use crate::control::calendar::utc;
 use crate::control::registry::lineage::{begin_flatten, clone_volume, end_flatten, roll_back};
+use crate::control::registry::routes::owners;
 use crate::control::registry::{ChangeError, OriginRecord, RegistryState, Transaction};
 use crate::id::{Epoch, NodeNo, VolumeId};
 use crate::node::lineage::ask;
@@ -112,7 +113,11 @@ pub(super) async fn flatten(member: &Member, name: &str) -> Answer {
 
 /// Has every owner copy up, and ends the dependence when all have.
 pub(in crate::node) async fn drive(member: &Member, origin: &OriginRecord) {
-    let nodes: Vec<NodeNo> = origin.owners.clone();
+    let state = member.registry.state();
+    let Some(volume) = state.volume(origin.volume) else {
+        return;
+    };
+    let nodes: Vec<NodeNo> = owners(&volume.routes).into_keys().collect();
     let heard = ask(member, &nodes, origin.volume, Epoch(0)).await;
     let is_finished = |status: Option<_>| {
         let status: Option<crate::node::lineage::LineageStatus> = status;

@@ -115,6 +115,7 @@ async fn dispatch(node: &Rc<Node>, request: AdminRequest) -> Answer {
             drain,
             rate_bytes,
         } => moves::drain(member, node, drain, rate_bytes).await,
+        AdminRequest::NodeForget { node } => cluster::forget_node(member, node).await,
         AdminRequest::DrainList => moves::drains(member).await,
         AdminRequest::MoveGiven { volume } => moves::given(member, volume).await,
         AdminRequest::VolumeDetails { name } => volume::details(member, &name).await,
@@ -194,7 +195,8 @@ impl From<ChangeError> for AdminError {
             | ChangeError::HasSnapshots(_)
             | ChangeError::Protected(..)
             | ChangeError::HasClones(..)
-            | ChangeError::ClonesStay(_)
+            | ChangeError::NotDrained(_)
+            | ChangeError::Owns(..)
             | ChangeError::NoClone(_)
             | ChangeError::TooDeep(_)
             | ChangeError::NotInSnapshot(..) => AdminErrorKind::Conflict,

@@ -3,9 +3,8 @@
 use super::super::moves::{self, Loads};
 use super::{Answer, catch_up, no_volume, refused};
 use crate::admin::{AdminError, AdminErrorKind, AdminReply, DrainInfo, MoveInfo};
-use crate::control::registry::moves::{
-    MoveSpec, drain_node, plan_move, responsible, undrain_node, wish_move,
-};
+use crate::control::registry::moves::{MoveSpec, plan_move, responsible, wish_move};
+use crate::control::registry::nodes::{drain_node, undrain_node};
 use crate::control::registry::routes::owners;
 use crate::control::registry::{
     ChangeError, DrainRecord, MoveRecord, MoveWish, RegistryState, VolumeRecord,

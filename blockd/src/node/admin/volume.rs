@@ -9,7 +9,7 @@ use crate::admin::{
 use crate::control::registry::change::{
     VolumeSpec, create_volume, delete_volume, rename_volume, resize_volume,
 };
-use crate::control::registry::moves::open_nodes;
+use crate::control::registry::nodes::open_nodes;
 use crate::control::registry::routes::owners;
 use crate::control::registry::{RegistryState, SnapshotState, VolumeRecord};
 use crate::data::router::RoutingTable;

@@ -10,6 +10,7 @@ mod source;
 mod target;
 
 pub(super) use plan::{Loads, plan};
+pub(super) use source::change_owners;
 pub(crate) use target::answer;
 
 use super::handover_file::{self, HandoverFileError};
@@ -18,7 +19,7 @@ use super::registry::{RegistryError, UpdateError};
 use super::{Member, ServeError, fault, serve};
 use crate::admin::HoldInfo;
 use crate::control::registry::moves::{adopt_batch, drop_batch, duty, finish_move};
-use crate::control::registry::routes::owners;
+use crate::control::registry::routes::{owner, owners};
 use crate::control::registry::{
     ChangeError, Duty, MoveBatch, MovePhase, MoveRecord, RegistryState,
 };
@@ -222,10 +223,16 @@ impl Moves {
     }
 }
 
-/// Whether this server is the owner of a page by the table that it goes by.
+/// Whether this server is the owner of a page, by the table that it goes by or by the newest one that it
+/// has heard of.
 fn owns(member: &Member, volume: VolumeId, page: PageNo) -> bool {
-    let state = member.owner().volume(volume);
-    state.is_some_and(|state| state.table().owner(page) == Some(member.number()))
+    let known = member.owner().volume(volume);
+    let me = Some(member.number());
+    let registry = member.registry.state();
+    known.is_some_and(|known| known.table().owner(page) == me)
+        || registry
+            .volume(volume)
+            .is_some_and(|volume| owner(&volume.routes, page.0) == me)
 }
 
 /// Takes steps for ever.
@@ -360,14 +367,22 @@ async fn adopt(
 /// Drops the batch, which has another owner by now.
 async fn drop_pages(member: &Member, volume: VolumeId, batch: MoveBatch) -> Result<(), Trouble> {
     fault::point("move-dropping");
-    let held = member.owner().store.held_pages(volume).into_keys();
-    drop_all(member, volume, held.filter(|page| batch.has(page.0))).await?;
+    let store = &member.owner().store;
+    let shown = store.shown_pages(volume).into_keys();
+    for page in shown.filter(|page| batch.has(page.0)) {
+        // Clones that stay here keep what they have in the page, or below it.
+        for clone in clones_with(member, volume, page)? {
+            store.copy_up(clone, page).await?;
+        }
+        drop_all(member, volume, std::iter::once(page)).await?;
+        yield_now().await;
+    }
     let state = member.registry.state();
     let owns_pages = state
         .volume(volume)
         .is_some_and(|volume| owners(&volume.routes).contains_key(&member.number()));
     if !owns_pages {
-        source::change_owners(member, volume, member.number(), false).await?;
+        change_owners(member, volume, member.number(), false).await?;
         forget(member, volume).await?;
     }
     let build = |state: &RegistryState| drop_batch(state, volume, batch);
@@ -390,6 +405,29 @@ async fn drop_all(
         }
     }
     Ok(())
+}
+
+/// Clones of a volume of which this server has this page. None can come: pages of a volume do not
+/// move while it is cloned, and a clone is made where the pages of its volume are.
+fn clones_with(
+    member: &Member,
+    parent: VolumeId,
+    page: PageNo,
+) -> Result<Vec<VolumeId>, DataError> {
+    let state = member.registry.state();
+    let clones = state.origins().filter(|origin| origin.parent == parent);
+    let clones = clones.map(|origin| origin.volume);
+    let clones: Vec<VolumeId> = clones.filter(|clone| owns(member, *clone, page)).collect();
+    let is_settled = |clone: &VolumeId| {
+        let state = member.owner().volume(*clone);
+        state.is_some_and(|state| state.is_settled())
+    };
+    match clones.iter().all(is_settled) {
+        true => Ok(clones),
+        false => Err(DataError::Unavailable(
+            "a clone is still being made here".to_owned(),
+        )),
+    }
 }
 
 /// Forgets a volume of which this server has neither pages nor any on their way.
@@ -436,6 +474,12 @@ async fn sweep_volume(member: &Member, volume: VolumeId) -> Result<(), Trouble> 
     let (Some(now), Some(record)) = (seen(&state), state.page_move(volume)) else {
         return Ok(());
     };
+    if record
+        .batch()
+        .is_some_and(|batch| batch.from == member.number())
+    {
+        return Ok(());
+    }
     let held = member.owner().store.held_pages(volume).into_keys();
     let foreign: Vec<PageNo> = held
         .filter(|page| !owns(member, volume, *page) && !arrives(*page, record))

@@ -1,7 +1,7 @@
 //! What the source of moving pages says to their new owner.
 
 use crate::data::error::DataError;
-use crate::data::page_store::MovedChunk;
+use crate::data::page_store::{History, MovedChunk};
 use crate::id::{SnapshotId, VolumeId};
 use crate::io::link::{decode_control, encode_control};
 use crate::io::wire::{Frame, Kind, Payload};
@@ -11,12 +11,12 @@ use serde::{Deserialize, Serialize};
 /// The payload of `Kind::Move`; the attempt is in `aux`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum MoveOrder {
-    /// Get ready for these pages: drop what is left of them here, and know the snapshots.
+    /// Get ready for these pages: drop what is left of them here, and know snapshots and rollbacks.
     Begin {
         first_page: u32,
         page_count: u32,
-        /// Of the source, oldest first.
-        snapshots: Vec<SnapshotId>,
+        /// Of the volume on the source.
+        history: History,
     },
     /// Make durable what has come; more comes.
     Settle,
@@ -77,14 +77,16 @@ impl MovedData {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::page_store::MovedVersion;
+    use crate::data::page_store::{EraPlace, MovedVersion};
     use crate::id::PageNo;
 
     #[test]
     fn moved_data_is_read_back_and_anything_else_is_refused() {
         let version = MovedVersion {
-            rollbacks: 0,
-            after: Some(SnapshotId(3)),
+            place: EraPlace {
+                after: Some(SnapshotId(3)),
+                ..EraPlace::default()
+            },
             present: 0b11,
             zero: 0b10,
             copied: 0,

@@ -130,7 +130,8 @@ pub(super) async fn drain(member: Rc<Member>) {
         }
         let mut has_failed = false;
         for volume in state.volumes() {
-            let Some(rate_bytes) = rate_of(&state, volume) else {
+            let Some(rate_bytes) = rate_of(&state, volume).filter(|_| !has_clones(&state, volume))
+            else {
                 continue;
             };
             let before = state.page_move(volume.id);
@@ -153,6 +154,14 @@ fn rate_of(state: &RegistryState, volume: &VolumeRecord) -> Option<u64> {
     let owners = owners(&volume.routes);
     let drained = owners.keys().filter_map(|node| state.drain(*node));
     drained.map(|drain| drain.rate_bytes).min()
+}
+
+/// Whether clones of the volume have pages on drained servers. They go first: then nothing needs to
+/// be copied up there.
+fn has_clones(state: &RegistryState, volume: &VolumeRecord) -> bool {
+    let clones = state.origins().filter(|origin| origin.parent == volume.id);
+    let mut clones = clones.filter_map(|origin| state.volume(origin.volume));
+    clones.any(|clone| rate_of(state, clone).is_some())
 }
 
 async fn drain_volume(

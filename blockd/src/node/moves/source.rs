@@ -92,7 +92,7 @@ pub(super) async fn move_batch(
 
 /// As many of the pages as one batch is to have, by their number and their data.
 fn sized(member: &Member, volume: VolumeId, next: MoveBatch) -> MoveBatch {
-    let held = member.owner().store.held_pages(volume);
+    let held = member.owner().store.shown_pages(volume);
     let most = next.page_count.min(MOVE_BATCH_PAGES);
     let mut bytes = 0;
     let range = PageNo(next.first_page)..PageNo(next.first_page.saturating_add(most));
@@ -144,11 +144,10 @@ pub(super) async fn settle(member: &Member, state: &VolumeState, attempt: Option
 
 impl Copying<'_> {
     async fn run(&self) -> Result<(), Trouble> {
-        let snapshots = self.member.owner().store.snapshots(self.volume);
         self.order(MoveOrder::Begin {
             first_page: self.batch.first_page,
             page_count: self.batch.page_count,
-            snapshots,
+            history: self.member.owner().store.history(self.volume),
         })
         .await?;
         self.join_snapshots().await?;
@@ -168,7 +167,7 @@ impl Copying<'_> {
 
     fn all_chunks(&self) -> Vec<ChunkNo> {
         let store = &self.member.owner().store;
-        let held = store.held_pages(self.volume);
+        let held = store.shown_pages(self.volume);
         let pages = held.range(PageNo(self.batch.first_page)..PageNo(self.batch.end()));
         let chunks = pages.flat_map(|(page, _)| {
             let chunks = store.page_chunks(self.volume, *page);
@@ -180,7 +179,7 @@ impl Copying<'_> {
     /// The new owner counts as one of the snapshots that it has been told of.
     async fn join_snapshots(&self) -> Result<(), Trouble> {
         let (volume, to) = (self.volume, self.batch.to);
-        change_owners(self.member, volume, to, true).await
+        Ok(change_owners(self.member, volume, to, true).await?)
     }
 
     /// Copies what changed, in passes, until little is left or it does not get less.
@@ -419,12 +418,12 @@ impl Pace {
 }
 
 /// Adds a server to the owners of snapshots, or takes it away, some at a time.
-pub(super) async fn change_owners(
+pub(in crate::node) async fn change_owners(
     member: &Member,
     volume: VolumeId,
     node: NodeNo,
     is_owner: bool,
-) -> Result<(), Trouble> {
+) -> Result<(), UpdateError<ChangeError>> {
     loop {
         let build = |state: &RegistryState| -> Result<_, ChangeError> {
             let change = change_snapshot_owners(state, volume, node, is_owner);

@@ -4,9 +4,12 @@
 //! it was sealed: a message that is late can never change a page that is served here.
 
 use super::order::{MoveOrder, MovedData};
-use crate::control::registry::{MoveBatch, MovePhase, RegistryState, SnapshotState};
+use super::owns;
+use crate::control::registry::routes::owners;
+use crate::control::registry::{MoveBatch, MovePhase, MoveRecord, RegistryState, SnapshotState};
 use crate::data::error::DataError;
-use crate::data::page_store::StoreError;
+use crate::data::owner::VolumeState;
+use crate::data::page_store::{History, StoreError};
 use crate::id::{PageNo, SnapshotId, VolumeId};
 use crate::io::link::decode_control;
 use crate::io::wire::{Frame, Kind, Payload, Status};
@@ -77,6 +80,25 @@ impl Arrivals {
         self.0.borrow().contains_key(&volume)
     }
 
+    /// Another volume of the same family of clones of which the same pages are on their way here. One
+    /// shows what the other has, so they come one after the other.
+    fn relative(
+        &self,
+        state: &RegistryState,
+        volume: VolumeId,
+        batch: &MoveBatch,
+    ) -> Option<VolumeId> {
+        let first = |volume| state.ancestors(volume).last().unwrap_or(volume);
+        let all = self.0.borrow();
+        let mut others = all.iter().filter(|(id, _)| **id != volume);
+        let found = others.find(|(id, receiving)| {
+            let other = receiving.batch;
+            let overlaps = batch.first_page < other.end() && other.first_page < batch.end();
+            overlaps && first(**id) == first(volume)
+        });
+        found.map(|(id, _)| *id)
+    }
+
     /// Forgets batches that the registry does not have any more. Its copy here is at least as new
     /// as their begin.
     pub(super) fn tidy(&self, state: &RegistryState) {
@@ -127,14 +149,15 @@ async fn carry_out(
         MoveOrder::Begin {
             first_page,
             page_count,
-            snapshots,
+            history,
         } => {
             let batch = begin(member, volume, attempt).await?;
             if (batch.first_page, batch.page_count) != (first_page, page_count) {
                 return Err(DataError::Malformed("another batch than the registry has"));
             }
             clear(member, volume, &batch).await?;
-            register(member, volume, &snapshots).await
+            inherit(member, volume, &history).await?;
+            register(member, volume, &history.order()).await
         }
         MoveOrder::Settle => {
             arrivals.of(volume, attempt)?.sealed.set(false);
@@ -163,7 +186,22 @@ async fn begin(member: &Member, volume: VolumeId, attempt: u64) -> Result<MoveBa
         Some(MovePhase::Copying(batch)) if batch.to == member.number() => *batch,
         _ => return Err(unavailable("the registry does not have this batch")),
     };
+    let is_settled = |volume: &VolumeState| volume.is_settled();
+    if !member
+        .owner()
+        .volume(volume)
+        .is_some_and(|state| is_settled(&state))
+    {
+        return Err(unavailable(
+            "the volume is still being rolled back or cloned here",
+        ));
+    }
     let arrivals = &member.moves.arrivals;
+    if let Some(other) = arrivals.relative(&state, volume, &batch) {
+        return Err(unavailable(format!(
+            "the same pages of volume {other} come first"
+        )));
+    }
     let before = arrivals.0.borrow_mut().remove(&volume);
     if let Some(before) = before {
         before.seal().await;
@@ -179,15 +217,62 @@ async fn begin(member: &Member, volume: VolumeId, attempt: u64) -> Result<MoveBa
     Ok(batch)
 }
 
-/// Drops what an earlier attempt, or an earlier ownership, left here.
+/// Drops what earlier attempts left here, also of what the volume was cloned from: the volume must
+/// not show a half of it.
 async fn clear(member: &Member, volume: VolumeId, batch: &MoveBatch) -> Result<(), DataError> {
-    let store = &member.owner().store;
-    let held = store.held_pages(volume).into_keys();
-    for page in held.filter(|page| batch.has(page.0)) {
-        let is_still = || !super::owns(member, volume, page);
-        store.drop_page(volume, page, is_still).await?;
+    let state = member.registry.state();
+    for volume in std::iter::once(volume).chain(state.ancestors(volume)) {
+        let leaves = state.page_move(volume).and_then(MoveRecord::batch);
+        if leaves.is_some_and(|leaving| leaving.from == member.number()) {
+            return Err(unavailable(
+                "pages of the same family are leaving this server",
+            ));
+        }
+        let held = member.owner().store.held_pages(volume).into_keys();
+        drop_foreign(member, volume, held.filter(|page| batch.has(page.0))).await?;
     }
     Ok(())
+}
+
+async fn drop_foreign(
+    member: &Member,
+    volume: VolumeId,
+    pages: impl Iterator<Item = PageNo>,
+) -> Result<(), DataError> {
+    let store = &member.owner().store;
+    for page in pages {
+        let is_foreign = || !owns(member, volume, page);
+        store.drop_page(volume, page, is_foreign).await?;
+    }
+    Ok(())
+}
+
+/// Takes over the history of a volume of which this server has no page yet. An owner has carried out
+/// every rollback itself.
+async fn inherit(member: &Member, volume: VolumeId, history: &History) -> Result<(), DataError> {
+    let (store, me) = (&member.owner().store, member.number());
+    let state = member.registry.state();
+    let routes = state
+        .volume(volume)
+        .map_or(&[][..], |volume| &volume.routes);
+    if owners(routes).contains_key(&me) {
+        return match store.history(volume).rollbacks.len() == history.rollbacks.len() {
+            true => Ok(()),
+            false => Err(unavailable("a rollback was carried out on one side only")),
+        };
+    }
+    drop_foreign(member, volume, store.held_pages(volume).into_keys()).await?;
+    let mut history = history.clone();
+    history
+        .snapshots
+        .retain(|(id, _)| is_live(&state, volume, *id));
+    Ok(store.adopt_history(volume, &history).await?)
+}
+
+fn is_live(state: &RegistryState, volume: VolumeId, id: SnapshotId) -> bool {
+    use SnapshotState::{Committed, Pending};
+    let found = state.snapshot(volume, id).map(|record| record.state);
+    matches!(found, Some(Pending | Committed))
 }
 
 async fn take_in(member: &Member, request: &Frame) -> Result<(), DataError> {
@@ -198,7 +283,7 @@ async fn take_in(member: &Member, request: &Frame) -> Result<(), DataError> {
     register(member, volume, &head.snapshots).await?;
     let mut rest = &data[..];
     for chunk in &head.chunks {
-        if !receiving.batch.has(chunk.page.0) || super::owns(member, volume, chunk.page) {
+        if !receiving.batch.has(chunk.page.0) || owns(member, volume, chunk.page) {
             return Err(DataError::Malformed(
                 "a chunk of a page that does not move here",
             ));
@@ -231,14 +316,10 @@ async fn register(
     let state = member.registry.barrier().await.map_err(unavailable)?;
     let known = store.snapshots(volume);
     for (at, id) in snapshots.iter().enumerate() {
-        let found = state.snapshot(volume, *id).map(|record| record.state);
-        let is_live = matches!(
-            found,
-            Some(SnapshotState::Pending | SnapshotState::Committed)
-        );
-        if !is_live || known.contains(id) {
+        if !is_live(&state, volume, *id) || known.contains(id) {
             continue;
         }
+        let found = state.snapshot(volume, *id).map(|record| record.state);
         if found == Some(SnapshotState::Pending) {
             wait_for_own_part(member, volume, *id).await;
         }

@@ -1,5 +1,6 @@
 use super::super::change::{define_cluster, define_node};
-use super::super::{Outcome, UniqueId, VolumeSpec, change};
+use super::super::nodes::{DrainRecord, drain_node, forget_node, next_number};
+use super::super::{NodeRecord, Outcome, UniqueId, VolumeSpec, change};
 use super::*;
 use std::collections::HashSet;
 
@@ -183,4 +184,59 @@ fn every_order_of_steps_keeps_one_owner_a_page() {
         "{} states, {steps} steps, {conflicts} conflicts",
         seen.len()
     );
+}
+
+/// A server that dies for good between flip and drop is forgotten, and the move ends with it.
+#[test]
+fn a_source_that_is_forgotten_ends_its_move() {
+    let node = NodeNo(1);
+    for is_adopted_before in [false, true] {
+        let mut state = cluster();
+        let batch = MoveBatch {
+            first_page: 0,
+            page_count: PAGES,
+            from: node,
+            to: NodeNo(2),
+        };
+        let refused = forget_node(&state, node).unwrap_err();
+        assert_eq!(refused, ChangeError::NotDrained(node));
+        let drain = DrainRecord {
+            node,
+            rate_bytes: 1,
+            since_unix_ms: 0,
+        };
+        let drained = drain_node(&state, &drain).unwrap().0;
+        assert!(commit(&mut state, &drained));
+        let begun = begin_batch(&state, VOLUME, batch).unwrap().0;
+        assert!(commit(&mut state, &begun));
+        let refused = forget_node(&state, node).unwrap_err();
+        assert!(matches!(refused, ChangeError::Owns(..)), "{refused}");
+        let spec = FlipSpec {
+            attempt: 1,
+            epoch: Epoch(1),
+            snapshots: vec![],
+            over_pending: false,
+            verifier: 7,
+            bytes: 0,
+        };
+        let flipped = flip_batch(&state, VOLUME, &spec).unwrap().0;
+        assert!(commit(&mut state, &flipped));
+        let late = forget_node(&state, node).unwrap().0;
+        let adopted = adopt_batch(&state, VOLUME, batch).unwrap().0;
+        if is_adopted_before {
+            assert!(commit(&mut state, &adopted));
+            assert!(!commit(&mut state, &late), "built before");
+            let forgotten = forget_node(&state, node).unwrap().0;
+            assert!(commit(&mut state, &forgotten));
+        } else {
+            assert!(commit(&mut state, &late));
+            let adopted = adopt_batch(&state, VOLUME, batch).unwrap().0;
+            assert!(commit(&mut state, &adopted));
+        }
+        let record = state.page_move(VOLUME).unwrap();
+        assert_eq!(record.phase, MovePhase::Done);
+        assert!(state.node(node).is_none());
+        assert_eq!(next_number(&state), NodeNo(3), "no number is used twice");
+        assert_eq!(forget_node(&state, node), Err(ChangeError::NoNode(node)));
+    }
 }
