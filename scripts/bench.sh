@@ -6,6 +6,7 @@ usage() {
     cat <<'EOF'
 Usage: scripts/bench.sh [--quick] [--json FILE] [--rounds N] [--seconds N] [--only A,B] [--dir DIR]
        scripts/bench.sh nbd [--rows A,B] [--rounds N] [--seconds N] [--size-mib N] [--dir DIR]
+       scripts/bench.sh moves [--rounds N] [--size-mib N] [--dir DIR]
 
 Installs what is missing, builds release and compares over unix sockets with fio's nbd engine:
   ours1     one blockd                    ours3      three, pages spread, all IO through the first
@@ -24,6 +25,9 @@ With `nbd` it measures the NBD server instead: the library alone on memory again
 null, over unix sockets and TCP, and one blockd against nbdkit file. Each row runs ours and the peer
 in turn (5 rounds of 2 s). --rows takes only the rows whose names contain one of these words, as
 `--rows tcp` or `--rows blockd-read-1m`.
+
+With `moves` it measures page moves between two servers: their speed against a copy on the same disk,
+and the p99 of a client's writes during them against that beside them.
 EOF
 }
 
@@ -37,6 +41,12 @@ done
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH="$HOME/.cargo/bin:$PATH:/usr/sbin:/sbin"
 "$root/scripts/deps.sh" build bench >&2
+if [ "${1:-}" = moves ]; then
+    shift
+    cargo build --release --locked --quiet --manifest-path "$root/Cargo.toml" -p blockd
+    exec python3 -B "$root/scripts/bench_moves.py" --bin "${CARGO_TARGET_DIR:-$root/target}/release" \
+        --root "$root" "$@"
+fi
 if [ "${1:-}" = nbd ]; then
     shift
     cargo build --release --locked --quiet --manifest-path "$root/Cargo.toml" -p blockd -p nbd-server
