@@ -74,6 +74,8 @@ mod routing;
 mod scrubs;
 #[path = "system/settings.rs"]
 mod settings;
+#[path = "system/slow_disk.rs"]
+mod slow_disk;
 #[path = "system/snapshot_kills.rs"]
 mod snapshot_kills;
 #[path = "system/snapshot_verbs.rs"]

@@ -2,8 +2,9 @@
 //! otherwise: paused, cancelled, overtaken by other changes.
 
 use super::moves::{Clients, check_everywhere, check_one_owner, owners_of};
+use blockd::admin::AdminRequest;
 use blockd::id::NodeNo;
-use blockd_tests::{Cluster, MIB, NbdConnection};
+use blockd_tests::{Cluster, ClusterOptions, MIB, NbdConnection, binary, try_run};
 use bytes::Bytes;
 use serde_json::Value;
 use std::thread::{sleep, spawn};
@@ -170,6 +171,61 @@ fn a_group_grows_and_shrinks_under_clients() {
     cluster.blockctl("node undrain 2");
     cluster.blockctl("page move v all --to 2 --rate 1GiB");
     check_everywhere(&cluster, "v", &registers);
+}
+
+/// S003-13: one server becomes two, then four, under clients that never notice; each time the volume is
+/// evened out over all of them.
+#[test]
+fn a_group_grows_from_one_server_to_four_under_clients() {
+    let mut cluster = Cluster::undefined(&ClusterOptions {
+        servers: 4,
+        ..ClusterOptions::default()
+    });
+    cluster.servers[0].start();
+    let first = cluster.client_of(&[0]);
+    let define = AdminRequest::ClusterDefine {
+        name: "grows".to_owned(),
+    };
+    cluster.block(first.admin(define)).unwrap();
+    let ctl = |cluster: &Cluster, words: &str| {
+        let servers = cluster.servers[0].peer_address();
+        let words = format!("--servers {servers} {words}");
+        try_run(60, binary("blockctl"), words.split(' '))
+            .ok()
+            .stdout
+    };
+    ctl(&cluster, "volume create v --size 96MiB");
+    let clients = Clients::through(&cluster, "v", 96 * MIB, &[0]);
+    ctl(&cluster, "snapshot create v@s");
+    sleep(Duration::from_millis(500));
+    for servers in [2, 4] {
+        for index in servers / 2..servers {
+            cluster.servers[index].start();
+            let address = cluster.servers[index].peer_address();
+            ctl(&cluster, &format!("node define {address} --online"));
+        }
+        ctl(&cluster, "volume rebalance v --rate 1GiB");
+        clients.check_running();
+        let mut pages = vec![0; servers];
+        for run in cluster.route(0, "v").runs {
+            pages[usize::from(run.owner.0) - 1] += run.page_count;
+        }
+        let share = 24 / u32::try_from(servers).unwrap();
+        let is_even = |pages: &u32| (share / 2..=share * 2).contains(pages);
+        assert!(pages.iter().all(is_even), "{servers} servers: {pages:?}");
+        eprintln!("moves: {servers} servers have {pages:?} pages");
+    }
+    let registers = clients.finish();
+    check_everywhere(&cluster, "v", &registers);
+    let allocated = ctl(&cluster, "volume show v --json");
+    let allocated: Value = serde_json::from_str(&allocated).unwrap();
+    let mut snapshot = cluster.nbd(3, "v@s");
+    assert_eq!(snapshot.read(0, 4096).unwrap().len(), 4096);
+    assert!(
+        allocated["allocated_bytes"]
+            .as_u64()
+            .is_some_and(|bytes| bytes > 0)
+    );
 }
 
 /// Moves are paused, resumed, cancelled and overtaken by a resize, a rename and a delete; what is

@@ -1,8 +1,9 @@
-//! A counter over two volumes, under fio, during many group snapshots by each procedure.
+//! A counter over two volumes, under fio and page moves, during many group snapshots by each procedure
+//! (S003-25, S003-34).
 
 use super::chains::{PAGE, PAGE_BLOCKS};
 use blockd::control::snapshot::Procedure;
-use blockd_tests::{Chain, Cluster, Progress, Tag};
+use blockd_tests::{Chain, Cluster, Progress, Tag, binary, try_run};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +22,7 @@ fn rounds() -> u64 {
 }
 
 /// Where a counter writes to one volume.
-enum Way {
+pub(crate) enum Way {
     /// NBD through this server.
     Nbd(usize),
     /// A client library, one for both volumes.
@@ -29,15 +30,20 @@ enum Way {
 }
 
 /// Writes 1 to the first volume and, once that is acknowledged, 1 to the second one, then 2.
-struct Counter {
-    progress: Arc<Progress>,
-    thread: JoinHandle<()>,
+pub(crate) struct Counter {
+    pub(crate) progress: Arc<Progress>,
+    pub(crate) thread: JoinHandle<()>,
 }
 
 type Write = Box<dyn FnMut(u64, Vec<u8>) + Send>;
 
 impl Counter {
-    fn start(cluster: &Cluster, block: u64, ways: [Way; 2], stop: &Arc<AtomicBool>) -> Self {
+    pub(crate) fn start(
+        cluster: &Cluster,
+        block: u64,
+        ways: [Way; 2],
+        stop: &Arc<AtomicBool>,
+    ) -> Self {
         let [a, b] = ways;
         let mut writes = [writer(cluster, "a", &a), writer(cluster, "b", &b)];
         let (progress, stop) = (Arc::new(Progress::default()), Arc::clone(stop));
@@ -57,9 +63,9 @@ impl Counter {
     }
 }
 
-const CHAIN: Chain = Chain { places: 2 };
+pub(crate) const CHAIN: Chain = Chain { places: 2 };
 
-fn offset(block: u64) -> u64 {
+pub(crate) fn offset(block: u64) -> u64 {
     COUNTER_PAGE * PAGE + block * 4096
 }
 
@@ -85,8 +91,12 @@ impl Fio {
     fn start(cluster: &Cluster, server: usize, volume: &str) -> Self {
         let uri = &cluster.servers[server].uris(volume)[0];
         let (from, size) = ((COUNTER_PAGE + 1) * PAGE, (PAGES - COUNTER_PAGE - 1) * PAGE);
-        let mut fio = Command::new("fio");
+        // It dies with this test: nobody else would end it.
+        let mut fio = Command::new("setpriv");
         fio.args([
+            "--pdeathsig=KILL",
+            "fio",
+            "--thread",
             "--name=load",
             "--ioengine=nbd",
             "--rw=randwrite",
@@ -118,8 +128,44 @@ impl Drop for Fio {
     }
 }
 
+/// Moves the first pages of both volumes, those of the counters among them, round the servers.
+struct Mover {
+    thread: JoinHandle<u64>,
+}
+
+impl Mover {
+    fn start(cluster: &Cluster, stop: &Arc<AtomicBool>) -> Self {
+        let (servers, stop) = (cluster.server_list(), Arc::clone(stop));
+        let thread = std::thread::spawn(move || {
+            for moved in 0.. {
+                if stop.load(Ordering::Relaxed) {
+                    return moved;
+                }
+                let (volume, to) = (["a", "b"][usize::from(moved % 2 == 1)], 1 + (moved / 2) % 3);
+                let words = format!("--servers {servers} page move {volume} 0-7 --to {to}");
+                let ran = try_run(120, binary("blockctl"), words.split(' '));
+                let is_there = ran.stderr.contains("nothing to move");
+                assert!(ran.code == Some(0) || is_there, "{ran:?}");
+            }
+            unreachable!()
+        });
+        Self { thread }
+    }
+}
+
+/// A snapshot of both; the epochs of moving pages may make it begin anew (S003-34).
+fn snapshot(cluster: &Cluster, server: usize, procedure: Procedure) -> u32 {
+    for refused in 0..20 {
+        match cluster.snapshot_by(server, &["a@s", "b@s"], procedure) {
+            Ok(_) => return refused,
+            Err(error) => assert!(error.to_string().contains("again"), "{error}"),
+        }
+    }
+    panic!("no snapshot by {procedure} in 20 tries");
+}
+
 /// The volumes have their counters on different owners.
-fn cluster() -> Cluster {
+pub(crate) fn cluster() -> Cluster {
     let cluster = Cluster::three();
     cluster.create_on("a", PAGES * PAGE, PAGE_BLOCKS, &[1, 2]);
     cluster.create_on("b", PAGES * PAGE, PAGE_BLOCKS, &[3]);
@@ -135,11 +181,12 @@ fn never_is_b_ahead_of_a(procedure: Procedure, ways: Vec<[Way; 2]>) {
     let counters = ways.map(|(block, ways)| Counter::start(&cluster, block, ways, &stop));
     let counters: Vec<Counter> = counters.collect();
     let mut load = [Fio::start(&cluster, 1, "a"), Fio::start(&cluster, 0, "b")];
+    let mover = Mover::start(&cluster, &stop);
+    let (mut refused, mut ahead) = (0, i64::MIN);
     for round in 0..rounds() {
         let server = usize::try_from(round % 3).unwrap();
         let before: Vec<u64> = counters.iter().map(|c| c.progress.acknowledged()).collect();
-        let taken = cluster.snapshot_by(server, &["a@s", "b@s"], procedure);
-        taken.unwrap_or_else(|error| panic!("round {round}: {error}"));
+        refused += snapshot(&cluster, server, procedure);
         let after: Vec<u64> = counters.iter().map(|c| c.progress.issued()).collect();
         let mut views = ["a@s", "b@s"].map(|name| cluster.nbd((server + 1) % 3, name));
         for (number, block) in (0..counters.len()).zip(0..) {
@@ -149,17 +196,25 @@ fn never_is_b_ahead_of_a(procedure: Procedure, ways: Vec<[Way; 2]>) {
             });
             let checked = CHAIN.check(&values, before[number], after[number]);
             checked.unwrap_or_else(|error| panic!("round {round}, counter {number}: {error}"));
+            ahead = ahead.max(values[1].cast_signed() - values[0].cast_signed());
         }
         drop(views);
         cluster.delete_snapshot("a@s");
         cluster.delete_snapshot("b@s");
         load.iter_mut().for_each(Fio::check_running);
         assert!(counters.iter().all(|counter| !counter.thread.is_finished()));
+        assert!(!mover.thread.is_finished(), "the mover has failed");
     }
     stop.store(true, Ordering::Relaxed);
     let total: u64 = counters.iter().map(|c| c.progress.acknowledged()).sum();
+    let moved = mover.thread.join().unwrap();
+    assert!(
+        moved > 0 && ahead <= 0,
+        "{moved} moves, B ahead of A by {ahead}"
+    );
     eprintln!(
-        "{procedure}: {} snapshots under {total} dependent writes",
+        "{procedure}: {} snapshots ({refused} begun anew) under {total} dependent writes and {moved} \
+         moves; B - A at most {ahead}",
         rounds()
     );
     counters
