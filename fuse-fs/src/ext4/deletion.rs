@@ -58,6 +58,7 @@ impl Filesystem {
         }
         self.drop_dirty(&mut inode, 0..LOGICAL_END);
         inode.data.size_bytes = None;
+        self.ensure_extents(&mut inode).await?;
         if inode.raw.has_flag(FLAG_EXTENTS) {
             inode.raw.set_size_bytes(0);
             self.free_from(&mut inode, 0).await?;
@@ -81,7 +82,8 @@ impl Filesystem {
             return self.free_orphan(&cell).await;
         }
         let mut inode = cell.write().await;
-        if inode.raw.kind() == Some(Kind::Regular) && inode.raw.has_flag(FLAG_EXTENTS) {
+        if inode.raw.kind() == Some(Kind::Regular) {
+            self.ensure_extents(&mut inode).await?;
             let block_bytes = u64::from(self.superblock().block_bytes);
             let first = inode.raw.size_bytes().div_ceil(block_bytes);
             self.free_from(&mut inode, first).await?;

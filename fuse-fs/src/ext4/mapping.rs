@@ -82,7 +82,7 @@ impl Filesystem {
         }))
     }
 
-    fn inside(&self, raw: &RawInode, pointer: u32) -> Result<u64, FsError> {
+    pub(super) fn inside(&self, raw: &RawInode, pointer: u32) -> Result<u64, FsError> {
         let block = u64::from(pointer);
         if self.superblock().contains(block, 1) {
             return Ok(block);
@@ -107,7 +107,7 @@ impl Filesystem {
 
 impl Handle {
     /// Adds a block of zeros to a directory (or to a symbolic link, which has none yet), and puts the inode. It
-    /// takes [`APPEND_CREDITS`] and [`APPEND_BLOCKS`].
+    /// takes [`APPEND_CREDITS`] and [`APPEND_BLOCKS`]; [`Filesystem::ensure_extents`] comes before.
     ///
     /// # Errors
     /// The device's, and what is wrong with the map.

@@ -8,7 +8,7 @@
 //! | [`handle`], [`transaction`], [`commit`] | operations, the transaction they share, its way to the disk |
 //! | [`read`], [`write`], [`writeback`] | data of files: from memory, to memory, to the disk |
 //! | [`truncate`], [`fallocate`], [`statfs`] | sizes and space |
-//! | [`mapping`], [`extent_tree`], [`deletion`] | finding, adding and giving up blocks of a file |
+//! | [`mapping`], [`extent_tree`], [`indirect`], [`deletion`] | finding, adding and giving up blocks of a file |
 //! | [`inode_cell`], [`raw_inode`], [`orphans`], [`orphan_file`], [`time`] | inodes while they are in use |
 //! | [`groups`], [`block_space`], [`inode_space`], [`bitmap`] | which blocks and inodes are given away |
 //! | [`cache`] | blocks of metadata in memory |
@@ -50,6 +50,7 @@ pub mod handle;
 pub mod hash;
 pub mod htree;
 pub mod image;
+pub mod indirect;
 pub mod inode;
 pub mod inode_cell;
 pub mod inode_space;

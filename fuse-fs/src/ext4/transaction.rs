@@ -102,6 +102,10 @@ impl Transactions {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn max_blocks(&self) -> usize {
+        self.max_blocks
+    }
+
     /// Enters the running transaction with so many credits; or the transaction that has to commit before.
     pub(super) async fn enter(&self, credits: u32) -> Result<Result<Ticket, Tid>, FsError> {
         let inside = self.barrier.clone().read_owned().await;

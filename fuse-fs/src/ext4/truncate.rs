@@ -23,6 +23,7 @@ impl Filesystem {
         let _no_flush = cell.lock_flush().await;
         let mut inode = cell.write().await;
         check_regular(&inode)?;
+        self.ensure_extents(&mut inode).await?;
         let now = self.now();
         inode.raw.set_mtime(now);
         inode.raw.set_ctime(now);

@@ -6,7 +6,7 @@ use crate::ext4::extent_tree::Mapping;
 use crate::ext4::features::ro_compat;
 use crate::ext4::file_data::Page;
 use crate::ext4::filesystem::Filesystem;
-use crate::ext4::inode::{FLAG_EXTENTS, Kind};
+use crate::ext4::inode::Kind;
 use crate::ext4::inode_cell::{InodeCell, InodeState};
 use bytes::{Bytes, BytesMut};
 use std::ops::Range;
@@ -30,6 +30,7 @@ impl Filesystem {
         self.wait_for_room().await;
         let mut inode = cell.write().await;
         check_regular(&inode)?;
+        self.ensure_extents(&mut inode).await?;
         let len_bytes = data.len() as u64;
         let end = offset_bytes.checked_add(len_bytes);
         let end = end.filter(|end| *end <= self.max_file_bytes());
@@ -161,8 +162,7 @@ impl Filesystem {
 /// A file whose data can be changed.
 pub(super) fn check_regular(inode: &InodeState) -> Result<(), FsError> {
     match inode.raw.kind() {
-        Some(Kind::Regular) if inode.raw.has_flag(FLAG_EXTENTS) => Ok(()),
-        Some(Kind::Regular) => Err(Refusal::Unsupported.into()),
+        Some(Kind::Regular) => Ok(()),
         Some(Kind::Directory) => Err(Refusal::IsDirectory.into()),
         _ => Err(Refusal::Invalid.into()),
     }

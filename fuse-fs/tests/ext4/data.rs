@@ -268,3 +268,38 @@ fn a_file_in_a_thousand_pieces_grows_a_tree_and_shrinks_it() {
         compare_with_kernel(&workshop, &image, &files);
     }
 }
+
+/// Files of ext3, as an upgraded filesystem still has them.
+#[test]
+fn files_mapped_by_pointers_are_read_and_get_extents_when_they_change() {
+    let workshop = Workshop::new();
+    let image = workshop.make(48, "-t ext3 -O dir_index -b 1024");
+    let mut files = files(&workshop, &image, 3);
+    workshop.change(&image, |dir| {
+        for (at, file) in files.iter_mut().enumerate() {
+            file.content = vec![at as u8 + 1; 700_000 * (at + 1)];
+            fs::write(dir.join(&file.name), &file.content).unwrap();
+        }
+    });
+    let tuned = std::process::Command::new("tune2fs")
+        .args(["-O", "extent,huge_file,dir_nlink,extra_isize"])
+        .arg(&image)
+        .output()
+        .unwrap();
+    assert!(tuned.status.success(), "{tuned:?}");
+    let mut random = Random(1);
+    run(async {
+        let fs = open(&image).await;
+        for file in &mut files {
+            let cell = fs.inode(file.number).await.unwrap();
+            let read = fs.read(&cell, 0, u32::MAX).await.unwrap();
+            assert!(read[..] == file.content[..], "{}", file.name);
+            for _ in 0..40 {
+                step(&fs, &cell, &mut file.content, &mut random).await;
+            }
+        }
+        fs.close().await.unwrap();
+    });
+    assert_clean(&image);
+    compare_with_kernel(&workshop, &image, &files);
+}

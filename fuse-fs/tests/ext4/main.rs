@@ -7,9 +7,11 @@
 
 mod clean;
 mod command;
+mod crash;
 mod damage;
 mod data;
 mod image;
 mod journal;
 mod mkfs;
+mod recorder;
 mod write;

@@ -56,7 +56,7 @@ pub(crate) const KINDS: [&str; 6] = [
 ];
 
 /// A directory without a name: an orphan with blocks.
-async fn make_orphan(fs: &Filesystem, blocks: u32) -> Result<u32, FsError> {
+pub(crate) async fn make_orphan(fs: &Filesystem, blocks: u32) -> Result<u32, FsError> {
     let mut handle = fs.begin(10, 0).await?;
     let cell = handle.allocate_inode(2, 0o040_755).await?;
     let mut inode = cell.write().await;
