@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 
+import bench_lineage
 import bench_snapshot
 from bench_servers import SERVERS, Cluster
 
@@ -158,12 +159,24 @@ def judge(medians, extras):
         ("procedures", "barrier1_took_ms", "barrier, 1 TiB at QD32, median ms", 20),
         ("procedures", "barrier3_took_ms", "barrier, 3 x 1 TiB at QD32, median ms", 20),
         ("procedures", "barrier1_added_ms", "added to a write's p99 by a barrier, ms", 2),
+        ("clones", "full_clone_ms", "clone of a full 100 GiB thin volume, ms", 100),
+        ("clones", "full_rollback_ms", "rollback of the same, ms", 100),
         ("snapshot_time", "hold_max_ms", "longest write around a snapshot (bounds the hold), ms", 20),
     ]
     for part, key, text, most in limits:
         value = extras.get(part, {}).get(key)
         if value is not None:
             rows.append((text, value, f"<= {most}", value <= most))
+    least = [
+        ("speed_after", "write_ratio", "4k QD32 write right after a snapshot / before", 0.9),
+        ("speed_after", "read_ratio", "4k QD32 read right after a snapshot / before", 0.9),
+        ("speed_many", "write_ratio", "4k QD32 write with 1,000 snapshots / without", 0.8),
+        ("speed_many", "read_ratio", "4k QD32 read with 1,000 snapshots / without", 0.8),
+    ]
+    for part, key, text, bound in least:
+        value = extras.get(part, {}).get(key)
+        if value is not None:
+            rows.append((text, value, f">= {bound}x", value >= bound))
     return rows
 
 
@@ -177,14 +190,15 @@ def table(header, rows):
 
 
 def report(medians, names, extras, verdicts):
-    print("\nMedians (IOPS; MiB/s for the 1m rows)")
-    table(
-        ["workload"] + names,
-        [[w] + [f"{values[n]:,.0f}" for n in names] for w, values in medians.items()],
-    )
+    if medians:
+        print("\nMedians (IOPS; MiB/s for the 1m rows)")
+        table(
+            ["workload"] + names,
+            [[w] + [f"{values[n]:,.0f}" for n in names] for w, values in medians.items()],
+        )
     peers = [name for name in names if not name.startswith("ours")]
     for ours in [name for name in names if name.startswith("ours")]:
-        if not peers:
+        if not peers or not medians:
             continue
         print(f"Ratios: {ours} / peer")
         rows = [[w] + [f"{v[ours] / v[p]:.2f}" for p in peers] for w, v in medians.items()]
@@ -208,6 +222,7 @@ def parse(arguments):
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=int)
     parser.add_argument("--only", default=",".join(SERVERS))
+    parser.add_argument("--parts", default=",".join(["workloads", *EXTRAS]))
     parser.add_argument("--dir")
     parser.add_argument("--bin", required=True)
     parser.add_argument("--root", required=True)
@@ -221,6 +236,10 @@ def parse(arguments):
     unknown = [name for name in settings.only if name not in SERVERS]
     if unknown:
         parser.error(f"unknown server {unknown[0]}; there are {', '.join(SERVERS)}")
+    settings.parts = settings.parts.split(",")
+    unknown = [part for part in settings.parts if part not in ("workloads", *EXTRAS)]
+    if unknown:
+        parser.error(f"unknown part {unknown[0]}; there are workloads, {', '.join(EXTRAS)}")
     settings.dir = settings.dir or os.path.join(settings.root, "var")
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     results = os.path.join(settings.root, "bench-results")
@@ -246,20 +265,25 @@ def fill(fio, servers, settings):
         fio.run(server.uri, options + [f"--size={settings.size_bytes}"])
 
 
+# What only our own servers have: {part: (server, function, what it is)}.
+EXTRAS = {
+    "forwarding": ("ours3", measure_forwarding, "forwarded against local reads"),
+    "after_snapshot": ("ours1", bench_snapshot.bytes_written, "bytes written after a snapshot"),
+    "speed_after": ("ours1", bench_lineage.after_snapshot, "speed right after a snapshot"),
+    "speed_many": ("ours1", bench_lineage.many_snapshots, "speed with many snapshots"),
+    "clones": ("ours1", bench_lineage.clones, "clone and rollback"),
+    "snapshot_time": ("ours3", bench_snapshot.times, "snapshots over three servers under load"),
+    "procedures": ("ours3", bench_snapshot.procedures, "each procedure under load"),
+}
+
+
 def measure_extras(fio, servers, settings):
-    """What only our own servers have."""
     extras = {}
     by_name = {server.name: server for server in servers}
-    if "ours3" in by_name:
-        log("forwarded against local reads")
-        extras["forwarding"] = measure_forwarding(fio, by_name["ours3"], settings)
-    if "ours1" in by_name:
-        log("bytes written before and after a snapshot")
-        extras["after_snapshot"] = bench_snapshot.bytes_written(fio, by_name["ours1"], settings)
-    if "ours3" in by_name:
-        log("snapshots of 1 TiB over three servers under load")
-        extras["snapshot_time"] = bench_snapshot.times(fio, by_name["ours3"], settings)
-        extras["procedures"] = bench_snapshot.procedures(fio, by_name["ours3"], settings)
+    for part, (name, function, what) in EXTRAS.items():
+        if part in settings.parts and name in by_name:
+            log(what)
+            extras[part] = function(fio, by_name[name], settings)
     return extras
 
 
@@ -277,7 +301,7 @@ def main():
         fio = Fio(data)
         servers = start_servers(stack, settings, data, sockets)
         fill(fio, servers, settings)
-        results = measure(fio, servers, settings)
+        results = measure(fio, servers, settings) if "workloads" in settings.parts else {}
         extras = measure_extras(fio, servers, settings)
     medians = summarize(results)
     verdicts = judge(medians, extras)

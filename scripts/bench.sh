@@ -4,7 +4,8 @@ set -euo pipefail
 
 usage() {
     cat <<'EOF'
-Usage: scripts/bench.sh [--quick] [--json FILE] [--rounds N] [--seconds N] [--only A,B] [--dir DIR]
+Usage: scripts/bench.sh [--quick] [--json FILE] [--rounds N] [--seconds N] [--only A,B]
+                        [--parts A,B] [--dir DIR]
        scripts/bench.sh nbd [--rows A,B] [--rounds N] [--seconds N] [--size-mib N] [--dir DIR]
        scripts/bench.sh moves [--rounds N] [--size-mib N] [--dir DIR]
 
@@ -19,6 +20,8 @@ Interleaved in rounds; prints medians, ratios against the peers, and target and 
   --rounds N   rounds of each workload, default 3
   --seconds N  seconds of each measurement, default 3
   --only A,B   only these of the servers above
+  --parts A,B  only these: workloads (the table of all servers), and of our own servers forwarding,
+               after_snapshot, speed_after, speed_many, clones, snapshot_time, procedures
   --dir DIR    put the data there (default ./var); all servers share that disk
 
 With `nbd` it measures the NBD server instead: the library alone on memory against nbdkit memory and
