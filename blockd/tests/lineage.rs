@@ -207,8 +207,12 @@ impl Runner {
     }
 
     fn unique(&self, volume: VolumeId, snapshot: SnapshotId) -> u64 {
-        let usage = self.engine.snapshot_usage(volume, snapshot).unwrap();
-        let all = self.engine.snapshot_usages(volume).unwrap();
+        let usages = |snapshot| {
+            let mut scan = self.engine.begin_usages(volume, snapshot).unwrap();
+            while self.engine.count_usages(&mut scan, 1) {}
+            scan.finish()
+        };
+        let (usage, all) = (usages(Some(snapshot))[0].1, usages(None));
         assert!(
             all.contains(&(snapshot, usage)),
             "{snapshot}: {usage:?} {all:?}"

@@ -131,7 +131,8 @@ fn a_snapshot_costs_what_changes_and_deleting_it_frees_exactly_that() {
             .await
             .unwrap();
         assert_eq!(store.volume_usage(VOLUME).allocated_bytes, (1 << 20) + 4096);
-        let usage = store.snapshot_usage(VOLUME, SnapshotId(1)).unwrap();
+        let usages = store.snapshot_usages(VOLUME, Some(SnapshotId(1))).await;
+        let usage = usages.unwrap()[0].1;
         assert_eq!(
             (usage.referenced_bytes, usage.unique_bytes),
             (1 << 20, 4096 + 65_536)

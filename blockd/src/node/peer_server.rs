@@ -302,9 +302,9 @@ async fn execute(node: &Node, member: &Rc<Member>, spans: &Spans, request: &Fram
             Ok((0, Payload::default()))
         }
         Kind::Lineage => lineage::answer(member, request).await,
-        Kind::SnapshotUsages => Ok((0, encode_control(&snapshot_usages(member, volume)?))),
+        Kind::SnapshotUsages => Ok((0, encode_control(&snapshot_usages(member, volume).await?))),
         Kind::VolumeDrop => drop_pages(member, request).await,
-        Kind::Usage => Ok((0, encode_control(&usage(node, member, volume, snapshot)?))),
+        Kind::Usage => Ok((0, encode_control(&usage(node, member, volume, snapshot).await?))),
         Kind::Scrub => Ok((0, scrub::answer(node, member, request).await?)),
         Kind::Holds => {
             let mut holds = member.participant.holds(member);
@@ -473,15 +473,18 @@ fn unavailable(error: super::registry::RegistryError) -> DataError {
 /// Every snapshot of a volume with the bytes that it shows, and those that only it holds.
 pub(crate) type SnapshotUsages = Vec<(SnapshotId, u64, u64)>;
 
-fn snapshot_usages(member: &Member, volume: VolumeId) -> Result<SnapshotUsages, DataError> {
-    let usages = member.owner().store.snapshot_usages(volume)?;
+async fn snapshot_usages(
+    member: &Member,
+    volume: VolumeId,
+) -> Result<SnapshotUsages, DataError> {
+    let usages = member.owner().store.snapshot_usages(volume, None).await?;
     let usages = usages.into_iter();
     Ok(usages
         .map(|(id, usage)| (id, usage.referenced_bytes, usage.unique_bytes))
         .collect())
 }
 
-fn usage(
+async fn usage(
     node: &Node,
     member: &Member,
     volume: VolumeId,
@@ -498,9 +501,10 @@ fn usage(
         usage.allocated_bytes = store.volume_usage(volume).allocated_bytes;
     }
     if let Some(snapshot) = snapshot {
-        let of_snapshot = store.snapshot_usage(volume, snapshot)?;
-        usage.referenced_bytes = of_snapshot.referenced_bytes;
-        usage.unique_bytes = of_snapshot.unique_bytes;
+        for (_, of_snapshot) in store.snapshot_usages(volume, Some(snapshot)).await? {
+            usage.referenced_bytes = of_snapshot.referenced_bytes;
+            usage.unique_bytes = of_snapshot.unique_bytes;
+        }
     }
     Ok(usage)
 }

@@ -70,10 +70,10 @@ pub(super) async fn create(
     match verdict {
         (Verdict::Committed, records) => {
             let state = member.registry.state();
-            let infos = records.iter().map(|record| info(member, &state, record));
-            Ok(AdminReply::Snapshots(
-                join_all(infos).await.into_iter().flatten().collect(),
-            ))
+            // Without what they hold: that would be a walk of the table of every owner.
+            let infos = records.iter();
+            let infos = infos.filter_map(|record| info_with(&state, record, None, None));
+            Ok(AdminReply::Snapshots(infos.collect()))
         }
         (Verdict::Aborted(why), _) => Err(refused(
             AdminErrorKind::Conflict,

@@ -327,7 +327,7 @@ fn the_tables_of_a_tib_fit_in_one_and_a_half_gib() {
     {
         engine.finish(job.run(&*disk)).unwrap();
     }
-    let stated = engine.usage().resident_bytes;
+    let stated = engine.resident_bytes();
     let per_tib = stated * 1024 / u64::from(gib);
     let measured = resident_bytes().saturating_sub(before) * 1024 / u64::from(gib);
     println!(

@@ -117,7 +117,8 @@ fn copy_on_write_takes_only_what_changes() {
         (48 * MIB..49 * MIB).contains(&full),
         "{full} bytes for 48 MiB"
     );
-    let taken = cluster.snapshot("v@s");
+    cluster.snapshot("v@s");
+    let taken = cluster.snapshots("v").remove(0);
     assert_eq!(taken.referenced_bytes, Some(48 * MIB));
     assert_eq!(taken.unique_bytes, Some(0));
     assert_eq!(

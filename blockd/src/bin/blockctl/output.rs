@@ -227,18 +227,16 @@ fn volumes_text(volumes: &[VolumeInfo], now_ms: u64) -> String {
     table(&header, &[1, 2, 5], rows)
 }
 
+/// What was just taken; what snapshots hold is counted for `snapshot list` only.
 fn snapshots_text(snapshots: &[SnapshotInfo], now_ms: u64) -> String {
     let rows = snapshots.iter().map(|snapshot| {
         vec![
             format!("{}@{}", snapshot.volume, snapshot.name),
             human_bytes(snapshot.size_bytes),
-            bytes_or_unknown(snapshot.referenced_bytes),
-            bytes_or_unknown(snapshot.unique_bytes),
             ago(snapshot.created_unix_ms, now_ms),
         ]
     });
-    let header = ["SNAPSHOT", "SIZE", "REFERENCED", "UNIQUE", "CREATED"];
-    table(&header, &[1, 2, 3], rows)
+    table(&["SNAPSHOT", "SIZE", "CREATED"], &[1], rows)
 }
 
 /// Pages per owner first, then the runs: a spread volume has many of them.
@@ -380,7 +378,7 @@ mod tests {
     fn an_empty_list_is_its_header() {
         assert_eq!(
             snapshots_text(&[], 0),
-            "SNAPSHOT  SIZE  REFERENCED  UNIQUE  CREATED"
+            "SNAPSHOT  SIZE  CREATED"
         );
     }
 

@@ -33,6 +33,8 @@ use tokio::sync::{Notify, mpsc};
 const SWEEP_PAUSE: Duration = Duration::from_secs(5);
 /// Groups swept before other tasks get a turn.
 const SWEEP_TURN: usize = 16;
+/// Groups whose usage is counted before other tasks get a turn.
+const USAGE_TURN: usize = 64;
 /// Times that a scrub looks at a chunk that changes under it.
 const SCRUB_TRIES: usize = 8;
 /// Rounds of upkeep to wait for when there is no space.
@@ -576,21 +578,18 @@ impl PageStore {
         self.inner.engine.borrow().volume_usage(volume)
     }
 
-    /// Space of a snapshot; scans the volume's table.
-    pub fn snapshot_usage(
+    /// Space of one snapshot of a volume (`None`: of each), in the order of their eras. Looks at the
+    /// whole table, with turns for others.
+    pub async fn snapshot_usages(
         &self,
         volume: VolumeId,
-        snapshot: SnapshotId,
-    ) -> Result<SnapshotUsage, StoreError> {
-        self.inner.engine.borrow().snapshot_usage(volume, snapshot)
-    }
-
-    /// Space of all snapshots of a volume, in one scan of its table.
-    pub fn snapshot_usages(
-        &self,
-        volume: VolumeId,
+        snapshot: Option<SnapshotId>,
     ) -> Result<Vec<(SnapshotId, SnapshotUsage)>, StoreError> {
-        self.inner.engine.borrow().snapshot_usages(volume)
+        let mut scan = self.inner.engine.borrow().begin_usages(volume, snapshot)?;
+        while self.inner.engine.borrow().count_usages(&mut scan, USAGE_TURN) {
+            tokio::task::yield_now().await;
+        }
+        Ok(scan.finish())
     }
 
     /// Totals of the store.

@@ -157,6 +157,4 @@ pub struct StoreUsage {
     pub log_used_bytes: u64,
     /// Size of the log file.
     pub log_bytes: u64,
-    /// Bytes of main memory that the tables take, estimated.
-    pub resident_bytes: u64,
 }

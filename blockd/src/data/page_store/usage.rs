@@ -50,50 +50,77 @@ impl<D: Disk> Engine<D> {
         }
     }
 
-    /// Space of a snapshot; scans the volume's table.
-    pub fn snapshot_usage(
+    /// Begins to count what one snapshot of a volume holds (`None`: each of them), as they are now.
+    ///
+    /// Errors: the snapshot is unknown.
+    pub fn begin_usages(
         &self,
         volume: VolumeId,
-        snapshot: SnapshotId,
-    ) -> Result<SnapshotUsage, StoreError> {
-        let mut usage = SnapshotUsage::default();
-        let Some((found, line)) = self.view(volume, Some(snapshot))? else {
-            return Ok(usage);
+        snapshot: Option<SnapshotId>,
+    ) -> Result<UsageScan, StoreError> {
+        let view = self.view(volume, snapshot)?;
+        let wanted = match (snapshot, view) {
+            (Some(id), view) => vec![(id, view.map_or(0, |(_, line)| line.era()))],
+            (None, Some((found, _))) => found.snapshots().to_vec(),
+            (None, None) => Vec::new(),
         };
-        for key in self.group_keys(found) {
-            let (first, group) = (group_at(volume, key), found.groups.get(&key));
-            for chunk in (0..GROUP_CHUNKS).filter(|_| found.parent.is_some()) {
-                let at = ChunkAt {
-                    chunk: first.chunk + chunk,
-                    ..first
-                };
-                let seen = self.data_mask((found, line), at, ALL);
-                usage.referenced_bytes += sub_bytes(seen.count_ones());
-            }
-            for versions in group.into_iter().flat_map(Group::chains) {
-                if found.parent.is_none() {
-                    usage.referenced_bytes += sub_bytes(shown(line, versions).count_ones());
-                }
-                usage.unique_bytes += sub_bytes(unique_subs(found, versions, line.era()));
-            }
-        }
-        Ok(usage)
+        Ok(UsageScan {
+            volume,
+            keys: view.map_or_else(Vec::new, |(found, _)| self.group_keys(found)),
+            usages: vec![SnapshotUsage::default(); wanted.len()],
+            steps: vec![(0, 0); wanted.len() + 1],
+            wanted,
+        })
     }
 
-    /// Space of all snapshots of a volume, in the order of their eras.
-    pub fn snapshot_usages(
-        &self,
-        volume: VolumeId,
-    ) -> Result<Vec<(SnapshotId, SnapshotUsage)>, StoreError> {
-        let Some((found, _)) = self.view(volume, None)? else {
-            return Ok(Vec::new());
+    /// Counts some more groups; `false` if none was left.
+    pub fn count_usages(&self, scan: &mut UsageScan, groups_max: usize) -> bool {
+        let Some(found) = self.tables.volumes.get(&scan.volume.0) else {
+            return false;
         };
-        let ids = found.snapshots().iter().map(|(id, _)| *id);
-        if found.parent.is_some() || !found.turns.is_empty() {
-            let usage = |id| Ok((id, self.snapshot_usage(volume, id)?));
-            return ids.map(usage).collect();
+        let from = scan.keys.len().saturating_sub(groups_max);
+        let keys: Vec<u64> = scan.keys.drain(from..).collect();
+        let has_one_line = found.parent.is_none() && found.turns.is_empty();
+        for key in &keys {
+            if has_one_line && 1 < scan.wanted.len() {
+                let chains = found.groups.get(key).into_iter().flat_map(Group::chains);
+                chains.for_each(|versions| scan.add_in_a_row(versions));
+                continue;
+            }
+            for (index, (_, era)) in scan.wanted.iter().enumerate() {
+                let usage = self.usage_of_group(found, scan.volume, *era, *key);
+                scan.usages[index].referenced_bytes += usage.referenced_bytes;
+                scan.usages[index].unique_bytes += usage.unique_bytes;
+            }
         }
-        Ok(ids.zip(usages_in_a_row(found)).collect())
+        !keys.is_empty()
+    }
+
+    /// What a view of an era holds of one group.
+    fn usage_of_group(
+        &self,
+        found: &Volume,
+        volume: VolumeId,
+        era: u32,
+        key: u64,
+    ) -> SnapshotUsage {
+        let (line, first) = (found.line(era), group_at(volume, key));
+        let mut usage = SnapshotUsage::default();
+        for chunk in (0..GROUP_CHUNKS).filter(|_| found.parent.is_some()) {
+            let at = ChunkAt {
+                chunk: first.chunk + chunk,
+                ..first
+            };
+            let seen = self.data_mask((found, line), at, ALL);
+            usage.referenced_bytes += sub_bytes(seen.count_ones());
+        }
+        for versions in found.groups.get(&key).into_iter().flat_map(Group::chains) {
+            if found.parent.is_none() {
+                usage.referenced_bytes += sub_bytes(shown(line, versions).count_ones());
+            }
+            usage.unique_bytes += sub_bytes(unique_subs(found, versions, era));
+        }
+        usage
     }
 
     /// Groups in which a volume, or what it was cloned from, has something.
@@ -145,13 +172,6 @@ impl<D: Disk> Engine<D> {
 
     /// Totals of the store.
     pub fn usage(&self) -> StoreUsage {
-        let groups = self.tables.volumes.values().map(|volume| {
-            let entry = size_of::<(u64, Group)>() + ENTRY_OVERHEAD_BYTES;
-            let heap: usize = volume.groups.values().map(Group::heap_bytes).sum();
-            volume.groups.capacity() * entry + heap
-        });
-        let pending =
-            self.tables.redo.capacity() * size_of::<Redo>() + self.tables.dirty_slots() * 80;
         let subs: u64 = self.tables.volumes.values().map(|v| v.data_subs).sum();
         StoreUsage {
             slots_used: self.tables.slots_used,
@@ -159,8 +179,67 @@ impl<D: Disk> Engine<D> {
             allocated_bytes: subs * u64::from(SUB_BLOCK_BYTES),
             log_used_bytes: self.log.used(),
             log_bytes: self.log.size_bytes,
-            resident_bytes: (groups.sum::<usize>() + pending + self.upkeep.copies.len()) as u64,
         }
+    }
+
+    /// Bytes of main memory that the tables take, estimated; looks at every group.
+    pub fn resident_bytes(&self) -> u64 {
+        let groups = self.tables.volumes.values().map(|volume| {
+            let entry = size_of::<(u64, Group)>() + ENTRY_OVERHEAD_BYTES;
+            let heap: usize = volume.groups.values().map(Group::heap_bytes).sum();
+            volume.groups.capacity() * entry + heap
+        });
+        let pending =
+            self.tables.redo.capacity() * size_of::<Redo>() + self.tables.dirty_slots() * 80;
+        (groups.sum::<usize>() + pending + self.upkeep.copies.len()) as u64
+    }
+}
+
+/// A count of what snapshots hold, some groups at a time, so that requests go on meanwhile. What is
+/// written meanwhile may be in it or not.
+#[derive(Debug)]
+pub struct UsageScan {
+    volume: VolumeId,
+    /// The snapshots with the last era that each sees, in the order of these.
+    wanted: Vec<(SnapshotId, u32)>,
+    /// Groups that are left.
+    keys: Vec<u64>,
+    usages: Vec<SnapshotUsage>,
+    /// Bytes by which what snapshots reference grows, and shrinks, from the one before to this one.
+    steps: Vec<(u64, u64)>,
+}
+
+impl UsageScan {
+    /// Adds a chunk of a volume that was neither cloned nor rolled back: between two versions of it
+    /// all snapshots show the same.
+    fn add_in_a_row(&mut self, versions: &[Version]) {
+        let before = |era| self.wanted.partition_point(|(_, last)| *last < era);
+        let mut shown = 0;
+        for (index, version) in versions.iter().enumerate().rev() {
+            shown = version.data() | (shown & !version.present);
+            let newer = index.checked_sub(1).map(|newer| &versions[newer]);
+            let (from, end) = (before(version.era), newer.map_or(u32::MAX, |newer| newer.era));
+            let seeing = from..before(end).max(from);
+            self.steps[seeing.start].0 += sub_bytes(shown.count_ones());
+            self.steps[seeing.end].1 += sub_bytes(shown.count_ones());
+            if let (1, Some(newer)) = (seeing.len(), newer) {
+                let own = version.data() & newer.present;
+                self.usages[seeing.start].unique_bytes += sub_bytes(own.count_ones());
+            }
+        }
+    }
+
+    /// The snapshots in the order of their eras.
+    #[must_use]
+    pub fn finish(self) -> Vec<(SnapshotId, SnapshotUsage)> {
+        let mut shown_bytes = 0;
+        let counted = self.wanted.into_iter().zip(self.usages).zip(self.steps);
+        let counted = counted.map(|(((id, _), mut usage), (more, less))| {
+            shown_bytes = shown_bytes + more - less;
+            usage.referenced_bytes += shown_bytes;
+            (id, usage)
+        });
+        counted.collect()
     }
 }
 
@@ -196,38 +275,4 @@ fn unique_subs(volume: &Volume, versions: &[Version], era: u32) -> u32 {
         1 => (seen.data() & newer.present).count_ones(),
         _ => 0,
     }
-}
-
-/// Space of all snapshots of a volume that was neither cloned nor rolled back, in one walk: between
-/// two versions of a chunk all snapshots show the same.
-fn usages_in_a_row(volume: &Volume) -> Vec<SnapshotUsage> {
-    let count = volume.snapshots().len();
-    let mut unique = vec![0; count];
-    // Bytes by which what snapshots reference grows, or shrinks, from one to the next.
-    let (mut more, mut less) = (vec![0; count + 1], vec![0; count + 1]);
-    for versions in volume.groups.values().flat_map(Group::chains) {
-        let mut shown = 0;
-        for (index, version) in versions.iter().enumerate().rev() {
-            shown = version.data() | (shown & !version.present);
-            let newer = index.checked_sub(1).map(|newer| &versions[newer]);
-            let end = newer.map_or(u32::MAX, |newer| newer.era);
-            let seeing = volume.snapshots_between(version.era, end);
-            more[seeing.start] += sub_bytes(shown.count_ones());
-            less[seeing.end] += sub_bytes(shown.count_ones());
-            if let (1, Some(newer)) = (seeing.len(), newer) {
-                let own = version.data() & newer.present;
-                unique[seeing.start] += sub_bytes(own.count_ones());
-            }
-        }
-    }
-    let mut referenced_bytes = 0;
-    let usage = unique.into_iter().zip(more).zip(less);
-    let usage = usage.map(|((unique_bytes, more), less)| {
-        referenced_bytes = referenced_bytes + more - less;
-        SnapshotUsage {
-            referenced_bytes,
-            unique_bytes,
-        }
-    });
-    usage.collect()
 }
