@@ -304,7 +304,10 @@ async fn execute(node: &Node, member: &Rc<Member>, spans: &Spans, request: &Fram
         Kind::Lineage => lineage::answer(member, request).await,
         Kind::SnapshotUsages => Ok((0, encode_control(&snapshot_usages(member, volume).await?))),
         Kind::VolumeDrop => drop_pages(member, request).await,
-        Kind::Usage => Ok((0, encode_control(&usage(node, member, volume, snapshot).await?))),
+        Kind::Usage => Ok((
+            0,
+            encode_control(&usage(node, member, volume, snapshot).await?),
+        )),
         Kind::Scrub => Ok((0, scrub::answer(node, member, request).await?)),
         Kind::Holds => {
             let mut holds = member.participant.holds(member);
@@ -473,10 +476,7 @@ fn unavailable(error: super::registry::RegistryError) -> DataError {
 /// Every snapshot of a volume with the bytes that it shows, and those that only it holds.
 pub(crate) type SnapshotUsages = Vec<(SnapshotId, u64, u64)>;
 
-async fn snapshot_usages(
-    member: &Member,
-    volume: VolumeId,
-) -> Result<SnapshotUsages, DataError> {
+async fn snapshot_usages(member: &Member, volume: VolumeId) -> Result<SnapshotUsages, DataError> {
     let usages = member.owner().store.snapshot_usages(volume, None).await?;
     let usages = usages.into_iter();
     Ok(usages

@@ -376,10 +376,7 @@ mod tests {
 
     #[test]
     fn an_empty_list_is_its_header() {
-        assert_eq!(
-            snapshots_text(&[], 0),
-            "SNAPSHOT  SIZE  CREATED"
-        );
+        assert_eq!(snapshots_text(&[], 0), "SNAPSHOT  SIZE  CREATED");
     }
 
     #[test]

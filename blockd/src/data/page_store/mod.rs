@@ -57,5 +57,5 @@ pub use place::Placement;
 pub use scrub::{BadChunk, ChunkBuffer, Scrubbed, StoredChunk};
 pub use shell::PageStore;
 pub use transfer::{Exported, MovedChunk, MovedVersion};
-pub use usage::UsageScan;
 pub use types::{PageAt, Parent, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage};
+pub use usage::UsageScan;

@@ -586,7 +586,12 @@ impl PageStore {
         snapshot: Option<SnapshotId>,
     ) -> Result<Vec<(SnapshotId, SnapshotUsage)>, StoreError> {
         let mut scan = self.inner.engine.borrow().begin_usages(volume, snapshot)?;
-        while self.inner.engine.borrow().count_usages(&mut scan, USAGE_TURN) {
+        while self
+            .inner
+            .engine
+            .borrow()
+            .count_usages(&mut scan, USAGE_TURN)
+        {
             tokio::task::yield_now().await;
         }
         Ok(scan.finish())

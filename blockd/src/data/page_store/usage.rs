@@ -218,7 +218,10 @@ impl UsageScan {
         for (index, version) in versions.iter().enumerate().rev() {
             shown = version.data() | (shown & !version.present);
             let newer = index.checked_sub(1).map(|newer| &versions[newer]);
-            let (from, end) = (before(version.era), newer.map_or(u32::MAX, |newer| newer.era));
+            let (from, end) = (
+                before(version.era),
+                newer.map_or(u32::MAX, |newer| newer.era),
+            );
             let seeing = from..before(end).max(from);
             self.steps[seeing.start].0 += sub_bytes(shown.count_ones());
             self.steps[seeing.end].1 += sub_bytes(shown.count_ones());
