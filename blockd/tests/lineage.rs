@@ -190,7 +190,7 @@ impl Runner {
                         ReadPart::Data(data) => data.to_vec(),
                         ReadPart::Hole(len) => vec![0; len as usize],
                     };
-                    return parts.into_iter().flat_map(bytes).collect();
+                    return parts.into_iter().map(bytes).collect::<Vec<_>>().concat();
                 }
                 Step::Cold(reads) => {
                     fetched.extend(reads.into_iter().map(|r| r.fetch(&*self.disk).unwrap()));
