@@ -121,6 +121,12 @@ impl Acl {
         }
     }
 
+    /// Whether a program means to take the list away.
+    #[must_use]
+    pub fn is_without_entries(bytes: &[u8]) -> bool {
+        bytes.len() <= VERSION_BYTES
+    }
+
     /// What a program gets.
     #[must_use]
     pub fn to_exchanged(&self) -> Vec<u8> {

@@ -3,8 +3,6 @@
 //! Between two steps a crash may come. Who shortens a file puts it on the list of orphans first; the next mount
 //! goes on.
 
-use crate::ext4::bytes::{le32, put};
-use crate::ext4::crc::crc32c;
 use crate::ext4::error::FsError;
 use crate::ext4::extent::{LOGICAL_END, MAX_RUN_BLOCKS, Run};
 use crate::ext4::extent_tree::{EDIT_BLOCKS, EDIT_CREDITS, from};
@@ -18,8 +16,6 @@ use std::sync::Arc;
 /// Extents that one step frees, and blocks of metadata (each is revoked).
 const RUNS_PER_STEP: usize = 8;
 const METADATA_PER_STEP: u64 = 256;
-const XATTR_REFERENCES_AT: usize = 4;
-const XATTR_CHECKSUM_AT: usize = 0x10;
 
 impl Filesystem {
     /// Frees the blocks of a file from `first` on, in as many transactions as that takes.
@@ -64,7 +60,7 @@ impl Filesystem {
             self.free_from(&mut inode, 0).await?;
         }
         let mut handle = self.begin_with_headroom(2 * EDIT_CREDITS, 0).await?;
-        handle.drop_xattr_block(&mut inode).await?;
+        self.release_xattr_block(&mut handle, &mut inode).await?;
         handle.orphan_remove(&mut inode).await?;
         handle.free_inode(&mut inode).await?;
         let _ = handle.finish();
@@ -130,33 +126,6 @@ impl Handle {
             }
         }
         Ok(next)
-    }
-
-    /// Gives up an inode's share of its xattr block.
-    async fn drop_xattr_block(&mut self, inode: &mut InodeState) -> Result<(), FsError> {
-        let block = inode.raw.xattr_block();
-        if block == 0 {
-            return Ok(());
-        }
-        inode.raw.set_xattr_block(0);
-        inode.raw.subtract_blocks(1);
-        let references = le32(&self.read_block(block).await?, XATTR_REFERENCES_AT);
-        if references <= 1 {
-            return self.free_metadata(block).await;
-        }
-        let superblock = self.filesystem().superblock();
-        let seed = superblock
-            .has_checksums()
-            .then_some(superblock.checksum_seed);
-        self.update(block, |bytes| {
-            put(bytes, XATTR_REFERENCES_AT, &(references - 1).to_le_bytes());
-            if let Some(seed) = seed {
-                put(bytes, XATTR_CHECKSUM_AT, &[0; 4]);
-                let crc = crc32c(crc32c(seed, &block.to_le_bytes()), bytes);
-                put(bytes, XATTR_CHECKSUM_AT, &crc.to_le_bytes());
-            }
-        })
-        .await
     }
 }
 

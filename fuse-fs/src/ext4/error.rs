@@ -125,6 +125,8 @@ pub enum Refusal {
     TooManyLinks,
     #[error("not permitted")]
     NotPermitted,
+    #[error("access denied")]
+    Access,
     #[error("no such attribute")]
     NoAttribute,
     #[error("the buffer is too small")]
@@ -169,6 +171,7 @@ impl Refusal {
             Self::Invalid => libc::EINVAL,
             Self::TooManyLinks => libc::EMLINK,
             Self::NotPermitted => libc::EPERM,
+            Self::Access => libc::EACCES,
             Self::NoAttribute => libc::ENODATA,
             Self::Range => libc::ERANGE,
             Self::Unsupported => libc::EOPNOTSUPP,

@@ -66,6 +66,7 @@ struct Shared {
     read_only: Option<Vec<String>>,
     generations: AtomicU64,
     journal_bytes: u64,
+    topology: tokio::sync::Mutex<()>,
 }
 
 /// A mounted filesystem; clones are the same.
@@ -123,6 +124,7 @@ impl Filesystem {
             read_only,
             journal_bytes,
             generations: AtomicU64::new(options.seed),
+            topology: tokio::sync::Mutex::default(),
             device: device.clone(),
             options,
         }));
@@ -249,6 +251,11 @@ impl Filesystem {
     #[must_use]
     pub fn now(&self) -> Timestamp {
         (self.0.options.clock)()
+    }
+
+    /// While it is held, no directory comes into another one.
+    pub(super) fn topology(&self) -> &tokio::sync::Mutex<()> {
+        &self.0.topology
     }
 
     pub(super) fn next_generation(&self) -> u32 {

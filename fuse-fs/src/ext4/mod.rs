@@ -4,6 +4,7 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | [`namespace`] | the operations on names and attributes |
 //! | [`filesystem`] | a mounted filesystem: open, sync, close |
 //! | [`handle`], [`transaction`], [`commit`] | operations, the transaction they share, its way to the disk |
 //! | [`read`], [`write`], [`writeback`] | data of files: from memory, to memory, to the disk |
@@ -59,6 +60,7 @@ pub mod leaf;
 pub mod map;
 pub mod mapping;
 pub mod mkfs;
+pub mod namespace;
 pub mod orphan_file;
 pub mod orphans;
 pub mod raw_inode;

@@ -8,10 +8,15 @@
 mod clean;
 mod command;
 mod crash;
+mod crowd;
 mod damage;
 mod data;
 mod image;
 mod journal;
+mod kernel_side;
 mod mkfs;
+mod operations;
+mod our_side;
 mod recorder;
+mod shadow;
 mod write;
