@@ -23,6 +23,7 @@
 
 mod coordinator;
 mod participant;
+mod unfinished;
 
 #[cfg(test)]
 mod enumeration;
@@ -31,6 +32,7 @@ pub use coordinator::{
     Abort, Action, CommitResult, Coordinator, CoordinatorEvent, Limits, Part, Plan, Verdict,
 };
 pub use participant::{Gate, Output, Participant, ParticipantEvent, Run};
+pub use unfinished::UnfinishedWatch;
 
 pub use crate::control::registry::Procedure;
 

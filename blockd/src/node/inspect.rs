@@ -1,7 +1,7 @@
 //! What a server holds on to, for tests that wait until nothing is left.
 
 use super::Server;
-use crate::control::registry::SnapshotState;
+use super::sweep::unfinished;
 use crate::data::page_store::StoreUsage;
 
 /// One look at a server.
@@ -35,11 +35,8 @@ impl Server {
                 found.held += usize::from(volume.cut.is_held());
                 found.executing += volume.cut.all_executing() as usize;
             }
-            let snapshots = state.snapshots(record.id);
-            found.unfinished_snapshots += snapshots
-                .filter(|snapshot| snapshot.state != SnapshotState::Committed)
-                .count();
         }
+        found.unfinished_snapshots = unfinished(&state).count();
         found.has_leader = member.registry.status().leader.is_some();
         found
     }

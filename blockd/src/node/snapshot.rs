@@ -15,7 +15,7 @@ use crate::control::registry::{
 };
 use crate::control::snapshot::{
     Action, Answer, CommitResult, Coordinator, CoordinatorEvent, Limits, Order, Part, Plan,
-    Procedure, Verdict,
+    Procedure, UnfinishedWatch, Verdict,
 };
 use crate::id::{NodeNo, SnapshotId, TicketId, VolumeId};
 use crate::io::host::random_u64;
@@ -397,24 +397,21 @@ pub(super) async fn forget(member: &Member, volume: VolumeId, id: SnapshotId) {
     }
 }
 
-/// Ends snapshots whose coordinator died: pending too long, or deleted and not forgotten.
-pub(super) async fn sweep_records(member: &Member, pending_max_ms: u64) {
+/// Ends snapshots whose coordinator died: pending, or deleted and not forgotten.
+pub(super) async fn sweep_records(member: &Member, watch: &UnfinishedWatch) {
     let state = member.registry.state();
-    let now = member.clock.unix_ms();
-    for volume in state.volumes() {
-        for record in state.snapshots(volume.id) {
-            let old = now.saturating_sub(record.created_unix_ms) > pending_max_ms;
-            match record.state {
-                SnapshotState::Pending if planted(Plant::KeepPending) => {}
-                SnapshotState::Pending if old => {
-                    discard(member, std::slice::from_ref(record)).await;
-                }
-                SnapshotState::Deleting if old => {
-                    drop_everywhere(member, record).await;
-                    forget(member, record.volume, record.id).await;
-                }
-                _ => {}
+    let records = state.volumes().flat_map(|volume| state.snapshots(volume.id));
+    for record in records.filter(|record| watch.is_abandoned(record.volume, record.id)) {
+        match record.state {
+            SnapshotState::Pending if planted(Plant::KeepPending) => {}
+            SnapshotState::Pending => {
+                discard(member, std::slice::from_ref(record)).await;
             }
+            SnapshotState::Deleting => {
+                drop_everywhere(member, record).await;
+                forget(member, record.volume, record.id).await;
+            }
+            SnapshotState::Committed => {}
         }
     }
 }

@@ -8,22 +8,28 @@
 
 use super::{Member, Node, admin, lineage, moves, snapshot};
 use crate::control::registry::{RegistryState, SnapshotState};
-use crate::limits::{SNAPSHOT_PENDING_MAX_MS, SWEEP_INTERVAL_MS};
+use crate::control::snapshot::UnfinishedWatch;
+use crate::id::{SnapshotId, VolumeId};
+use crate::limits::SWEEP_INTERVAL_MS;
 use crate::planted::{Plant, planted};
 use std::rc::Rc;
 use std::time::Duration;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 
 /// Sweeps for ever.
 pub(crate) async fn run(node: Rc<Node>) {
     let mut ticks = interval(Duration::from_millis(SWEEP_INTERVAL_MS));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let started = Instant::now();
+    let mut watch = UnfinishedWatch::default();
     loop {
         ticks.tick().await;
         let Some(member) = node.member() else {
             continue;
         };
         let state = member.registry.state();
+        let now_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        watch.tick(now_ms, unfinished(&state));
         let planted = planted(Plant::SweepLive) || planted(Plant::SweepPending);
         if (has_garbage(&member, &state) || planted)
             && let Ok(confirmed) = member.registry.barrier().await
@@ -36,12 +42,19 @@ pub(crate) async fn run(node: Rc<Node>) {
             lineage::flatten_if_asked(&member, origin.volume);
         }
         if member.registry.status().leader == Some(member.number()) {
-            snapshot::sweep_records(&member, SNAPSHOT_PENDING_MAX_MS).await;
+            snapshot::sweep_records(&member, &watch).await;
             for origin in state.origins().filter(|origin| origin.flattening) {
                 admin::drive(&member, origin).await;
             }
         }
     }
+}
+
+/// Snapshot records that are neither committed nor gone.
+pub(super) fn unfinished(state: &RegistryState) -> impl Iterator<Item = (VolumeId, SnapshotId)> {
+    let records = state.volumes().flat_map(|volume| state.snapshots(volume.id));
+    let unfinished = records.filter(|record| record.state != SnapshotState::Committed);
+    unfinished.map(|record| (record.volume, record.id))
 }
 
 fn has_garbage(member: &Member, state: &RegistryState) -> bool {
