@@ -28,6 +28,7 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
+use tokio::task::spawn_local;
 
 /// Time after which groups are swept again that a full disk kept from it.
 const SWEEP_PAUSE: Duration = Duration::from_secs(5);
@@ -106,7 +107,7 @@ impl PageStore {
             sync_interval,
             zeros: vec![0; PART_BYTES as usize].into(),
         });
-        tokio::task::spawn_local(take_outcomes(Rc::downgrade(&inner), receiver));
+        spawn_local(take_outcomes(Rc::downgrade(&inner), receiver));
         let store = PageStore { inner };
         store.resume();
         Ok(store)
@@ -119,7 +120,7 @@ impl PageStore {
             return;
         }
         let store = self.clone();
-        tokio::task::spawn_local(async move {
+        spawn_local(async move {
             for (volume, key) in groups {
                 if let Err(error) = store.sweep(volume, vec![key]).await {
                     tracing::warn!(%volume, %error, "space of a deleted snapshot is not freed");
@@ -155,7 +156,7 @@ impl PageStore {
     pub async fn write(&self, at: PageAt, data: Bytes, epoch: Epoch) -> Result<(), StoreError> {
         if planted(Plant::AcknowledgeBeforeLog) {
             let store = self.clone();
-            tokio::task::spawn_local(async move { store.write_parts(at, data, epoch).await });
+            spawn_local(async move { store.write_parts(at, data, epoch).await });
             return Ok(());
         }
         self.write_parts(at, data, epoch).await
@@ -276,8 +277,16 @@ impl PageStore {
         self.sweep(volume, groups).await
     }
 
-    /// Merges the versions in these groups that nobody sees; goes on after an error, gives the first.
+    /// Merges the versions in these groups that nobody sees. To its end also when whoever asked has
+    /// gone, as nobody else knows of them before the next start.
     async fn sweep(&self, volume: VolumeId, groups: Vec<u64>) -> Result<(), StoreError> {
+        let store = self.clone();
+        let swept = spawn_local(async move { store.sweep_groups(volume, groups).await });
+        swept.await.unwrap_or(Err(StoreError::Closed))
+    }
+
+    /// Goes on after an error, gives the first.
+    async fn sweep_groups(&self, volume: VolumeId, groups: Vec<u64>) -> Result<(), StoreError> {
         let (mut outcome, mut left) = (Ok(()), Vec::new());
         for (turn, key) in groups.into_iter().enumerate() {
             loop {
@@ -311,7 +320,7 @@ impl PageStore {
     /// What a full disk kept from being freed is freed when it has space again.
     fn sweep_later(&self, volume: VolumeId, groups: Vec<u64>) {
         let weak = Rc::downgrade(&self.inner);
-        tokio::task::spawn_local(async move {
+        spawn_local(async move {
             tokio::time::sleep(SWEEP_PAUSE).await;
             if let Some(inner) = weak.upgrade() {
                 drop(PageStore { inner }.sweep(volume, groups).await);
@@ -332,7 +341,7 @@ impl PageStore {
         self.inner.after_change();
         if !groups.is_empty() {
             let store = self.clone();
-            tokio::task::spawn_local(async move {
+            spawn_local(async move {
                 if let Err(error) = store.sweep(volume, groups).await {
                     tracing::warn!(%volume, %error, "space of a rollback is freed at the next start");
                 }
@@ -413,6 +422,12 @@ impl PageStore {
             .inner
             .attempt(|engine, _| engine.drop_volume(volume))
             .await?;
+        let store = self.clone();
+        let dropped = spawn_local(async move { store.drop_groups(volume, groups).await });
+        dropped.await.unwrap_or(Err(StoreError::Closed))
+    }
+
+    async fn drop_groups(&self, volume: VolumeId, groups: Vec<u64>) -> Result<(), StoreError> {
         for (turn, key) in groups.into_iter().enumerate() {
             self.inner
                 .attempt(|engine, _| engine.drop_group(volume, key))
@@ -735,7 +750,7 @@ impl Inner {
             return;
         }
         let (weak, interval) = (Rc::downgrade(self), self.sync_interval);
-        tokio::task::spawn_local(async move {
+        spawn_local(async move {
             tokio::time::sleep(interval).await;
             let Some(inner) = weak.upgrade() else { return };
             inner.timer_armed.set(false);
