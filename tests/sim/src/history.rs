@@ -1,5 +1,6 @@
 //! What clients asked and were answered, in one order.
 
+use blockd::control::registry::settings::Procedure;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 
@@ -40,6 +41,7 @@ pub(crate) struct Op {
 pub(crate) struct Snap {
     pub name: String,
     pub volumes: Vec<usize>,
+    pub procedure: Procedure,
     pub invoked: Moment,
     pub answered: Moment,
     /// Answered with success.
@@ -64,6 +66,8 @@ pub(crate) struct History {
     pub ops: RefCell<Vec<Op>>,
     pub snaps: RefCell<Vec<Snap>>,
     pub losses: RefCell<Vec<Loss>>,
+    /// When each server was started.
+    pub starts: RefCell<Vec<(usize, Moment)>>,
     moment: Cell<Moment>,
 }
 

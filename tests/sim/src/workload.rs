@@ -248,9 +248,12 @@ impl Load {
         };
         let number = history.snaps.borrow().len();
         let name = format!("s{number}");
+        let procedure =
+            [Procedure::Barrier, Procedure::Hold, Procedure::Stamp][random.below(3) as usize];
         history.snaps.borrow_mut().push(Snap {
             name: name.clone(),
             volumes: volumes.clone(),
+            procedure,
             invoked: history.now(),
             answered: NEVER,
             ..Snap::default()
@@ -268,8 +271,6 @@ impl Load {
                 snapshot: name.clone(),
             })
             .collect();
-        let procedure =
-            [Procedure::Barrier, Procedure::Hold, Procedure::Stamp][random.below(3) as usize];
         let request = AdminRequest::SnapshotCreateBy { targets, procedure };
         let taken = user.client.admin(request).await;
         let now = history.now();

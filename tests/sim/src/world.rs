@@ -89,6 +89,8 @@ impl World {
             return;
         }
         trace::say(|| format!("start {host}"));
+        let at = self.history.now();
+        self.history.starts.borrow_mut().push((host, at));
         slot.incarnation = Incarnation::new(host);
         slot.server = Rc::default();
         slot.refused = Rc::default();

@@ -33,6 +33,8 @@ pub(super) struct Intervals<'a> {
     pub ops: &'a [Op],
     pub blocks: BTreeMap<(usize, u32), Block>,
     losses: &'a [Loss],
+    /// When each server was started.
+    starts: &'a [(usize, Moment)],
     owner: &'a dyn Fn(usize, u32) -> usize,
     /// Successful flushes of each volume: client, call, answer.
     flushes: BTreeMap<usize, Vec<(usize, Moment, Moment)>>,
@@ -42,12 +44,14 @@ impl<'a> Intervals<'a> {
     pub(super) fn new(
         ops: &'a [Op],
         losses: &'a [Loss],
+        starts: &'a [(usize, Moment)],
         owner: &'a dyn Fn(usize, u32) -> usize,
     ) -> Self {
         let mut this = Self {
             ops,
             blocks: BTreeMap::new(),
             losses,
+            starts,
             owner,
             flushes: BTreeMap::new(),
         };
@@ -106,6 +110,14 @@ impl<'a> Intervals<'a> {
                 until,
             });
         }
+    }
+
+    /// The server that has a block, and how often it had been started at a moment.
+    pub(super) fn server(&self, (volume, block): (usize, u32), at: Moment) -> (usize, usize) {
+        let server = (self.owner)(volume, block);
+        let starts = self.starts.iter();
+        let runs = starts.filter(|(node, start)| *node == server && *start < at);
+        (server, runs.count())
     }
 
     fn losses_of(&self, volume: usize, block: u32) -> impl Iterator<Item = Moment> + '_ {

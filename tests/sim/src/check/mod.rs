@@ -11,7 +11,8 @@ use intervals::Intervals;
 pub(crate) fn all(history: &History, owner: &dyn Fn(usize, u32) -> usize) -> Vec<String> {
     let ops = history.ops.borrow();
     let losses = history.losses.borrow();
-    let intervals = Intervals::new(&ops, &losses, owner);
+    let starts = history.starts.borrow();
+    let intervals = Intervals::new(&ops, &losses, &starts, owner);
     let mut found = register::check(&intervals);
     for snap in history.snaps.borrow().iter() {
         found.extend(snapshot::check(&intervals, snap));
@@ -23,6 +24,7 @@ pub(crate) fn all(history: &History, owner: &dyn Fn(usize, u32) -> usize) -> Vec
 mod tests {
     use super::*;
     use crate::history::{Loss, NEVER, Snap, Tag, What};
+    use blockd::control::registry::settings::Procedure;
 
     /// A history of one volume with one block a page, all on node 0.
     #[derive(Default)]
@@ -163,6 +165,24 @@ mod tests {
             1,
             "it was acknowledged before the command"
         );
+    }
+
+    /// As U-07 has it: a stock client that writes through two servers is not covered by `stamp`.
+    #[test]
+    fn stamps_follow_clients_and_servers_and_no_hidden_channel() {
+        let lacks_the_first = |clients: [usize; 2], owner: &dyn Fn(usize, u32) -> usize| {
+            let story = Story::default();
+            let called = story.0.now();
+            story.write(clients[0], 0, 1);
+            let second = story.write(clients[1], 1, 1);
+            story.snapshot(called, &[(0, 0), (1, second)]);
+            story.0.snaps.borrow_mut()[0].procedure = Procedure::Stamp;
+            all(&story.0, owner).len()
+        };
+        let two = |_, block: u32| block as usize;
+        assert_eq!(lacks_the_first([1, 2], &two), 0);
+        assert_eq!(lacks_the_first([1, 1], &two), 1, "the client carries the clock");
+        assert_eq!(lacks_the_first([1, 2], &|_, _| 0), 1, "the server has it");
     }
 
     #[test]

@@ -4,16 +4,48 @@
 //! For every block the snapshot shows a value. The change that wrote it is in. A change of the block
 //! that was called after that value's last effect is out. Nothing that is out may have been known to
 //! anybody (acknowledged, or read) before something that is in was called.
+//!
+//! A snapshot by time stamps promises less (`blockd/DESIGN.md`, "Snapshots"): its clocks go from one
+//! client to the next only with the messages of the program. So there it counts only what the caller
+//! itself had been answered, or what the same run of the same server had executed.
 
 use super::intervals::Intervals;
 use crate::history::{Moment, NEVER, Snap};
+use blockd::control::registry::settings::Procedure;
 use std::collections::BTreeMap;
+
+/// A way on which the knowledge of one change comes to whoever calls another one.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Channel {
+    Any,
+    Client(usize),
+    /// A server, and how often it had been started.
+    Server(usize, usize),
+}
+
+/// The channels of a snapshot on which `client` is at a moment, when it uses a block.
+fn channels(
+    intervals: &Intervals<'_>,
+    snap: &Snap,
+    client: usize,
+    place: (usize, u32),
+    at: Moment,
+) -> Vec<Channel> {
+    match snap.procedure {
+        Procedure::Barrier | Procedure::Hold => vec![Channel::Any],
+        Procedure::Stamp => {
+            let (server, run) = intervals.server(place, at);
+            vec![Channel::Client(client), Channel::Server(server, run)]
+        }
+    }
+}
 
 pub(super) fn check(intervals: &Intervals<'_>, snap: &Snap) -> Vec<String> {
     let mut found = Vec::new();
     // (moment, change)
-    let mut latest_in: (Moment, usize) = (0, 0);
-    let mut earliest_out: (Moment, usize, u32) = (NEVER, 0, 0);
+    let mut latest_in: BTreeMap<Channel, (Moment, usize)> = BTreeMap::new();
+    // (moment, change, block)
+    let mut earliest_out: BTreeMap<Channel, (Moment, usize, u32)> = BTreeMap::new();
     let mut inside: BTreeMap<usize, u32> = BTreeMap::new();
     let mut outside: BTreeMap<usize, u32> = BTreeMap::new();
     for ((volume, block), tag) in &snap.shown {
@@ -30,7 +62,11 @@ pub(super) fn check(intervals: &Intervals<'_>, snap: &Snap) -> Vec<String> {
         };
         if *tag > 0 {
             let op = *tag as usize - 1;
-            latest_in = latest_in.max((intervals.ops[op].invoked, op));
+            let (called, client) = (intervals.ops[op].invoked, intervals.ops[op].client);
+            for channel in channels(intervals, snap, client, (*volume, *block), called) {
+                let latest = latest_in.entry(channel).or_default();
+                *latest = (*latest).max((called, op));
+            }
             inside.insert(op, *block);
         }
         for look in &entry.looks {
@@ -42,26 +78,32 @@ pub(super) fn check(intervals: &Intervals<'_>, snap: &Snap) -> Vec<String> {
             let called = intervals.ops[change].invoked;
             let is_out = look.tag != *tag && called > last && called < snap.answered;
             if is_out && look.until > snap.answered {
-                earliest_out = earliest_out.min((look.to, change, *block));
+                let client = intervals.ops[look.op].client;
+                for channel in channels(intervals, snap, client, (*volume, *block), look.to) {
+                    let earliest = earliest_out.entry(channel).or_insert((NEVER, 0, 0));
+                    *earliest = (*earliest).min((look.to, change, *block));
+                }
                 if !look.is_read {
                     outside.insert(change, *block);
                 }
             }
         }
     }
-    let (known, out, block) = earliest_out;
-    if known < latest_in.0 {
-        found.push(format!(
-            "snapshot {}: operation {} (called at {}) is in, operation {out} (known at {known}, block \
-             {block}) is not",
-            snap.name, latest_in.1, latest_in.0
-        ));
-    }
-    if known < snap.invoked {
-        found.push(format!(
-            "snapshot {}: called at {}, lacks operation {out}, known at {known} (block {block})",
-            snap.name, snap.invoked
-        ));
+    for (channel, (known, out, block)) in earliest_out {
+        let (called, latest) = latest_in.get(&channel).copied().unwrap_or_default();
+        if known < called {
+            found.push(format!(
+                "snapshot {}: operation {latest} (called at {called}) is in, operation {out} (known \
+                 at {known}, block {block}) is not",
+                snap.name
+            ));
+        }
+        if known < snap.invoked {
+            found.push(format!(
+                "snapshot {}: called at {}, lacks operation {out}, known at {known} (block {block})",
+                snap.name, snap.invoked
+            ));
+        }
     }
     for (op, block) in &inside {
         if let Some(lacking) = outside.get(op) {
