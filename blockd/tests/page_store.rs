@@ -247,3 +247,65 @@ fn a_large_write_that_is_dropped_between_two_turns_leaves_no_trace() {
         assert_eq!(store.usage().slots_total, 17, "its slots were used again");
     });
 }
+
+/// Its older version would stay for ever: nobody looks for it once the snapshot is deleted.
+#[test]
+fn a_chunk_that_is_written_again_after_its_snapshots_are_gone_has_one_version() {
+    for by_stamp in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        run(async {
+            let store = open(dir.path());
+            write(&store, at(0, 0, 1 << 20), 1).await;
+            if by_stamp {
+                store.split_eras(VOLUME).unwrap();
+                store.join_eras(VOLUME).await.unwrap();
+            } else {
+                store.take_snapshot(VOLUME, SnapshotId(1)).unwrap();
+                store.delete_snapshot(VOLUME, SnapshotId(1)).await.unwrap();
+            }
+            write(&store, at(0, 8192, 4096), 2).await;
+            write(&store, at(0, 65_536, 65_536), 3).await;
+            let zeroed = at(0, 131_072, 65_536);
+            store.zero(zeroed, false, Epoch(3)).await.unwrap();
+        });
+        run(async {
+            let store = open(dir.path());
+            let allocated = store.volume_usage(VOLUME).allocated_bytes;
+            assert_eq!(
+                (allocated, store.usage().slots_used),
+                ((1 << 20) - 65_536, 15)
+            );
+            let bytes = read(&store, at(0, 0, 262_144), None).await;
+            let shown = [0, 8192, 12_288, 65_536, 131_072, 196_608].map(|i| bytes[i]);
+            assert_eq!(shown, [1, 2, 1, 3, 0, 1]);
+        });
+    }
+}
+
+#[test]
+fn a_snapshot_is_freed_also_when_whoever_deletes_it_goes_away() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let store = open(dir.path());
+        for byte in [1, 2] {
+            for page in 0..40 {
+                write(&store, at(page, 0, 4096), byte).await;
+            }
+            if byte == 1 {
+                store.take_snapshot(VOLUME, SnapshotId(1)).unwrap();
+            }
+        }
+        assert_eq!(store.volume_usage(VOLUME).allocated_bytes, 80 * 4096);
+        let mut dropped = Box::pin(store.delete_snapshot(VOLUME, SnapshotId(1)));
+        let polled_once = poll_fn(|cx| Poll::Ready(dropped.as_mut().poll(cx))).await;
+        assert!(polled_once.is_pending());
+        drop(dropped);
+        let freed = async {
+            while store.volume_usage(VOLUME).allocated_bytes > 40 * 4096 {
+                tokio::task::yield_now().await;
+            }
+        };
+        let patience = std::time::Duration::from_secs(60);
+        tokio::time::timeout(patience, freed).await.unwrap();
+    });
+}

@@ -400,7 +400,9 @@ pub(super) async fn forget(member: &Member, volume: VolumeId, id: SnapshotId) {
 /// Ends snapshots whose coordinator died: pending, or deleted and not forgotten.
 pub(super) async fn sweep_records(member: &Member, watch: &UnfinishedWatch) {
     let state = member.registry.state();
-    let records = state.volumes().flat_map(|volume| state.snapshots(volume.id));
+    let records = state
+        .volumes()
+        .flat_map(|volume| state.snapshots(volume.id));
     for record in records.filter(|record| watch.is_abandoned(record.volume, record.id)) {
         match record.state {
             SnapshotState::Pending if planted(Plant::KeepPending) => {}

@@ -52,7 +52,9 @@ pub(crate) async fn run(node: Rc<Node>) {
 
 /// Snapshot records that are neither committed nor gone.
 pub(super) fn unfinished(state: &RegistryState) -> impl Iterator<Item = (VolumeId, SnapshotId)> {
-    let records = state.volumes().flat_map(|volume| state.snapshots(volume.id));
+    let records = state
+        .volumes()
+        .flat_map(|volume| state.snapshots(volume.id));
     let unfinished = records.filter(|record| record.state != SnapshotState::Committed);
     unfinished.map(|record| (record.volume, record.id))
 }

@@ -8,7 +8,7 @@ use super::error::StoreError;
 use super::read::SUB;
 use super::record::{Change, ChunkAt, POINTER_CHUNKS};
 use super::types::PageAt;
-use super::version::SUBS;
+use super::version::{ALL, SUBS};
 use crate::id::{CHUNK_BYTES, Epoch};
 use crate::io::disk::{Disk, DiskFile};
 use std::collections::VecDeque;
@@ -116,7 +116,7 @@ impl<D: Disk> Engine<D> {
         })
     }
 
-    /// Logs where the chunks are that begin with this one.
+    /// Logs where the chunks are that begin with this one, and that what they replace is gone.
     pub(super) fn log_placed(
         &mut self,
         first: ChunkAt,
@@ -126,6 +126,7 @@ impl<D: Disk> Engine<D> {
         let Some(run) = placement.runs.pop_front_if(|run| run.at == first) else {
             return Ok(());
         };
+        let replaced = self.replaced(&run);
         let Run {
             at,
             slot,
@@ -140,11 +141,25 @@ impl<D: Disk> Engine<D> {
             era: None,
             crcs,
         };
-        let logged = self.commit(&change, &[]);
-        if logged.is_err() {
+        if let Err(error) = self.commit(&change, &[]) {
             self.release_slots(slot, slots);
+            return Err(error);
         }
-        logged
+        let mask = ALL;
+        replaced
+            .into_iter()
+            .try_for_each(|(at, slot)| self.commit(&Change::Forget { at, slot, mask }, &[]))
+    }
+
+    /// Versions of earlier eras, with their slots, that no view sees once the run is logged.
+    fn replaced(&self, run: &Run) -> Vec<(ChunkAt, u32)> {
+        let chunks = (run.at.chunk..).take(run.crcs.len());
+        let replaced = chunks.filter_map(|chunk| {
+            let at = ChunkAt { chunk, ..run.at };
+            let open = self.open_version(at)?;
+            (open.era < self.current_era(at.volume)).then_some((at, open.slot))
+        });
+        replaced.collect()
     }
 
     /// Gives back what a write took that will not be logged.

@@ -313,13 +313,17 @@ impl Tables {
         group.epoch = group.epoch.max(epoch);
         let chunk = chunk_in_group(at.chunk);
         let newest = group.chunk(chunk).first();
-        if newest.is_none_or(|v| v.era < volume.era) {
-            self.changes.touch(slot, Some(at), || None);
-            group.insert(Version::empty(slot, volume.era, chunk));
-            self.slots.extend_to(slot.saturating_add(1));
-            self.slots_used += 1;
-        } else if newest.is_some_and(|v| v.slot != slot) {
-            return Err(Misfit("write to a slot that is not the newest"));
+        match newest {
+            Some(newest) if newest.slot == slot => {}
+            Some(newest) if newest.era >= volume.era => {
+                return Err(Misfit("write to a slot that is not the newest"));
+            }
+            _ => {
+                self.changes.touch(slot, Some(at), || None);
+                group.insert(Version::empty(slot, volume.era, chunk));
+                self.slots.extend_to(slot.saturating_add(1));
+                self.slots_used += 1;
+            }
         }
         self.set(lsn, at, slot, content)
     }

@@ -104,6 +104,12 @@ impl Volume {
         first..before(to).max(first)
     }
 
+    /// Whether the newest version of a chunk takes what is written now: no view but the head sees it.
+    pub(super) fn is_open(&self, newest: &Version) -> bool {
+        let turned = self.turns.last().is_some_and(|turn| newest.era < turn.era);
+        !turned && !self.is_seen(newest.era, self.era)
+    }
+
     /// True if some snapshot has, or one may be taken to have, an era in `from..to`.
     pub(super) fn is_seen(&self, from: u32, to: u32) -> bool {
         self.pinned.is_some_and(|pinned| pinned < to)

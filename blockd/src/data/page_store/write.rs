@@ -170,12 +170,11 @@ impl<D: Disk> Engine<D> {
         }
         for piece in pieces(at, first, end) {
             if piece.is_whole(&plan.edges) {
-                plan.log_bytes += 128;
+                plan.log_bytes += 192;
                 continue;
             }
-            let versions = self.versions(piece.at);
             plan.log_bytes += 128 + u64::from(piece.end - piece.first) * SUB as u64;
-            let new = piece.mask() & !self.stored_in_place(versions, piece.at);
+            let new = piece.mask() & !self.stored_in_place(piece.at);
             plan.slab_bytes += u64::from(new.count_ones()) * SUB as u64;
             self.plan_copy_up(&piece, fetched, &mut plan)?;
         }
@@ -189,16 +188,16 @@ impl<D: Disk> Engine<D> {
             .map_or(&[], |v| v.chunk(at.page, at.chunk))
     }
 
-    fn era(&self, at: ChunkAt) -> u32 {
-        self.tables.volumes.get(&at.volume.0).map_or(0, |v| v.era)
+    /// The version of a chunk that takes what is written now.
+    pub(super) fn open_version(&self, at: ChunkAt) -> Option<&Version> {
+        let volume = self.tables.volumes.get(&at.volume.0)?;
+        let newest = volume.chunk(at.page, at.chunk).first();
+        newest.filter(|newest| volume.is_open(newest))
     }
 
     /// Sub-blocks that a write would overwrite where they are.
-    fn stored_in_place(&self, versions: &[Version], at: ChunkAt) -> u16 {
-        versions
-            .first()
-            .filter(|v| v.era == self.era(at))
-            .map_or(0, Version::data)
+    fn stored_in_place(&self, at: ChunkAt) -> u16 {
+        self.open_version(at).map_or(0, Version::data)
     }
 
     /// A sub-block with `new` laid over its old bytes at `offset`.
@@ -238,7 +237,7 @@ impl<D: Disk> Engine<D> {
             return Ok(());
         };
         let stays_partial =
-            newest.era < volume.era && newest.present != ALL && older.next().is_some();
+            !volume.is_open(newest) && newest.present != ALL && older.next().is_some();
         if !stays_partial || piece.mask() == ALL {
             return Ok(());
         }
@@ -345,16 +344,13 @@ impl<D: Disk> Engine<D> {
         Ok(())
     }
 
-    /// Slot that a put goes to: that of the newest version, or a new one.
+    /// Slot that a put goes to: that of the newest version if no snapshot sees it, or a new one.
     fn put_slot(&mut self, at: ChunkAt) -> Result<(u32, bool), StoreError> {
-        let era = self.era(at);
-        match self.versions(at).first() {
-            Some(newest) if newest.era == era => Ok((newest.slot, false)),
-            _ => Ok((
-                self.tables.slots.allocate(1).ok_or(StoreError::NoSpace)?,
-                true,
-            )),
+        if let Some(open) = self.open_version(at) {
+            return Ok((open.slot, false));
         }
+        let new = self.tables.slots.allocate(1);
+        Ok((new.ok_or(StoreError::NoSpace)?, true))
     }
 
     fn log_put<'a>(
