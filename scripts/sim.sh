@@ -8,6 +8,7 @@ Usage: scripts/sim.sh [--seeds N] [--seed S] [--minutes M] [--jobs J] [--plant N
 
   --seeds N      seeds to run (default 100; with --minutes at the most)
   --seed S       the first seed; a fresh one unless given, and printed
+  --regressions  first the seeds that once found a fault (tests/sim/src/regressions.rs)
   --minutes M    ends after so many minutes
   --jobs J       runs at a time (default 2), each in a process of its own
   --plant NAME   plants a fault in blockd: the run must find it

@@ -4,6 +4,7 @@ use crate::child::{Child, Outcome, watch_panics};
 use crate::faults::Kind;
 use crate::machine::Medium;
 use crate::plants;
+use crate::regressions;
 use crate::run::{self, ALL_FAULTS, Options};
 use crate::trace;
 use clap::Parser;
@@ -20,6 +21,9 @@ struct Args {
     /// First seed; a fresh one unless given.
     #[arg(long)]
     seed: Option<u64>,
+    /// Runs the seeds that once found a fault, too.
+    #[arg(long)]
+    regressions: bool,
     /// Ends after so many minutes.
     #[arg(long)]
     minutes: Option<f64>,
@@ -143,6 +147,9 @@ fn many(template: &[Medium], args: &Args, first: u64) -> Totals {
     let until = args
         .minutes
         .map(|minutes| Instant::now() + Duration::from_secs_f64(minutes * 60.0));
+    let known = regressions::SEEDS.iter().map(|(seed, _)| *seed);
+    let known = known.filter(|_| args.regressions);
+    let mut seeds = known.chain(first..first + args.seeds);
     let mut next = first;
     let mut repeat: Vec<(Options, u64)> = Vec::new();
     let mut expected: BTreeMap<u64, u64> = BTreeMap::new();
@@ -157,16 +164,18 @@ fn many(template: &[Medium], args: &Args, first: u64) -> Totals {
                     expected.insert(options.seed, hash);
                     options
                 }
-                None if !over && next < first + args.seeds => {
-                    next += 1;
-                    Options {
-                        seed: next - 1,
-                        ops: args.ops,
-                        mask: args.faults,
-                        log: false,
+                None => match seeds.next().filter(|_| !over) {
+                    Some(seed) => {
+                        next = seed + 1;
+                        Options {
+                            seed,
+                            ops: args.ops,
+                            mask: args.faults,
+                            log: false,
+                        }
                     }
-                }
-                None => break,
+                    None => break,
+                },
             };
             match Child::start(template, options) {
                 Ok(child) => running.push(child),
@@ -226,6 +235,12 @@ fn append(path: &std::path::Path, line: &str) {
 
 fn fail(totals: &mut Totals, options: Options, problems: Vec<String>) {
     println!("VIOLATION seed {}", options.seed);
+    let story = regressions::SEEDS
+        .iter()
+        .find(|(seed, _)| *seed == options.seed);
+    if let Some((_, story)) = story {
+        println!("  it once found: {story}");
+    }
     problems
         .iter()
         .take(6)

@@ -10,6 +10,7 @@ mod machine;
 mod net;
 mod plants;
 mod random;
+mod regressions;
 mod run;
 mod trace;
 mod workload;

@@ -181,7 +181,11 @@ mod tests {
         };
         let two = |_, block: u32| block as usize;
         assert_eq!(lacks_the_first([1, 2], &two), 0);
-        assert_eq!(lacks_the_first([1, 1], &two), 1, "the client carries the clock");
+        assert_eq!(
+            lacks_the_first([1, 1], &two),
+            1,
+            "the client carries the clock"
+        );
         assert_eq!(lacks_the_first([1, 2], &|_, _| 0), 1, "the server has it");
     }
 

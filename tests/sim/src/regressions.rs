@@ -1,0 +1,76 @@
+//! Seeds that found a fault of the program or of a checker, with what it was.
+//!
+//! A change of the program changes what a seed does, so what holds a fix is the test that came with it;
+//! these runs look once more where the fault was.
+
+/// Seed and story.
+pub(crate) const SEEDS: &[(u64, &str)] = &[
+    (
+        984_543_000_011,
+        "the sweep of pending snapshots compared wall clocks of two servers",
+    ),
+    (
+        984_543_000_465,
+        "stamp was held to channels past the program",
+    ),
+    (
+        984_543_000_593,
+        "stamp was held to channels past the program",
+    ),
+    (
+        984_543_001_296,
+        "stamp was held to channels past the program",
+    ),
+    (
+        984_543_001_406,
+        "stamp was held to channels past the program",
+    ),
+    (
+        62,
+        "a kill while a snapshot was deleted left its space until the next start",
+    ),
+    (
+        227,
+        "a reset while a snapshot was deleted left its space until the next start",
+    ),
+    (
+        984_543_000_197,
+        "a cut while a snapshot was deleted left its space until the next start",
+    ),
+    (
+        124,
+        "an era that no snapshot keeps, split while the disk was full, kept old versions",
+    ),
+    (
+        984_543_000_110,
+        "an era that no snapshot keeps kept old versions",
+    ),
+    (
+        984_543_000_157,
+        "an era that no snapshot keeps kept old versions",
+    ),
+    (
+        984_543_000_294,
+        "an era that no snapshot keeps kept old versions",
+    ),
+    (
+        984_543_000_340,
+        "an era that no snapshot keeps kept old versions",
+    ),
+    (
+        984_543_000_678,
+        "an era that no snapshot keeps, after isolation, kept old versions",
+    ),
+    (
+        984_543_000_710,
+        "an era that no snapshot keeps kept old versions",
+    ),
+    (
+        984_543_000_778,
+        "an era that no snapshot keeps kept old versions",
+    ),
+    (
+        984_543_000_880,
+        "an era that no snapshot keeps, split on slow disks, kept old versions",
+    ),
+];
