@@ -8,7 +8,7 @@
 //! | [`kernel_mount`], [`umount`] | `mount --kernel` and its reverse, step by step |
 //! | [`loopdev`], [`superblock`], [`mountinfo`], [`state_file`] | what these need from the host |
 //! | [`check_command`], [`mkfs_command`], [`ext4_source`] | `check` and `mkfs` on a volume or a file |
-//! | [`ext4`] | our own ext4: so far what makes, reads and checks it |
+//! | [`ext4`] | our own ext4: made, checked, read and written |
 //! | [`daemon`] | the process that serves a view: background, signals, deadlines by fork |
 //! | [`adapter`] | FUSE requests to operations of the view; the only file that names `fuser` |
 //! | [`view`], [`open_file`] | the operations: names to volumes, bytes of one open volume |

@@ -121,6 +121,7 @@ impl Groups {
                     .fetch_sub(u64::from(count), Ordering::AcqRel);
             } else {
                 descriptor.free_blocks += count;
+                self.pending.fetch_add(u64::from(count), Ordering::AcqRel);
                 self.free_blocks
                     .fetch_add(u64::from(count), Ordering::AcqRel);
             }

@@ -227,6 +227,7 @@ async fn release(fs: &Filesystem, freed: Freed) {
         discards.for_each_concurrent(WRITES_AT_ONCE, discard).await;
     }
     for range in blocks {
+        fs.groups().settle_freed(range.end - range.start);
         fs.groups().release_blocks(range);
     }
     for inode in freed.inodes {
@@ -310,7 +311,7 @@ impl Filesystem {
         let _nobody_inside = self.transactions().close_barrier().await;
         if let Some(mut committer) = slot.take() {
             self.settle(&mut committer).await?;
-            self.transactions().abort("it was unmounted");
+            self.transactions().end("it was unmounted");
         }
         Ok(())
     }

@@ -42,6 +42,8 @@ pub struct Groups {
     pub(super) slots: Vec<Slot>,
     /// Blocks that may be given away and that nobody was promised.
     available: AtomicI64,
+    /// Blocks that are free after the commit of who freed them.
+    pub(super) pending: AtomicU64,
     /// As the superblock counts.
     pub(super) free_blocks: AtomicU64,
     pub(super) free_inodes: AtomicU32,
@@ -71,6 +73,7 @@ impl Groups {
             cache,
             slots: groups.iter().map(slot).collect(),
             available: AtomicI64::new(i64::try_from(blocks).unwrap_or(i64::MAX)),
+            pending: AtomicU64::new(0),
             free_blocks: AtomicU64::new(blocks),
             free_inodes: AtomicU32::new(inodes),
         }
@@ -98,6 +101,18 @@ impl Groups {
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, enough)
             .map(|_| ())
             .map_err(|_| FsError::NoSpace)
+    }
+
+    /// Whether so many blocks could be promised after a commit.
+    #[must_use]
+    pub fn waits_for_commit(&self, blocks: u64) -> bool {
+        let pending = self.pending.load(Ordering::Acquire);
+        pending > 0 && self.available() + pending >= blocks
+    }
+
+    /// The freeing of so many blocks has committed.
+    pub(super) fn settle_freed(&self, blocks: u64) {
+        self.pending.fetch_sub(blocks, Ordering::AcqRel);
     }
 
     /// Gives back what was promised and not claimed, or claimed and is free again.

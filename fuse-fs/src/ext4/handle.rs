@@ -70,7 +70,7 @@ impl Filesystem {
         leave: u64,
     ) -> Result<Handle, FsError> {
         self.check_writable()?;
-        self.groups().promise(u64::from(blocks), leave)?;
+        self.promise(u64::from(blocks), leave).await?;
         let promise = Promise {
             fs: self.clone(),
             blocks: u64::from(blocks),
@@ -82,6 +82,17 @@ impl Filesystem {
             changed: false,
             finished: false,
         })
+    }
+
+    /// Keeps blocks back; where too few are free, those that wait for a commit are waited for.
+    pub(super) async fn promise(&self, blocks: u64, leave: u64) -> Result<(), FsError> {
+        match self.groups().promise(blocks, leave) {
+            Err(FsError::NoSpace) if self.groups().waits_for_commit(blocks + leave) => {
+                self.commit_and_wait(self.running_tid()).await?;
+                self.groups().promise(blocks, leave)
+            }
+            decided => decided,
+        }
     }
 
     async fn enter(&self, credits: u32) -> Result<Ticket, FsError> {

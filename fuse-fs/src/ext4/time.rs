@@ -43,7 +43,10 @@ impl Timestamp {
         let seconds = self.seconds.clamp(MIN_SECONDS, max);
         let low = seconds as i32;
         let epochs = (seconds - i64::from(low)) >> 32;
-        (low.cast_unsigned(), epochs as u32 | self.nanos << 2)
+        (
+            low.cast_unsigned(),
+            epochs.cast_unsigned() as u32 | self.nanos << 2,
+        )
     }
 
     /// The time in two words of an inode; `extra` is 0 where there is none.

@@ -168,16 +168,24 @@ impl Transactions {
         }
     }
 
-    /// Nothing is written any more. The first reason is kept.
+    /// The journal is given up.
     pub fn abort(&self, reason: &str) {
-        if !self.aborted.swap(true, Ordering::AcqRel) {
+        if self.end(reason) {
             tracing::error!("the journal is given up: {reason}");
+        }
+    }
+
+    /// Nothing is written any more. The first reason is kept; whether it is this one.
+    pub(super) fn end(&self, reason: &str) -> bool {
+        let first = !self.aborted.swap(true, Ordering::AcqRel);
+        if first {
             let mut kept = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
             reason.clone_into(&mut kept);
             drop(kept);
             self.progress
                 .send_modify(|progress| progress.aborted = true);
         }
+        first
     }
 
     /// # Errors

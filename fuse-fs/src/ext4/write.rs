@@ -76,7 +76,7 @@ impl Filesystem {
         let edges = self.edge_pages(inode, offset_bytes, end).await?;
         let wanted = holes.iter().map(|hole| hole.end - hole.start).sum();
         let leave = HEADROOM_BLOCKS + self.superblock().reserved_blocks;
-        self.groups().promise(wanted, leave)?;
+        self.promise(wanted, leave).await?;
         let mut new_pages = 0;
         for logical in blocks {
             let start = logical * block_bytes;

@@ -8,8 +8,10 @@ use std::io;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicI64, Ordering};
 
-/// What a loss of power keeps or loses as one.
-const PIECE_BYTES: usize = 1024;
+/// Where the superblock keeps the logarithm of the block size, less 10.
+const LOG_BLOCK_AT: usize = 1024 + 0x18;
+/// So many more states are taken from right before a flush.
+const LAST_WEIGHT: usize = 4;
 /// A flush takes so much longer than a write.
 const FLUSH_TURNS: u32 = 100;
 
@@ -100,16 +102,18 @@ impl Recorder {
         random: &mut Random,
         mut see: impl FnMut(Vec<u8>, &HashMap<u32, Vec<u8>>),
     ) -> usize {
+        // A loss of power keeps or loses a block as one, as the volume does.
+        let block_bytes = 1024 << self.start[LOG_BLOCK_AT];
         let events = self.events.lock().unwrap().clone();
         let mut durable = self.start.clone();
         let mut loose: Vec<(usize, Bytes)> = Vec::new();
         let mut synced = HashMap::new();
         let mut seen = 0;
-        for event in &events {
+        for (at, event) in events.iter().enumerate() {
             match event {
                 Event::Write { offset, data } => {
-                    for at in (0..data.len()).step_by(PIECE_BYTES) {
-                        let end = data.len().min(at + PIECE_BYTES);
+                    for at in (0..data.len()).step_by(block_bytes) {
+                        let end = data.len().min(at + block_bytes);
                         loose.push((offset + at, data.slice(at..end)));
                     }
                 }
@@ -123,7 +127,10 @@ impl Recorder {
                     synced.insert(*file, content.clone());
                 }
             }
-            if random.below(events.len() as u64) < states as u64 {
+            // Before a flush the most may be lost.
+            let last = matches!(events.get(at + 1), Some(Event::Flush));
+            let wanted = if last { LAST_WEIGHT * states } else { states };
+            if random.below(events.len() as u64) < wanted as u64 {
                 let share = random.below(5);
                 let mut left = durable.clone();
                 let kept = loose.iter().filter(|_| match share {
