@@ -11,6 +11,7 @@ mod crash;
 mod crowd;
 mod damage;
 mod data;
+mod hostile;
 mod image;
 mod journal;
 mod kernel_side;

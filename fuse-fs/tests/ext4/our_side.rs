@@ -20,12 +20,17 @@ const LIST_LIMIT: usize = 7;
 
 /// Mounts as programs do: with commits in the background.
 pub(crate) async fn open(image: &Path) -> Filesystem {
+    open_damaged(image).await.unwrap()
+}
+
+/// As [`open`], where anything may go wrong.
+pub(crate) async fn open_damaged(image: &Path) -> Result<Filesystem, FsError> {
     let device = FileDevice::open(image, true).unwrap();
     let options = Options {
         commit_interval: Duration::from_millis(200),
         ..options()
     };
-    Filesystem::open(Arc::new(device), options).await.unwrap()
+    Filesystem::open(Arc::new(device), options).await
 }
 
 /// A plain new file of root's.
@@ -73,7 +78,16 @@ async fn parent<'p>(fs: &Filesystem, path: &'p str) -> Result<(Arc<InodeCell>, &
 
 /// Carries out `operation`; the errno that a program would see.
 pub(crate) async fn apply(fs: &Filesystem, operation: &Operation) -> Result<(), i32> {
-    let done = match operation {
+    let done = try_apply(fs, operation).await;
+    done.map_err(|error| match error {
+        FsError::Refused(_) | FsError::NoSpace => error.errno(),
+        other => panic!("{operation:?}: {other}"),
+    })
+}
+
+/// As [`apply`], where anything may go wrong.
+pub(crate) async fn try_apply(fs: &Filesystem, operation: &Operation) -> Result<(), FsError> {
+    match operation {
         Operation::Rename { path, new, how } => rename(fs, path, new, *how).await,
         Operation::Make { .. } | Operation::Device { .. } | Operation::Symlink { .. } => {
             create(fs, operation).await
@@ -82,11 +96,7 @@ pub(crate) async fn apply(fs: &Filesystem, operation: &Operation) -> Result<(), 
         Operation::Unlink { path } => remove(fs, path, false).await,
         Operation::RemoveDirectory { path } => remove(fs, path, true).await,
         _ => change(fs, operation).await,
-    };
-    done.map_err(|error| match error {
-        FsError::Refused(_) | FsError::NoSpace => error.errno(),
-        other => panic!("{operation:?}: {other}"),
-    })
+    }
 }
 
 async fn create(fs: &Filesystem, operation: &Operation) -> Result<(), FsError> {

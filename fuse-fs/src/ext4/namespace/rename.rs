@@ -11,13 +11,12 @@ use crate::ext4::filesystem::Filesystem;
 use crate::ext4::handle::Handle;
 use crate::ext4::inode::{self, Kind};
 use crate::ext4::inode_cell::{InodeCell, InodeState};
+use std::collections::HashSet;
 use std::sync::Arc;
 use tokio::sync::RwLockWriteGuard;
 
 /// A whiteout: a character device 0, 0.
 const WHITEOUT_MODE: u16 = 0o20000;
-/// Deeper a tree is a loop.
-const MAX_DEPTH: usize = 1 << 20;
 
 /// What is to happen at the two names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -242,13 +241,14 @@ impl Filesystem {
     /// The directory and those above it. They stay that while no directory is moved.
     async fn path_up(&self, directory: &InodeCell) -> Result<Vec<u32>, FsError> {
         let mut path = vec![directory.number()];
+        let mut seen = HashSet::from([directory.number()]);
         let mut above = self.parent(directory).await?;
         while path.last() != Some(&above.number()) {
             path.push(above.number());
             if above.number() == inode::ROOT {
                 break;
             }
-            if path.len() > MAX_DEPTH {
+            if !seen.insert(above.number()) {
                 let state = above.read().await;
                 return Err(Draft::of(self, &state)?.corrupt(0, "it is inside itself"));
             }
