@@ -141,7 +141,7 @@ mount_volume() {
         return
     fi
     mkdir -p "$mnt"
-    setsid "$bin/blockctl" mount demo "$mnt" </dev/null >>"$var/mount.log" 2>&1 9>&- &
+    setsid "$bin/blockctl" mount demo "$mnt" --kernel </dev/null >>"$var/mount.log" 2>&1 9>&- &
     local mounter=$! end=$((SECONDS + ANSWER_S))
     until is_mounted "$mnt"; do
         if [ ! -d "/proc/$mounter" ] && ! is_mounted "$mnt"; then

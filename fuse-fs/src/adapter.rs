@@ -1,4 +1,4 @@
-//! FUSE requests to operations of the view: the only file that names `fuser`.
+//! FUSE requests to operations of the view.
 //!
 //! A handler parses, copies what it must, and moves its reply into a task; it never waits for the
 //! servers. A reply that is dropped answers `EIO`, so a task that panics costs its own request only.
@@ -11,11 +11,12 @@ use bytes::Bytes;
 use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
     Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenAccMode, OpenFlags,
-    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry,
-    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL,
-    TimeOrNow, WriteFlags,
+    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
+    Session, SessionACL, TimeOrNow, WriteFlags,
 };
 use std::ffi::OsStr;
+use std::fs::File;
 use std::future::Future;
 use std::io;
 use std::path::Path;
@@ -27,9 +28,9 @@ use tokio::sync::Semaphore;
 /// How long the kernel may believe a name or a size: another host may create, delete or resize.
 const ATTR_TTL: Duration = Duration::from_secs(1);
 /// Bytes of one write request, and of one read: the kernel's page limit is 256 pages.
-const MAX_WRITE_BYTES: u32 = 1 << 20;
+pub(crate) const MAX_WRITE_BYTES: u32 = 1 << 20;
 /// Requests that the kernel sends without waiting (readahead, asynchronous direct IO).
-const MAX_BACKGROUND: u16 = 256;
+pub(crate) const MAX_BACKGROUND: u16 = 256;
 /// KiB of data that writes in flight may hold; above it the reader of requests waits.
 const WRITE_BUDGET_KIB: u32 = 256 << 10;
 /// Threads that read requests: they only parse and copy.
@@ -65,11 +66,7 @@ impl MountedView {
         options: ViewOptions,
         runtime: &Handle,
     ) -> Result<Self, FuseFsError> {
-        let device = std::fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/fuse");
-        device.map_err(FuseFsError::NoFuse)?;
+        check_fuse()?;
         let adapter = Adapter {
             view,
             options,
@@ -99,8 +96,18 @@ impl MountedView {
     }
 }
 
-fn session_config(options: ViewOptions) -> Config {
+/// Without the device nothing can be mounted, and the error would be a riddle.
+pub(crate) fn check_fuse() -> Result<(), FuseFsError> {
+    let device = File::options().read(true).write(true).open("/dev/fuse");
+    device.map(|_| ()).map_err(FuseFsError::NoFuse)
+}
+
+pub(crate) fn reader_threads() -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    cores.clamp(2, MAX_READER_THREADS)
+}
+
+fn session_config(options: ViewOptions) -> Config {
     let mut config = Config::default();
     config.mount_options = vec![
         MountOption::FSName("blockd".to_owned()),
@@ -114,7 +121,7 @@ fn session_config(options: ViewOptions) -> Config {
     } else {
         SessionACL::Owner
     };
-    config.n_threads = Some(cores.clamp(2, MAX_READER_THREADS));
+    config.n_threads = Some(reader_threads());
     config.clone_fd = true;
     config
 }
@@ -129,7 +136,7 @@ struct Adapter {
 }
 
 /// Carries an answer to the kernel; one per kind of reply.
-trait Refuse {
+pub(crate) trait Refuse {
     fn refuse(self, errno: Errno);
 }
 
@@ -144,10 +151,13 @@ macro_rules! refuse {
 }
 refuse!(
     ReplyAttr,
+    ReplyCreate,
     ReplyData,
     ReplyDirectory,
+    ReplyDirectoryPlus,
     ReplyEmpty,
     ReplyEntry,
+    ReplyIoctl,
     ReplyLseek,
     ReplyOpen,
     ReplyStatfs,
@@ -645,7 +655,7 @@ impl Filesystem for Adapter {
 }
 
 /// An extended attribute's value, its size if the caller asks for that, or `ERANGE`.
-fn sized(reply: ReplyXattr, value: &[u8], size: u32) {
+pub(crate) fn sized(reply: ReplyXattr, value: &[u8], size: u32) {
     let len = u32::try_from(value.len()).unwrap_or(u32::MAX);
     match size {
         0 => reply.size(len),

@@ -120,7 +120,17 @@ pub trait Backend: Send + Sync + 'static {
     fn open<'a>(&'a self, name: &'a TargetName) -> Answer<'a, Arc<dyn OpenTarget>>;
     /// Makes a volume larger.
     fn grow<'a>(&'a self, volume: &'a str, size_bytes: u64) -> Answer<'a, ()>;
+    /// Takes a snapshot of a volume; `EEXIST` if there is one of that name.
+    fn snapshot<'a>(&'a self, name: &'a TargetName) -> Answer<'a, ()>;
     fn space(&self) -> Answer<'_, Space>;
+}
+
+/// The right to be the only writer of a volume, until it is released or lost.
+pub trait WriterLease: Send + Sync + 'static {
+    /// Waits until it is lost; says why.
+    fn lost(&self) -> Pin<Box<dyn Future<Output = String> + Send + '_>>;
+    /// Lets others write; what was written before is theirs to see.
+    fn release(self: Box<Self>) -> Answer<'static, ()>;
 }
 
 /// One open volume or snapshot. Operations run concurrently; ranges lie inside the size.
@@ -138,6 +148,12 @@ pub trait OpenTarget: Send + Sync + 'static {
     fn extents(&self, offset_bytes: u64, len_bytes: u64) -> Answer<'_, Vec<Extent>>;
     /// Reads the size anew.
     fn refresh(&self) -> Answer<'_, ()>;
+    /// Becomes the only writer of the volume, `purpose` saying what for; waits so long for another one
+    /// to end. `EBUSY` names the other one.
+    fn acquire(&self, _purpose: &str, _wait: Duration) -> Answer<'_, Box<dyn WriterLease>> {
+        let refused = BackendError::new(libc::EROFS, "a snapshot is never written");
+        Box::pin(std::future::ready(Err(refused)))
+    }
 }
 
 #[cfg(test)]

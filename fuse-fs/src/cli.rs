@@ -6,8 +6,12 @@ use crate::check_command::{self, CheckCommand};
 use crate::daemon::{self, Serve, Started};
 use crate::error::{EXIT_USAGE, FuseFsError, fsck};
 use crate::ext4_source::Source;
+use crate::helper::{self, Invocation};
 use crate::kernel_mount::{self, KernelMount};
 use crate::mkfs_command::{self, MAX_LABEL_BYTES, MkfsCommand};
+use crate::mount::options::MountOptions;
+use crate::mount::serve::{self, OwnMount};
+use crate::mount::stats_command;
 use crate::mountinfo;
 use crate::state_file::RuntimeDir;
 use crate::umount::{self, UmountOptions};
@@ -39,6 +43,8 @@ enum Verb {
     Check(Check),
     /// Makes an ext4 filesystem on a volume, or in a file, as mke2fs of Debian 12 does.
     Mkfs(Mkfs),
+    /// Shows what a mount of `mount` has done: requests, errors, latencies.
+    Stats(Stats),
     /// Unmounts what `volumes` or `mount` mounted, after its data is flushed.
     Umount(Umount),
 }
@@ -118,9 +124,18 @@ struct Mount {
     /// Mount options as in mount(8).
     #[arg(short, long, value_name = "OPTS", value_delimiter = ',')]
     options: Vec<String>,
-    /// Filesystem type; found on the volume if absent.
-    #[arg(short = 't', long = "type", value_name = "ext4|xfs", value_parser = ["ext4", "xfs"])]
+    /// Filesystem type with --kernel; found on the volume if absent.
+    #[arg(short = 't', long = "type", value_name = "ext4|xfs", value_parser = ["ext4", "xfs"], requires = "kernel")]
     filesystem: Option<String>,
+    /// Stay in the foreground and log to standard error.
+    #[arg(short, long, conflicts_with = "kernel")]
+    foreground: bool,
+    /// Seconds to wait for another holder of the volume to end.
+    #[arg(long, value_name = "SECONDS", conflicts_with = "kernel", value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    wait: Option<u64>,
+    /// Log to this file (in the background, nothing is logged otherwise).
+    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
+    log: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -160,6 +175,14 @@ struct On {
 }
 
 #[derive(Debug, Args)]
+struct Stats {
+    dir: PathBuf,
+    /// Print one line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
 struct Umount {
     dir: PathBuf,
     /// Seconds to wait for the servers.
@@ -175,7 +198,10 @@ struct Umount {
 /// Runs the command line of this process; `connect` reaches the servers.
 #[must_use]
 pub fn run(connect: Connect) -> ExitCode {
-    let arguments = match Arguments::try_parse() {
+    let Invocation::Run(words) = helper::translate(std::env::args_os().collect()) else {
+        return ExitCode::SUCCESS;
+    };
+    let arguments = match Arguments::try_parse_from(words) {
         Ok(arguments) => arguments,
         Err(error) => {
             let usage = if is_check() { fsck::USAGE } else { EXIT_USAGE };
@@ -187,7 +213,9 @@ pub fn run(connect: Connect) -> ExitCode {
     };
     let result = match arguments.command {
         Verb::Volumes(volumes) => show(connect, &volumes),
-        Verb::Mount(mount) => mount_kernel(mount),
+        Verb::Mount(mount) if mount.kernel => mount_kernel(mount),
+        Verb::Mount(mount) => mount_own(connect, mount),
+        Verb::Stats(stats) => stats_command::run(&stats.dir, stats.json).map(|()| 0),
         Verb::Check(arguments) => check(connect, &arguments),
         Verb::Mkfs(arguments) => mkfs(connect, arguments),
         Verb::Umount(umount) => unmount(&umount),
@@ -233,11 +261,6 @@ fn show(connect: Connect, volumes: &Volumes) -> Result<u8, FuseFsError> {
 
 fn mount_kernel(mount: Mount) -> Result<u8, FuseFsError> {
     let target = target_name(&mount.target)?;
-    if !mount.kernel {
-        return Err(FuseFsError::OwnFilesystem {
-            target: mount.target,
-        });
-    }
     start_log(None)?;
     let state = RuntimeDir::open(mount.common.runtime.runtime_dir.as_deref())?;
     let ConnectOptions {
@@ -256,6 +279,30 @@ fn mount_kernel(mount: Mount) -> Result<u8, FuseFsError> {
         eprintln!("fuse-fs: note: {note}");
     }
     Ok(0)
+}
+
+fn mount_own(connect: Connect, mount: Mount) -> Result<u8, FuseFsError> {
+    let options = MountOptions::parse(mount.options.iter().map(String::as_str));
+    let mut options = options.map_err(|reason| FuseFsError::Option { reason })?;
+    if let Some(seconds) = mount.wait {
+        options.wait = Duration::from_secs(seconds);
+    }
+    let mut servers = mount.common.servers;
+    if servers.servers.is_empty() {
+        servers.servers.clone_from(&options.servers);
+    }
+    let own = OwnMount {
+        target: target_name(&mount.target)?,
+        dir: absolute(&mount.dir)?,
+        servers: servers.connect_options()?,
+        options,
+        state: RuntimeDir::open(mount.common.runtime.runtime_dir.as_deref())?,
+    };
+    start_log(mount.log.as_deref())?;
+    match daemon::start(mount.foreground)? {
+        Started::Parent(code) => Ok(code),
+        Started::Daemon(ready) => serve::run(connect, &own, ready).map(|()| 0),
+    }
 }
 
 fn check(connect: Connect, check: &Check) -> Result<u8, FuseFsError> {

@@ -2,12 +2,16 @@
 
 use crate::backend::{
     Answer, Backend, BackendError, ConnectOptions, Extent, Listing, OpenTarget, Space, TargetInfo,
-    TargetName,
+    TargetName, WriterLease,
 };
-use blockd::admin::{AdminErrorKind, AdminReply, AdminRequest, OpenInfo, SnapshotInfo, VolumeInfo};
-use blockd::client::{Client, ClientError, ClientOptions, Volume};
+use blockd::admin::{
+    AdminErrorKind, AdminReply, AdminRequest, OpenInfo, SnapshotInfo, SnapshotName, VolumeInfo,
+};
+use blockd::client::{Client, ClientError, ClientOptions, HolderText, Lease, Volume};
 use bytes::Bytes;
 use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::timeout;
@@ -16,6 +20,9 @@ use tokio::time::timeout;
 const ADMIN_DEADLINE: Duration = Duration::from_secs(15);
 /// What is allocated must be asked of every owner: a `stat` does without while one does not answer.
 const ALLOCATED_DEADLINE: Duration = Duration::from_secs(1);
+
+/// How long the lease of a mount outlives its host.
+const LEASE_TTL: Duration = Duration::from_secs(15);
 
 /// Reaches the servers of the group.
 #[must_use]
@@ -199,6 +206,18 @@ impl Backend for Servers {
         })
     }
 
+    fn snapshot<'a>(&'a self, name: &'a TargetName) -> Answer<'a, ()> {
+        Box::pin(async move {
+            let target = SnapshotName {
+                volume: name.volume.clone(),
+                snapshot: name.snapshot.clone().unwrap_or_default(),
+            };
+            let targets = vec![target];
+            let request = AdminRequest::SnapshotCreate { targets };
+            self.admin(request).await.map(|_| ())
+        })
+    }
+
     fn space(&self) -> Answer<'_, Space> {
         Box::pin(async move {
             let AdminReply::Nodes(nodes) = self.admin(AdminRequest::NodeList).await? else {
@@ -265,5 +284,26 @@ impl OpenTarget for OpenVolume {
 
     fn refresh(&self) -> Answer<'_, ()> {
         Box::pin(async move { self.volume.refresh().await.map_err(failed) })
+    }
+
+    fn acquire(&self, purpose: &str, wait: Duration) -> Answer<'_, Box<dyn WriterLease>> {
+        let holder = HolderText::this_process(purpose);
+        Box::pin(async move {
+            let lease = self.volume.wait_exclusive(holder, LEASE_TTL, wait).await;
+            let lease = Held(lease.map_err(failed)?);
+            Ok(Box::new(lease) as Box<dyn WriterLease>)
+        })
+    }
+}
+
+struct Held(Lease);
+
+impl WriterLease for Held {
+    fn lost(&self) -> Pin<Box<dyn Future<Output = String> + Send + '_>> {
+        Box::pin(self.0.lost())
+    }
+
+    fn release(self: Box<Self>) -> Answer<'static, ()> {
+        Box::pin(async move { self.0.release().await.map_err(failed) })
     }
 }

@@ -3,7 +3,7 @@
 //! Forking is done by programs that have one thread: `fuse-fs` starts its runtime after it.
 
 use crate::adapter::{MountedView, ViewOptions};
-use crate::backend::{Connect, ConnectOptions};
+use crate::backend::{BackendError, Connect, ConnectOptions};
 use crate::error::{EXIT_FAILED, FuseFsError};
 use crate::mountinfo;
 use crate::overlay;
@@ -21,11 +21,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
 /// The backend has its own deadline; ours is later and only catches what that one misses.
-const DEADLINE_MARGIN: Duration = Duration::from_secs(5);
+pub(crate) const DEADLINE_MARGIN: Duration = Duration::from_secs(5);
 /// Threads of the runtime that carries the requests.
 const MAX_WORKERS: usize = 4;
 /// How long tasks that hang may hold up the end of the process.
-const SHUTDOWN: Duration = Duration::from_secs(1);
+pub(crate) const SHUTDOWN: Duration = Duration::from_secs(1);
 
 /// The two sides of [`fork`].
 pub enum Forked {
@@ -135,7 +135,7 @@ pub enum Ready {
 
 impl Ready {
     /// The view is usable: the parent exits with 0, and this process leaves its terminal.
-    fn usable(self) -> io::Result<()> {
+    pub(crate) fn usable(self) -> io::Result<()> {
         let Self::Background(mut writer) = self else {
             return Ok(());
         };
@@ -225,16 +225,17 @@ pub fn serve(connect: Connect, serve: &Serve, ready: Ready) -> Result<(), FuseFs
             serve.for_loop.then_some(overlay::LIMIT_BYTES),
         ));
         let mounted = MountedView::mount(view.clone(), &serve.dir, serve.view, runtime.handle())?;
-        let ready = record(serve, None)
+        let ready = record(&serve.state, &serve.dir, None)
             .and_then(|()| ready.usable().map_err(system("leaving the terminal")));
         if let Err(error) = ready {
             let _ = unmount_view(&serve.dir, true);
             return Err(error);
         }
-        wait_for_end(mounted, &view, &serve.dir)
+        let join = move || mounted.wait();
+        wait_for_end(join, async || view.flush_all().await, &serve.dir)
             .await
             .map_err(system("serving the view"))?;
-        finish(serve, &view).await
+        finish(&serve.state, &serve.dir, view.flush_all().await)
     });
     runtime.shutdown_timeout(SHUTDOWN);
     result
@@ -248,37 +249,50 @@ pub fn runtime() -> io::Result<tokio::runtime::Runtime> {
         .build()
 }
 
-fn record(serve: &Serve, failure: Option<String>) -> Result<(), FuseFsError> {
+/// Notes that this process serves what is mounted on `dir`.
+pub(crate) fn record(
+    state: &RuntimeDir,
+    dir: &Path,
+    failure: Option<String>,
+) -> Result<(), FuseFsError> {
     let own = ProcessRef::current();
     let daemon = own.map_err(|source| FuseFsError::System {
         what: "reading /proc",
         source,
     })?;
-    serve.state.save(&serve.dir, What::View { daemon, failure })
+    state.save(dir, What::View { daemon, failure })
 }
 
-/// The last flush; `fuse-fs umount` reads its failure from the state file.
-async fn finish(serve: &Serve, view: &View) -> Result<(), FuseFsError> {
-    match view.flush_all().await {
-        Ok(()) => serve.state.remove(&serve.dir),
+/// After the last flush; `fuse-fs umount` reads its failure from the state file.
+pub(crate) fn finish(
+    state: &RuntimeDir,
+    dir: &Path,
+    flushed: Result<(), BackendError>,
+) -> Result<(), FuseFsError> {
+    match flushed {
+        Ok(()) => state.remove(dir),
         Err(error) => {
             let reason = error.to_string();
-            record(serve, Some(reason.clone()))?;
+            record(state, dir, Some(reason.clone()))?;
             Err(FuseFsError::Unflushed {
-                dir: serve.dir.clone(),
+                dir: dir.to_owned(),
                 reason,
             })
         }
     }
 }
 
-/// Serves until the kernel ends the connection. The first signal flushes and unmounts, lazily if
-/// the view is in use; a second one ends the process at once.
-async fn wait_for_end(mounted: MountedView, view: &View, dir: &Path) -> io::Result<()> {
+/// Serves until the kernel ends the connection, which `join` waits for. The first signal flushes and
+/// unmounts, lazily if the mount is in use; a second one ends the process at once.
+pub(crate) async fn wait_for_end(
+    join: impl FnOnce() -> io::Result<()> + Send + 'static,
+    flush: impl AsyncFn() -> Result<(), BackendError>,
+    dir: &Path,
+) -> io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (sender, mut ended) = oneshot::channel();
-    std::thread::spawn(move || sender.send(mounted.wait()));
+    std::thread::spawn(move || sender.send(join()));
     for signals in 0u32.. {
         tokio::select! {
             result = &mut ended => return result.unwrap_or(Ok(())),
@@ -286,10 +300,10 @@ async fn wait_for_end(mounted: MountedView, view: &View, dir: &Path) -> io::Resu
             _ = interrupt.recv() => {}
         }
         if signals > 0 {
-            tracing::warn!("second signal: the view is left as it is");
+            tracing::warn!("second signal: the mount is left as it is");
             break;
         }
-        if let Err(error) = view.flush_all().await {
+        if let Err(error) = flush().await {
             tracing::error!("flush before unmounting: {error}");
         }
         let dir = dir.to_owned();

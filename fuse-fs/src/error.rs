@@ -23,10 +23,8 @@ pub mod fsck {
 pub enum FuseFsError {
     #[error("no servers given: use --servers HOST[:PORT],... or set BLOCKD_SERVERS")]
     NoServers,
-    #[error(
-        "{target}: `fuse-fs mount` without --kernel needs our own filesystem, which comes with a later release; use `fuse-fs mount --kernel {target} DIR`"
-    )]
-    OwnFilesystem { target: String },
+    #[error("-o {reason}")]
+    Option { reason: String },
     #[error("{target}: not VOL or VOL@SNAP")]
     TargetSyntax { target: String },
     #[error("{what} needs root: run it with sudo")]
@@ -106,7 +104,7 @@ impl FuseFsError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::NoServers
-            | Self::OwnFilesystem { .. }
+            | Self::Option { .. }
             | Self::TargetSyntax { .. }
             | Self::NotRoot { .. }
             | Self::Directory { .. } => EXIT_USAGE,

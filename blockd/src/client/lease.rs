@@ -232,9 +232,10 @@ impl Lease {
             return std::future::pending().await;
         };
         let mut lost = held.volume.shared.lease.lost.subscribe();
-        match lost.wait_for(Option::is_some).await.as_deref() {
-            Ok(Some(reason)) => reason.clone(),
-            _ => std::future::pending().await,
+        let found = lost.wait_for(Option::is_some).await;
+        match found.ok().and_then(|reason| reason.clone()) {
+            Some(reason) => reason,
+            None => std::future::pending().await,
         }
     }
 

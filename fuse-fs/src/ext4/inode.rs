@@ -34,7 +34,7 @@ pub const FLAG_EXTENTS: u32 = 0x8_0000;
 pub const FLAG_VERITY: u32 = 0x10_0000;
 const FLAG_SYNC: u32 = 0x8;
 const FLAG_NO_DUMP: u32 = 0x40;
-const FLAG_NO_ATIME: u32 = 0x80;
+pub const FLAG_NO_ATIME: u32 = 0x80;
 const FLAG_SYNC_DIRECTORY: u32 = 0x1_0000;
 /// The flags that programs may change.
 pub const FLAGS_CHANGEABLE: u32 =

@@ -43,6 +43,20 @@ impl InodeState {
         self.data.size_bytes.unwrap_or(self.raw.size_bytes())
     }
 
+    /// Space in units of 512 bytes, with what data in memory will need.
+    #[must_use]
+    pub fn sectors(&self, block_bytes: u32) -> u64 {
+        let promised = self.data.dirty.values().filter(|page| page.promised);
+        let blocks = promised.count() + self.data.writing.len();
+        self.raw.sectors() + blocks as u64 * u64::from(block_bytes / 512)
+    }
+
+    /// Nothing of the file's data is only in memory.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.data.dirty.is_empty() && self.data.writing.is_empty()
+    }
+
     pub(super) fn set_visible_size(&mut self, size_bytes: u64) {
         let ahead = size_bytes != self.raw.size_bytes();
         self.data.size_bytes = ahead.then_some(size_bytes);

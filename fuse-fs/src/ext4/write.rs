@@ -26,6 +26,29 @@ impl Filesystem {
         offset_bytes: u64,
         data: Bytes,
     ) -> Result<(), FsError> {
+        self.write_stamped(cell, offset_bytes, data, true).await
+    }
+
+    /// As [`Self::write`], for who sets the times of the file himself.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub async fn write_unstamped(
+        &self,
+        cell: &Arc<InodeCell>,
+        offset_bytes: u64,
+        data: Bytes,
+    ) -> Result<(), FsError> {
+        self.write_stamped(cell, offset_bytes, data, false).await
+    }
+
+    async fn write_stamped(
+        &self,
+        cell: &Arc<InodeCell>,
+        offset_bytes: u64,
+        data: Bytes,
+        stamped: bool,
+    ) -> Result<(), FsError> {
         self.check_writable()?;
         self.wait_for_room().await;
         let mut inode = cell.write().await;
@@ -41,10 +64,12 @@ impl Filesystem {
             let size = inode.size_bytes().max(end);
             inode.set_visible_size(size);
         }
-        let now = self.now();
-        inode.raw.set_mtime(now);
-        inode.raw.set_ctime(now);
-        inode.data.times_changed = true;
+        if stamped {
+            let now = self.now();
+            inode.raw.set_mtime(now);
+            inode.raw.set_ctime(now);
+            inode.data.times_changed = true;
+        }
         self.note_dirty(cell);
         Ok(())
     }

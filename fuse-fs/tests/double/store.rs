@@ -1,21 +1,25 @@
 //! The double: sparse files `NAME` and `NAME@SNAP` of a directory as volumes and snapshots.
 //!
 //! The file `fault` in the directory, if there, holds what goes wrong: `hang`, `fail`, `panic` on
-//! every IO, or `hang-flush`, `fail-flush` on flushes only. The file `flushes` gets a byte per flush.
+//! every IO, or `hang-flush`, `fail-flush` on flushes only; with `fenced` the lease is lost, and changes
+//! are refused. The file `flushes` gets a byte per flush. A lease is a lock of the volume's file.
 
 use blockd::id::{Epoch, SnapshotId, VolumeId};
 use bytes::Bytes;
 use fuse_fs::backend::{
     Answer, Backend, BackendError, Connect, ConnectOptions, Extent, Listing, OpenTarget, Space,
-    TargetInfo, TargetName,
+    TargetInfo, TargetName, WriterLease,
 };
-use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, flock};
 use std::fs::{self, File};
+use std::future::Future;
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 /// As the product's: the seam's second user.
 pub(crate) fn connect(options: ConnectOptions) -> Answer<'static, Arc<dyn Backend>> {
@@ -39,6 +43,7 @@ struct Store {
 
 struct Target {
     dir: PathBuf,
+    path: PathBuf,
     file: File,
     size_bytes: AtomicU64,
     read_only: bool,
@@ -61,6 +66,61 @@ async fn fault(dir: &Path, flush: bool) -> Result<(), BackendError> {
         ("panic", _) => panic!("planted panic"),
         _ => Ok(()),
     }
+}
+
+/// Time between two looks at what another process does.
+const PAUSE: Duration = Duration::from_millis(20);
+
+fn is_fenced(dir: &Path) -> bool {
+    let text = fs::read_to_string(dir.join("fault")).unwrap_or_default();
+    text.trim() == "fenced"
+}
+
+fn check_fence(dir: &Path) -> Result<(), BackendError> {
+    match is_fenced(dir) {
+        true => Err(BackendError::new(
+            libc::EPERM,
+            "fenced: the lease was broken",
+        )),
+        false => Ok(()),
+    }
+}
+
+/// The lock of a volume's file; it ends with the process.
+struct Held {
+    dir: PathBuf,
+    _locked: File,
+}
+
+impl WriterLease for Held {
+    fn lost(&self) -> Pin<Box<dyn Future<Output = String> + Send + '_>> {
+        Box::pin(async move {
+            while !is_fenced(&self.dir) {
+                tokio::time::sleep(PAUSE).await;
+            }
+            "the lease was broken".to_owned()
+        })
+    }
+
+    fn release(self: Box<Self>) -> Answer<'static, ()> {
+        done(Ok(()))
+    }
+}
+
+async fn acquire(dir: &Path, path: &Path, wait: Duration) -> Result<Held, BackendError> {
+    let until = Instant::now() + wait;
+    let file = File::open(path).map_err(failed)?;
+    while flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if Instant::now() >= until {
+            let text = "held by another process of this host; see `blockctl lease`";
+            return Err(BackendError::new(libc::EBUSY, text));
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+    Ok(Held {
+        dir: dir.to_owned(),
+        _locked: file,
+    })
 }
 
 impl Store {
@@ -94,10 +154,11 @@ impl Store {
     fn target(&self, name: &TargetName) -> io::Result<Arc<dyn OpenTarget>> {
         let read_only = name.snapshot.is_some();
         let path = self.dir.join(name.to_string());
-        let file = File::options().read(true).write(!read_only).open(path)?;
+        let file = File::options().read(true).write(!read_only).open(&path)?;
         let size_bytes = AtomicU64::new(file.metadata()?.len());
         Ok(Arc::new(Target {
             dir: self.dir.clone(),
+            path,
             file,
             size_bytes,
             read_only,
@@ -121,6 +182,16 @@ impl Backend for Store {
     fn grow<'a>(&'a self, volume: &'a str, size_bytes: u64) -> Answer<'a, ()> {
         let file = File::options().write(true).open(self.dir.join(volume));
         done(file.and_then(|file| file.set_len(size_bytes)))
+    }
+
+    fn snapshot<'a>(&'a self, name: &'a TargetName) -> Answer<'a, ()> {
+        Box::pin(async move {
+            let (volume, snapshot) = (self.dir.join(&name.volume), self.dir.join(name.to_string()));
+            if snapshot.exists() {
+                return Err(BackendError::new(libc::EEXIST, "the snapshot exists"));
+            }
+            fs::copy(volume, snapshot).map(|_| ()).map_err(failed)
+        })
     }
 
     fn space(&self) -> Answer<'_, Space> {
@@ -154,6 +225,7 @@ impl OpenTarget for Target {
     fn write(&self, offset_bytes: u64, data: Bytes) -> Answer<'_, ()> {
         Box::pin(async move {
             fault(&self.dir, false).await?;
+            check_fence(&self.dir)?;
             assert!(
                 offset_bytes + data.len() as u64 <= self.size_bytes(),
                 "write past the end"
@@ -216,5 +288,12 @@ impl OpenTarget for Target {
     fn refresh(&self) -> Answer<'_, ()> {
         let size = self.file.metadata().map(|metadata| metadata.len());
         done(size.map(|size_bytes| self.size_bytes.store(size_bytes, Ordering::SeqCst)))
+    }
+
+    fn acquire(&self, _purpose: &str, wait: Duration) -> Answer<'_, Box<dyn WriterLease>> {
+        Box::pin(async move {
+            let held = acquire(&self.dir, &self.path, wait).await?;
+            Ok(Box::new(held) as Box<dyn WriterLease>)
+        })
     }
 }

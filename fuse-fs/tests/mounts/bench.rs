@@ -69,6 +69,19 @@ impl Bench {
         check(arguments, self.fuse_fs(arguments))
     }
 
+    /// What [`Bench::fuse_fs`] runs.
+    pub(crate) fn program(&self) -> PathBuf {
+        double()
+    }
+
+    /// As [`Bench::fuse_fs_ok`], of a command that knows no servers.
+    pub(crate) fn stats(&self, arguments: &[&str]) -> String {
+        check(
+            arguments,
+            timeout(&double()).args(arguments).output().unwrap(),
+        )
+    }
+
     /// Mounts the view on `mnt`; `options` are more arguments.
     pub(crate) fn view(&self, options: &[&str]) {
         let dir = self.path("mnt");
@@ -110,7 +123,10 @@ impl Bench {
             let line = fs::read(entry.path().join("cmdline")).ok()?;
             let environment = fs::read(entry.path().join("environ")).ok()?;
             let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-            let ours = text(line).contains("fuse-fs-double") && text(environment).contains(&store);
+            let (line, environment) = (text(line), text(environment));
+            let program = ["fuse-fs-double", "mount.fuse.blockd"];
+            let ours = program.iter().any(|name| line.contains(name))
+                && (environment.contains(&store) || line.contains(&store));
             let zombie = fs::read_to_string(entry.path().join("stat"))
                 .ok()?
                 .contains(") Z ");

@@ -7,4 +7,7 @@
 mod bench;
 mod faults;
 mod kernel;
+mod own;
+mod own_write;
+mod shadow;
 mod view;

@@ -314,7 +314,7 @@ fn usage_errors_say_what_to_do_and_exit_as_mount_does() {
         32,
         "no server there",
     );
-    expect(&["mount", "v", str_of(&mnt)], 1, "--kernel");
+    expect(&["mount", "v", str_of(&mnt), "-t", "xfs"], 1, "--kernel");
     expect(&["mount", "--kernel", "a/b", str_of(&mnt)], 1, "VOL@SNAP");
     expect(
         &["mount", "--kernel", "v", str_of(&mnt)],

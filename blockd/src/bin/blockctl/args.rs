@@ -378,11 +378,11 @@ pub(crate) enum RouteVerb {
 
 #[derive(Debug, Args)]
 pub(crate) struct Mount {
-    /// VOL, or VOL@SNAP for read-only
+    /// VOL, or VOL@SNAP for read-only; `stats` tells what the mount on DIR has done
     #[arg(value_name = "VOL[@SNAP]")]
     pub(crate) target: String,
     pub(crate) dir: PathBuf,
-    /// Passed on to `fuse-fs mount`
+    /// Passed on to `fuse-fs mount`: -o OPTIONS, -f, --wait SECONDS, --kernel
     #[arg(
         trailing_var_arg = true,
         allow_hyphen_values = true,

@@ -8,11 +8,18 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Becomes `fuse-fs mount --kernel`; returns only if that cannot be started.
+/// In place of a volume: what a mount has done.
+const STATS: &str = "stats";
+
+/// Becomes `fuse-fs mount`, or `fuse-fs stats`; returns only if that cannot be started.
 pub(crate) fn mount(servers: &[String], mount: &Mount) -> Failure {
     let mut command = Command::new(fuse_fs());
+    if mount.target == STATS {
+        command.arg(STATS).args(&mount.options).arg(&mount.dir);
+        return become_it(command);
+    }
     command
-        .args(["mount", "--kernel", "--servers"])
+        .args(["mount", "--servers"])
         .arg(servers.join(","))
         .args(&mount.options)
         .arg(&mount.target)

@@ -1,0 +1,31 @@
+//! A volume or snapshot mounted with our own ext4, over FUSE.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`serve`] | from the command to the end of the mount |
+//! | [`options`] | the options of mount(8) |
+//! | [`session`] | the connection with the kernel |
+//! | [`adapter`], [`answer`] | FUSE requests, and how they get their answers |
+//! | [`attributes`] | attributes in the form of FUSE |
+//! | [`files`], [`change`] | the operations |
+//! | [`node_id`], [`references`] | the numbers of files, and which of them the kernel knows |
+//! | [`snapshots`] | `.snapshot` |
+//! | [`timely`] | deadlines of the device |
+//! | [`tuning`] | what the kernel must be told besides |
+//! | [`stats`], [`stats_command`] | counts and latencies |
+
+pub mod adapter;
+pub mod answer;
+pub mod attributes;
+pub mod change;
+pub mod files;
+pub mod node_id;
+pub mod options;
+pub mod references;
+pub mod serve;
+pub mod session;
+pub mod snapshots;
+pub mod stats;
+pub mod stats_command;
+pub mod timely;
+pub mod tuning;
