@@ -8,6 +8,7 @@ Usage: scripts/bench.sh [--quick] [--json FILE] [--rounds N] [--seconds N] [--on
                         [--parts A,B] [--dir DIR]
        scripts/bench.sh nbd [--rows A,B] [--rounds N] [--seconds N] [--size-mib N] [--dir DIR]
        scripts/bench.sh moves [--rounds N] [--size-mib N] [--dir DIR]
+       scripts/bench.sh mount [--quick] [--rows A,B] [--only A,B] [--rounds N] [--many N] [--json FILE]
 
 Installs what is missing, builds release and compares over unix sockets with fio's nbd engine:
   ours1     one blockd                    ours3      three, pages spread, all IO through the first
@@ -31,6 +32,10 @@ in turn (5 rounds of 2 s). --rows takes only the rows whose names contain one of
 
 With `moves` it measures page moves between two servers: their speed against a copy on the same disk,
 and the p99 of a client's writes during them against that beside them.
+
+With `mount` (as root) it measures our own ext4 as a mount of a volume on one local server, against the
+kernel's ext4 on a loop file and fuse2fs: small files, streams, fsyncs, a tree, a directory of --many
+entries (rows small, streams, fsyncs, tree, large).
 EOF
 }
 
@@ -54,6 +59,12 @@ if [ "${1:-}" = nbd ]; then
     shift
     cargo build --release --locked --quiet --manifest-path "$root/Cargo.toml" -p blockd -p nbd-server
     exec python3 -B "$root/scripts/bench_nbd.py" --bin "${CARGO_TARGET_DIR:-$root/target}/release" \
+        --root "$root" "$@"
+fi
+if [ "${1:-}" = mount ]; then
+    shift
+    cargo build --release --locked --quiet --manifest-path "$root/Cargo.toml" -p blockd -p fuse-fs
+    exec python3 -B "$root/scripts/bench_mount.py" --bin "${CARGO_TARGET_DIR:-$root/target}/release" \
         --root "$root" "$@"
 fi
 # Without our own servers (--only with peers alone) there is nothing to build.

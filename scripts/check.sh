@@ -3,6 +3,8 @@
 set -euo pipefail
 
 STEPS=(fmt clippy doc build test sim deny tidy tidytest requirements shell)
+# Only when named: see scripts/check.sh --help.
+EXTRA=(conformance)
 
 usage() {
     cat <<EOF
@@ -20,6 +22,8 @@ Runs the steps named, or these: ${STEPS[*]}
   requirements  each requirement of tests/requirements.txt has a test that names it
   sim       the simulator: a fixed set of seeds, and two minutes of fresh ones
   shell     shellcheck, if it is installed, and bash -n
+Only when named, as it needs tools that are no Debian packages:
+  conformance  our own ext4 as a mount against pjdfstest, fsx, stress-ng, sqlite and kill -9
 The last line counts tests and steps: 'N passed, N failed'.
 EOF
 }
@@ -47,6 +51,11 @@ step_sim() {
         return 1
     }
     grep -E '^[0-9]+ seeds from' "$scratch/seeds.log" | sed 's/^/ok sim: /'
+}
+
+step_conformance() {
+    cargo build --locked --quiet -p fuse-fs --examples
+    scripts/conformance.sh
 }
 
 metadata() {
@@ -122,7 +131,7 @@ run_tests() {
 }
 
 for arg in "$@"; do
-    case " ${STEPS[*]} " in
+    case " ${STEPS[*]} ${EXTRA[*]} " in
         *" $arg "*) ;;
         *)
             case $arg in
