@@ -20,6 +20,8 @@ const STALE: u8 = 0xa5;
 /// One in so many states is also shown to e2fsck.
 const E2FSCK_EVERY: usize = 12;
 const FILES: u32 = 4;
+/// More states than there are moments.
+const EVERY_STATE: usize = 1 << 32;
 
 fn rounds() -> u64 {
     let told = std::env::var("FUSE_FS_EXT4_ROUNDS").ok();
@@ -440,4 +442,30 @@ fn nothing_freed_is_written_over_before_its_freeing_commits() {
         });
     });
     assert!(count > 10);
+}
+
+#[test]
+fn what_the_log_held_is_durable_at_home_before_the_log_is_given_up() {
+    let workshop = Workshop::new();
+    let (start, numbers) = make(&workshop, 10, "-t ext4");
+    let device = Arc::new(Recorder::new(start));
+    run(async {
+        let fs = Filesystem::open(device.clone(), options()).await.unwrap();
+        for round in 0..30_u8 {
+            let number = numbers[usize::from(round) % numbers.len()];
+            let cell = fs.inode(number).await.unwrap();
+            let content = vec![round; 1000 * usize::from(round)];
+            device.mark(Mark::Touched(number));
+            fs.write(&cell, 0, content.clone().into()).await.unwrap();
+            fs.fsync(&cell, false).await.unwrap();
+            device.mark(Mark::Synced(number, content));
+            fs.quiesced(async {}).await.unwrap();
+        }
+    });
+    let mut count = 0;
+    device.crashes(EVERY_STATE, &mut Random(9), |left, synced| {
+        judge(left, &numbers, synced, &format!("state {count}"));
+        count += 1;
+    });
+    assert!(count > 300);
 }
