@@ -8,7 +8,7 @@ use fuse_fs::ext4::filesystem::Filesystem;
 use fuse_fs::ext4::inode_cell::InodeCell;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 /// SplitMix64.
@@ -134,7 +134,7 @@ async fn seek_agrees(fs: &Filesystem, cell: &InodeCell, model: &[u8]) {
     );
 }
 
-fn compare_with_kernel(workshop: &Workshop, image: &PathBuf, files: &[Modelled]) {
+fn compare_with_kernel(workshop: &Workshop, image: &Path, files: &[Modelled]) {
     workshop.change(image, |dir| {
         for file in files {
             let found = fs::read(dir.join(&file.name)).unwrap();
