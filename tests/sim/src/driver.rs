@@ -77,9 +77,9 @@ struct Totals {
 
 pub(crate) fn main() -> ExitCode {
     let args = Args::parse();
-    watch_panics();
     trace::install();
     let template = run::template();
+    watch_panics();
     if args.check_plants {
         return plants::check_all(&template, args.ops);
     }

@@ -106,6 +106,7 @@ impl World {
         };
         let file = ConfigFile {
             listen: Some(address(host).to_string()),
+            nbd_listen: Some(Vec::new()),
             log_bytes: Some(1 << 20),
             ..ConfigFile::default()
         };
