@@ -28,6 +28,7 @@ pub(crate) async fn open_damaged(image: &Path) -> Result<Filesystem, FsError> {
     let device = FileDevice::open(image, true).unwrap();
     let options = Options {
         commit_interval: Duration::from_millis(200),
+        cache_bytes: 256 << 20,
         ..options()
     };
     Filesystem::open(Arc::new(device), options).await

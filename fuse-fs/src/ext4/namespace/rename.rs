@@ -69,7 +69,7 @@ impl<'f, 'g> Directories<'f, 'g> {
         }
     }
 
-    fn to_state(&mut self) -> &mut InodeState {
+    fn target_state(&mut self) -> &mut InodeState {
         match &mut self.to {
             Some((guard, _)) => guard,
             None => &mut self.from.0,
@@ -88,15 +88,15 @@ impl<'f, 'g> Directories<'f, 'g> {
         let replaced = moved.target.as_ref().filter(|target| target.is_directory());
         if moves && moved.source.is_directory() {
             remove_subdirectory(&mut self.from.0.raw);
-            add_subdirectory(&mut self.to_state().raw);
+            add_subdirectory(&mut self.target_state().raw);
         }
         match (replaced, mode) {
             (Some(_), RenameMode::Exchange) if moves => {
-                remove_subdirectory(&mut self.to_state().raw);
+                remove_subdirectory(&mut self.target_state().raw);
                 add_subdirectory(&mut self.from.0.raw);
             }
             (None, _) | (_, RenameMode::Exchange) => {}
-            (Some(_), _) => remove_subdirectory(&mut self.to_state().raw),
+            (Some(_), _) => remove_subdirectory(&mut self.target_state().raw),
         }
     }
 
@@ -323,17 +323,17 @@ impl Filesystem {
         let moves = directories.to.is_some();
         let enters = moved.source.is_directory();
         check_may_take(&directories.from.0, &moved.source.state)?;
-        check_may_add(directories.to_state())?;
+        check_may_add(directories.target_state())?;
         let Some(target) = &moved.target else {
             if enters && moves {
-                self.check_subdirectory(&directories.to_state().raw)?;
+                self.check_subdirectory(&directories.target_state().raw)?;
             }
             return Ok(());
         };
-        check_may_take(directories.to_state(), &target.state)?;
+        check_may_take(directories.target_state(), &target.state)?;
         match (enters, target.is_directory(), mode) {
             (true, false, RenameMode::Exchange) if moves => {
-                Ok(self.check_subdirectory(&directories.to_state().raw)?)
+                Ok(self.check_subdirectory(&directories.target_state().raw)?)
             }
             (false, true, RenameMode::Exchange) if moves => {
                 Ok(self.check_subdirectory(&directories.from.0.raw)?)
