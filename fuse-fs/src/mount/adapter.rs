@@ -159,8 +159,7 @@ impl Adapter {
         &self,
         op: Op,
         req: &Request,
-        parent: INodeNo,
-        name: &OsStr,
+        (parent, name): (INodeNo, &OsStr),
         (mode, umask): (u32, u32),
         content: Made,
         reply: ReplyEntry,
@@ -339,7 +338,7 @@ impl Filesystem for Adapter {
             libc::S_IFCHR | libc::S_IFBLK => Made::Device(rdev),
             _ => Made::Nothing,
         };
-        self.make(Op::Create, req, parent, name, (mode, umask), made, reply);
+        self.make(Op::Create, req, (parent, name), (mode, umask), made, reply);
     }
 
     fn mkdir(
@@ -358,8 +357,7 @@ impl Filesystem for Adapter {
         self.make(
             Op::Mkdir,
             req,
-            parent,
-            name,
+            (parent, name),
             (mode, umask),
             Made::Nothing,
             reply,
@@ -376,7 +374,7 @@ impl Filesystem for Adapter {
     ) {
         let target = Made::Target(target.as_os_str().as_bytes().to_vec());
         let mode = libc::S_IFLNK | 0o777;
-        self.make(Op::Symlink, req, parent, name, (mode, 0), target, reply);
+        self.make(Op::Symlink, req, (parent, name), (mode, 0), target, reply);
     }
 
     fn create(

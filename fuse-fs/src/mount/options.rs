@@ -94,7 +94,7 @@ impl MountOptions {
 
     fn apply(&mut self, option: &str) -> Result<(), String> {
         let foreign = |prefix: &&str| option.starts_with(*prefix);
-        if FOR_OTHERS.contains(&option) || PREFIXES_FOR_OTHERS.iter().any(|p| foreign(&p)) {
+        if FOR_OTHERS.contains(&option) || PREFIXES_FOR_OTHERS.iter().any(foreign) {
             return Ok(());
         }
         match option.split_once('=') {

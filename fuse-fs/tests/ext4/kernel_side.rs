@@ -195,7 +195,10 @@ fn facts(file: &Path, path: &str, first_names: &mut BTreeMap<u64, String>) -> Fa
             .or_insert_with(|| path.to_owned())
             .clone(),
         flags: flags & 0xf0,
-        mtime: set_time((metadata.mtime(), metadata.mtime_nsec() as u32)),
+        mtime: set_time((
+            metadata.mtime(),
+            u32::try_from(metadata.mtime_nsec()).unwrap(),
+        )),
     }
 }
 
