@@ -7,7 +7,7 @@
 //! | [`namespace`] | the operations on names and attributes |
 //! | [`filesystem`] | a mounted filesystem: open, sync, close |
 //! | [`handle`], [`transaction`], [`commit`] | operations, the transaction they share, its way to the disk |
-//! | [`read`], [`write`], [`writeback`] | data of files: from memory, to memory, to the disk |
+//! | [`read`], [`mod@write`], [`writeback`] | data of files: from memory, to memory, to the disk |
 //! | [`truncate`], [`fallocate`], [`statfs`] | sizes and space |
 //! | [`mapping`], [`extent_tree`], [`indirect`], [`deletion`] | finding, adding and giving up blocks of a file |
 //! | [`inode_cell`], [`raw_inode`], [`orphans`], [`orphan_file`], [`time`] | inodes while they are in use |
