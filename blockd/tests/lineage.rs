@@ -598,7 +598,7 @@ fn planted_faults_are_found() {
         ),
         (
             "zeros stay behind",
-            &["wrong bytes", "a hole with data"],
+            &["wrong bytes", "a hole with data", "missed"],
             Reader {
                 moved: |version| MovedVersion {
                     present: version.present & !version.zero,
