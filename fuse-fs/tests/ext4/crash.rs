@@ -10,6 +10,7 @@ use fuse_fs::ext4::filesystem::{Filesystem, Options};
 use fuse_fs::ext4::inode_cell::InodeCell;
 use std::collections::HashMap;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -43,19 +44,17 @@ fn make(workshop: &Workshop, mib: u64, kind: &str) -> (Vec<u8>, Vec<u32>) {
     (fs::read(image).unwrap(), numbers)
 }
 
+/// Appends only: what a truncation frees is not free before the kernel's journal commits.
 fn fill_up(dir: &Path) {
     let path = dir.join("old");
+    let mut old = fs::File::create(&path).unwrap();
     let mut size = 1 << 20;
-    let mut content = Vec::new();
     while size >= 1024 {
-        let more = [&content[..], &vec![STALE; size]].concat();
-        match fs::write(&path, &more) {
-            Ok(()) => content = more,
-            Err(_) => size /= 4,
+        if old.write_all(&vec![STALE; size]).is_err() {
+            size /= 4;
         }
     }
-    fs::write(&path, &content).unwrap();
-    fs::File::open(&path).unwrap().sync_all().unwrap();
+    old.sync_all().unwrap();
     fs::remove_file(&path).unwrap();
 }
 
