@@ -6,7 +6,6 @@ use super::{ClientError, IoErrorKind};
 use crate::data::forward::{self, PartIo};
 use crate::data::router::Part;
 use crate::data::span::Span;
-use crate::id::NodeNo;
 use crate::limits::CLIENT_REPLAY_BYTES;
 use crate::planted::{Plant, planted};
 use futures_util::future::join_all;
@@ -20,10 +19,10 @@ struct Issued<'a> {
 }
 
 impl Issued<'_> {
-    fn acknowledge(&self, owners: Vec<NodeNo>) {
+    fn acknowledge(&self, executed: Vec<Part>) {
         self.acknowledged.store(true, Ordering::Relaxed);
         let mut replay = self.volume.replay_buffer();
-        replay.acknowledged(self.number, owners);
+        replay.acknowledged(self.number, executed);
     }
 }
 
@@ -80,13 +79,12 @@ impl Volume {
         issued: &Issued<'_>,
     ) -> Result<(), TryError> {
         let _order = self.shared.order.read().await;
-        self.send_change(offset, len, io, span, None).await?;
-        let opened = self.opened();
-        let parts = opened.table.parts(offset, len);
-        issued.acknowledge(parts.map(|part| part.owner).collect());
+        let executed = self.send_change(offset, len, io, span, None).await?;
+        issued.acknowledge(executed);
         Ok(())
     }
 
+    /// Gives the parts with those who executed them.
     async fn send_change(
         &self,
         offset: u64,
@@ -94,8 +92,9 @@ impl Volume {
         io: &PartIo,
         span: &mut Option<Span>,
         replaying: Option<u64>,
-    ) -> Result<(), TryError> {
+    ) -> Result<Vec<Part>, TryError> {
         let opened = self.opened();
+        let parts: Vec<Part> = opened.table.parts(offset, len).collect();
         if span.is_some() || opened.table.spans_pages(offset, len) {
             let ids = &self.shared.client.shared.next_span;
             let new = || {
@@ -103,15 +102,16 @@ impl Volume {
                 Span::new(id, &opened.table, offset, len)
             };
             let span = span.get_or_insert_with(new);
-            return self.advance(&opened, span, io, replaying).await;
+            self.advance(&opened, span, io, replaying).await?;
+            return Ok(parts);
         }
-        for part in opened.table.parts(offset, len) {
+        for part in &parts {
             let table = &opened.table;
-            let mut request = forward::request(table.volume, table.epoch, &part, io, None);
+            let mut request = forward::request(table.volume, table.epoch, part, io, None);
             request.set_lease(self.shared.lease.epoch());
             self.call(&opened, part.owner, request, replaying).await?;
         }
-        Ok(())
+        Ok(parts)
     }
 
     /// One try of a change over several pages (S003-33): the owners that have not agreed are asked,
@@ -183,9 +183,7 @@ impl Volume {
             if replay.losses() == replay.made_good() {
                 return Ok(());
             }
-            let table = &self.opened().table;
-            let parts = |offset, len| table.parts(offset, len).collect();
-            (replay.losses(), replay.changes(parts))
+            (replay.losses(), replay.changes())
         };
         tracing::warn!(changes = changes.len(), volume = %self.shared.name, "replaying");
         let mut changes = changes;
@@ -195,11 +193,13 @@ impl Volume {
         if planted(Plant::SkipReplay) {
             changes.clear();
         }
-        for (offset, change) in changes {
+        for (number, (offset, change)) in changes {
             let (len, io) = (change.len_bytes(), io_of(&change, false));
             let replaying = Some(losses);
-            self.send_change(offset, len, &io, &mut None, replaying)
+            let parts = self
+                .send_change(offset, len, &io, &mut None, replaying)
                 .await?;
+            self.replay_buffer().executed_again(number, offset, parts);
         }
         self.replay_buffer().replayed(losses);
         Ok(())

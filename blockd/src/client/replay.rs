@@ -1,8 +1,9 @@
 //! The replay buffer: changes that were sent but not yet flushed (promise 3).
 //!
-//! An owner's write verifier changes when it may have lost such changes. Then its part of them is sent
-//! again, in the order in which they were issued, before anything else is done with the volume. What
-//! other owners have is left alone: another client may have written over it meanwhile. A
+//! An owner's write verifier changes when it may have lost such changes. Then what it had executed of them
+//! is sent again, in the order in which they were issued, before anything else is done with the volume.
+//! What others had executed is left alone, also where the page belongs to the loser now: another client
+//! may have written over it meanwhile. A
 //! flush that found all verifiers unchanged empties the buffer of everything that was acknowledged
 //! before it began.
 
@@ -56,24 +57,23 @@ struct Entry {
     change: Change,
     /// When it was acknowledged, on the scale of `Replay::clock`.
     acknowledged: Option<u64>,
-    /// Who executed it, once it was acknowledged.
-    owners: Vec<NodeNo>,
+    /// Its parts and who executed them, once it was acknowledged.
+    executed: Vec<Part>,
 }
 
 impl Entry {
-    /// What has to be sent again: offset and change, none if no owner that lost something has it.
-    /// `parts` are those of its range by the routing table of now.
-    fn lost(&self, parts: &[Part], lost: &BTreeSet<NodeNo>) -> Vec<(u64, Change)> {
+    /// What has to be sent again: offset and change, none if it was executed by no owner that lost
+    /// something. What was never acknowledged may be anywhere.
+    fn lost(&self, lost: &BTreeSet<NodeNo>) -> Vec<(u64, Change)> {
+        if self.acknowledged.is_none() {
+            return vec![(self.offset_bytes, self.change.clone())];
+        }
         let mut pieces: Vec<(u64, u64)> = Vec::new();
-        for part in parts.iter().filter(|part| lost.contains(&part.owner)) {
+        for part in self.executed.iter().filter(|p| lost.contains(&p.owner)) {
             match pieces.last_mut() {
                 Some((at, len)) if *at + *len == part.at_bytes => *len += u64::from(part.len_bytes),
                 _ => pieces.push((part.at_bytes, u64::from(part.len_bytes))),
             }
-        }
-        let moved = pieces.is_empty() && self.owners.iter().any(|node| lost.contains(node));
-        if moved || self.acknowledged.is_none() {
-            return vec![(self.offset_bytes, self.change.clone())];
         }
         let pieces = pieces.into_iter();
         pieces
@@ -112,18 +112,18 @@ impl Replay {
             offset_bytes,
             change,
             acknowledged: None,
-            owners: Vec::new(),
+            executed: Vec::new(),
         };
         self.entries.insert(number, entry);
         number
     }
 
-    /// All owners have answered; the change is kept until a flush.
-    pub(super) fn acknowledged(&mut self, number: u64, owners: Vec<NodeNo>) {
+    /// The owners of all parts have answered; the change is kept until a flush.
+    pub(super) fn acknowledged(&mut self, number: u64, executed: Vec<Part>) {
         let now = self.tick();
         if let Some(entry) = self.entries.get_mut(&number) {
             entry.acknowledged = Some(now);
-            entry.owners = owners;
+            entry.executed = executed;
         }
     }
 
@@ -157,9 +157,11 @@ impl Replay {
     /// their last pages away: under another one they may have lost changes before.
     pub(super) fn former_owners(&mut self, owners: &[NodeNo], given: &[(NodeNo, u64)]) {
         let former = self.verifiers.extract_if(|node, _| !owners.contains(node));
-        let lost = former.filter(|entry| !given.contains(entry)).count();
-        if lost > 0 && !self.entries.is_empty() {
+        let lost = former.filter(|entry| !given.contains(entry));
+        let lost: Vec<NodeNo> = lost.map(|(node, _)| node).collect();
+        if !lost.is_empty() && !self.entries.is_empty() {
             self.losses += 1;
+            self.lost.extend(lost);
         }
     }
 
@@ -198,14 +200,33 @@ impl Replay {
         });
     }
 
-    /// What must be sent again, oldest first; `parts` cuts a range by the routing table.
-    pub(super) fn changes(&self, parts: impl Fn(u64, u64) -> Vec<Part>) -> Vec<(u64, Change)> {
-        let entries = self.entries.values();
-        let lost = entries.flat_map(|entry| {
-            let parts = parts(entry.offset_bytes, entry.change.len_bytes());
-            entry.lost(&parts, &self.lost)
+    /// What must be sent again, oldest first, with the numbers of the changes.
+    pub(super) fn changes(&self) -> Vec<(u64, (u64, Change))> {
+        let lost = self.entries.iter().flat_map(|(number, entry)| {
+            let pieces = entry.lost(&self.lost).into_iter();
+            pieces.map(|piece| (*number, piece))
         });
         lost.collect()
+    }
+
+    /// A piece of a change at `offset_bytes` was sent again; `parts` are those of the piece.
+    pub(super) fn executed_again(&mut self, number: u64, offset_bytes: u64, parts: Vec<Part>) {
+        let found = self.entries.get_mut(&number);
+        let Some(entry) = found.filter(|entry| entry.acknowledged.is_some()) else {
+            return;
+        };
+        let at = offset_bytes - entry.offset_bytes;
+        let len: u64 = parts.iter().map(|part| u64::from(part.len_bytes)).sum();
+        let piece = at..at + len;
+        entry
+            .executed
+            .retain(|part| !piece.contains(&part.at_bytes));
+        let again = parts.into_iter().map(|part| Part {
+            at_bytes: at + part.at_bytes,
+            ..part
+        });
+        entry.executed.extend(again);
+        entry.executed.sort_unstable_by_key(|part| part.at_bytes);
     }
 }
 
@@ -230,6 +251,11 @@ mod tests {
         pages.map(part).collect()
     }
 
+    fn sent(replay: &Replay) -> Vec<(u64, Change)> {
+        let changes = replay.changes().into_iter();
+        changes.map(|(_, piece)| piece).collect()
+    }
+
     /// What an owner that lost nothing has may have been written over by another client.
     #[test]
     fn only_what_the_loser_had_is_sent_again() {
@@ -237,17 +263,53 @@ mod tests {
         replay.heard(NodeNo(2), 7);
         let first = replay.issued(2, write("abcdefgh"));
         let second = replay.issued(0, write("x"));
-        replay.acknowledged(first, vec![NodeNo(1), NodeNo(2), NodeNo(3)]);
-        replay.acknowledged(second, vec![NodeNo(1)]);
-        let moved = replay.issued(12, write("m"));
-        replay.acknowledged(moved, vec![NodeNo(2)]);
+        replay.acknowledged(first, parts(2, 8));
+        replay.acknowledged(second, parts(0, 1));
         replay.heard(NodeNo(2), 8);
-        let sent = replay.changes(parts);
-        assert_eq!(sent, [(4, write("cdef")), (12, write("m"))]);
+        assert_eq!(sent(&replay), [(4, write("cdef"))]);
         replay.replayed(1);
         replay.heard(NodeNo(3), 1);
         replay.heard(NodeNo(3), 2);
-        assert_eq!(replay.changes(parts), [(8, write("gh"))]);
+        assert_eq!(sent(&replay), [(8, write("gh"))]);
+    }
+
+    /// Who owns a page now has not lost what its former owner executed and handed over.
+    #[test]
+    fn what_a_page_had_before_it_came_to_the_loser_is_left_alone() {
+        let mut replay = Replay::default();
+        replay.heard(NodeNo(1), 7);
+        replay.heard(NodeNo(2), 7);
+        let number = replay.issued(4, write("m"));
+        replay.acknowledged(number, parts(4, 1));
+        replay.heard(NodeNo(1), 8);
+        assert_eq!(replay.losses(), 1);
+        assert_eq!(sent(&replay), []);
+        replay.former_owners(&[NodeNo(1)], &[(NodeNo(2), 9)]);
+        assert_eq!(replay.losses(), 2);
+        assert_eq!(sent(&replay), [(4, write("m"))], "lost before it was given");
+    }
+
+    #[test]
+    fn what_was_sent_again_is_lost_with_whoever_executed_it_then() {
+        let mut replay = Replay::default();
+        for node in 1..=3 {
+            replay.heard(NodeNo(node), 7);
+        }
+        let number = replay.issued(2, write("abcdefgh"));
+        replay.acknowledged(number, parts(2, 8));
+        replay.heard(NodeNo(2), 8);
+        let on_another = |part| Part {
+            owner: NodeNo(3),
+            ..part
+        };
+        let again = parts(4, 4).into_iter().map(on_another).collect();
+        replay.executed_again(number, 4, again);
+        replay.replayed(1);
+        replay.heard(NodeNo(2), 9);
+        assert_eq!(sent(&replay), []);
+        replay.replayed(2);
+        replay.heard(NodeNo(3), 8);
+        assert_eq!(sent(&replay), [(4, write("cdefgh"))]);
     }
 
     fn write(text: &'static str) -> Change {
@@ -261,11 +323,11 @@ mod tests {
             replay.issued(0, write("aa")),
             replay.issued(4, write("bbb")),
         );
-        replay.acknowledged(first, vec![NodeNo(1)]);
+        replay.acknowledged(first, parts(0, 2));
         let mark = replay.mark();
         let third = replay.issued(8, write("c"));
-        replay.acknowledged(third, vec![NodeNo(1)]);
-        replay.acknowledged(second, vec![NodeNo(1)]);
+        replay.acknowledged(third, parts(8, 1));
+        replay.acknowledged(second, parts(4, 3));
         replay.flushed(mark);
         assert_eq!(replay.buffered_bytes(), 4);
         assert_eq!(replay.entries.len(), 2);
@@ -282,7 +344,7 @@ mod tests {
         assert_eq!(replay.losses(), 0);
         replay.heard(NodeNo(1), 8);
         assert_eq!((replay.losses(), replay.made_good()), (1, 0));
-        assert_eq!(replay.changes(parts), [(0, write("a")), (0, write("b"))]);
+        assert_eq!(sent(&replay), [(0, write("a")), (0, write("b"))]);
         replay.heard(NodeNo(2), 10);
         replay.replayed(1);
         assert_eq!(
