@@ -8,11 +8,16 @@ use crate::admin::{
 use crate::control::calendar::utc;
 use crate::control::registry::lineage::{begin_flatten, clone_volume, end_flatten, roll_back};
 use crate::control::registry::routes::owners;
-use crate::control::registry::{ChangeError, OriginRecord, RegistryState, Transaction};
+use crate::control::registry::{
+    ChangeError, OriginRecord, RegistryState, Transaction, VolumeRecord,
+};
 use crate::id::{Epoch, NodeNo, VolumeId};
 use crate::node::lineage::ask;
 use crate::node::{Member, Node, snapshot};
 use std::rc::Rc;
+
+/// Names that a rollback tries for the snapshot of what the volume was.
+const SAFETY_TRIES: u32 = 4;
 
 /// `before-rollback-20261121-131101`, with a number behind it if there is one of this second.
 fn safety_name(state: &RegistryState, volume: VolumeId, now_unix_ms: u64) -> String {
@@ -33,11 +38,7 @@ pub(super) async fn rollback(node: &Rc<Node>, member: &Member, target: &Snapshot
     let volume = record(&member.registry.state(), &target.volume)?;
     let (id, size_bytes) = find_snapshot(&member.registry.state(), &volume, &target.snapshot)?;
     check_possible(member, volume.id)?;
-    let safety = SnapshotName {
-        volume: target.volume.clone(),
-        snapshot: safety_name(&member.registry.state(), volume.id, member.clock.unix_ms()),
-    };
-    snapshot::create(node, member, vec![safety.clone()], None).await?;
+    let safety = take_safety(node, member, &volume).await?;
     let build = |state: &RegistryState| -> Result<_, AdminError> {
         let now = record(state, &target.volume)?;
         let (safety, _) = find_snapshot(state, &now, &safety.snapshot)?;
@@ -65,6 +66,30 @@ pub(super) async fn rollback(node: &Rc<Node>, member: &Member, target: &Snapshot
         snapshot_size_bytes: size_bytes,
         unheard: unheard.map(|(node, _)| *node).collect(),
     }))
+}
+
+/// Takes the snapshot of what the volume was. Another rollback may take the name of this second first.
+async fn take_safety(
+    node: &Rc<Node>,
+    member: &Member,
+    volume: &VolumeRecord,
+) -> Result<SnapshotName, AdminError> {
+    for _ in 0..SAFETY_TRIES {
+        let now_ms = member.clock.unix_ms();
+        let safety = SnapshotName {
+            volume: volume.name.clone(),
+            snapshot: safety_name(&member.registry.state(), volume.id, now_ms),
+        };
+        match snapshot::create(node, member, vec![safety.clone()], None).await {
+            Err(error) if error.kind == AdminErrorKind::Exists => catch_up(member).await?,
+            taken => return taken.map(|_| safety),
+        }
+    }
+    let text = format!(
+        "volume {} is being rolled back by others: try again",
+        volume.name
+    );
+    Err(refused(AdminErrorKind::Conflict, text))
 }
 
 /// Refuses before the safety snapshot is taken what the transaction would refuse after it.
