@@ -29,7 +29,8 @@ type Image = BTreeMap<u64, Page>;
 
 #[derive(Clone)]
 enum Op {
-    Write(u64, Box<[u8]>),
+    /// A range within a page as the write left it: position, length, the page.
+    Write(u64, usize, Page),
     Punch(u64, u64),
 }
 
@@ -58,6 +59,8 @@ pub(crate) struct DiskFaults {
     pub fail_in: Option<u64>,
     /// The operation before which the server dies.
     pub die_in: Option<(u64, Death)>,
+    /// The same, counted from the next write of the slab: in the middle of a checkpoint.
+    pub die_after_slab_write: Option<(u64, Death)>,
     /// Slab write that is lost, or goes elsewhere.
     pub lose_in: Option<u64>,
     pub misdirect_in: Option<u64>,
@@ -148,11 +151,19 @@ fn read(image: &Image, pos: u64, buf: &mut [u8]) {
 
 fn write(image: &mut Image, pos: u64, data: &[u8]) {
     for (page, at, range) in pieces(pos, data.len()) {
-        let target = image
-            .entry(page)
-            .or_insert_with(|| Arc::new([0; PAGE_BYTES as usize]));
-        Arc::make_mut(target)[at..at + range.len()].copy_from_slice(&data[range]);
+        write_page(image, page, at, &data[range]);
     }
+}
+
+/// Writes within a page; gives the page.
+fn write_page<'a>(image: &'a mut Image, page: u64, at: usize, data: &[u8]) -> &'a Page {
+    let target = image.entry(page);
+    if let Ok(whole) = <&[u8; PAGE_BYTES as usize]>::try_from(data) {
+        return target.insert_entry(Arc::new(*whole)).into_mut();
+    }
+    let target = target.or_insert_with(|| Arc::new([0; PAGE_BYTES as usize]));
+    Arc::make_mut(target)[at..at + data.len()].copy_from_slice(data);
+    target
 }
 
 fn punch(image: &mut Image, pos: u64, len: u64) {
@@ -175,23 +186,33 @@ fn punch(image: &mut Image, pos: u64, len: u64) {
     }
 }
 
+fn copy_page(from: &Image, to: &mut Image, page: u64) {
+    match from.get(&page) {
+        Some(data) => drop(to.insert(page, Arc::clone(data))),
+        None => drop(to.remove(&page)),
+    }
+}
+
 impl File {
+    fn write(&mut self, pos: u64, data: &[u8]) {
+        for (page, at, range) in pieces(pos, data.len()) {
+            let (pos, len) = (page * PAGE_BYTES + at as u64, range.len());
+            let written = write_page(&mut self.current, page, at, &data[range]);
+            self.unsynced.push(Op::Write(pos, len, Arc::clone(written)));
+        }
+        self.len = self.len.max(pos + data.len() as u64);
+    }
+
     fn sync(&mut self) {
         for op in self.unsynced.drain(..) {
-            let (pos, len) = match &op {
-                Op::Write(pos, data) => (*pos, data.len() as u64),
-                Op::Punch(pos, len) => (*pos, *len),
-            };
-            if let Op::Punch(..) = op {
-                punch(&mut self.synced, pos, len);
-            }
-            if len == 0 {
-                continue;
-            }
-            for page in pos / PAGE_BYTES..=(pos + len - 1) / PAGE_BYTES {
-                match self.current.get(&page) {
-                    Some(data) => drop(self.synced.insert(page, Arc::clone(data))),
-                    None => drop(self.synced.remove(&page)),
+            match op {
+                Op::Write(pos, ..) => copy_page(&self.current, &mut self.synced, pos / PAGE_BYTES),
+                Op::Punch(_, 0) => {}
+                Op::Punch(pos, len) => {
+                    punch(&mut self.synced, pos, len);
+                    for page in pos / PAGE_BYTES..=(pos + len - 1) / PAGE_BYTES {
+                        copy_page(&self.current, &mut self.synced, page);
+                    }
                 }
             }
         }
@@ -206,14 +227,15 @@ impl File {
         };
         for op in self.unsynced.drain(..) {
             match op {
-                Op::Write(pos, data) => {
+                Op::Write(pos, written, page) => {
+                    let offset = (pos % PAGE_BYTES) as usize;
                     let mut done = 0;
-                    while done < data.len() {
+                    while done < written {
                         let at = pos + done as u64;
                         let in_sector = (at % SECTOR_BYTES as u64) as usize;
-                        let take = (SECTOR_BYTES - in_sector).min(data.len() - done);
+                        let take = (SECTOR_BYTES - in_sector).min(written - done);
                         if random.below(256) < u64::from(keep) {
-                            write(&mut image, at, &data[done..done + take]);
+                            write(&mut image, at, &page[offset + done..offset + done + take]);
                             len = len.max(at + take as u64);
                         }
                         done += take;
@@ -245,6 +267,7 @@ impl Medium {
     pub(crate) fn die(&mut self, death: Death) {
         self.failed = false;
         self.faults.die_in = None;
+        self.faults.die_after_slab_write = None;
         let Death::Power(keep) = death else { return };
         self.boot += 1;
         let mut random = self.random().clone();
@@ -348,10 +371,12 @@ impl SimState {
         Ok(medium)
     }
 
-    fn write(&self, file: usize, pos: u64, data: Box<[u8]>) -> io::Result<()> {
+    fn write(&self, file: usize, pos: u64, data: &[u8]) -> io::Result<()> {
         let mut medium = self.change(file, true)?;
         let mut pos = pos;
         if file == DiskFile::Slab as usize {
+            let faults = &mut medium.faults;
+            faults.die_in = faults.die_after_slab_write.take().or(faults.die_in);
             if due(&mut medium.faults.lose_in) {
                 trace::count("fault: lost write");
                 medium.damaged = true;
@@ -363,10 +388,7 @@ impl SimState {
                 pos = medium.random().below(64) * PAGE_BYTES;
             }
         }
-        let target = &mut medium.files[file];
-        write(&mut target.current, pos, &data);
-        target.len = target.len.max(pos + data.len() as u64);
-        target.unsynced.push(Op::Write(pos, data));
+        medium.files[file].write(pos, data);
         Ok(())
     }
 
@@ -397,7 +419,7 @@ impl Disk for SimState {
         let len = parts.iter().map(|part| part.len()).sum();
         let mut data = Vec::with_capacity(len);
         parts.iter().for_each(|part| data.extend_from_slice(part));
-        self.write(file as usize, pos, data.into())
+        self.write(file as usize, pos, &data)
     }
 
     fn sync(&self, file: DiskFile) -> io::Result<()> {
@@ -464,7 +486,7 @@ impl StorageBackend for SimState {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        SimState::write(self, REGISTRY, offset, data.into())
+        SimState::write(self, REGISTRY, offset, data)
     }
 }
 

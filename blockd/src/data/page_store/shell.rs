@@ -25,11 +25,13 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::path::Path;
 use std::rc::{Rc, Weak};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::spawn_local;
 
+/// What all writes of zeros share.
+static ZEROS: LazyLock<Bytes> = LazyLock::new(|| vec![0; PART_BYTES as usize].into());
 /// Time after which groups are swept again that a full disk kept from it.
 const SWEEP_PAUSE: Duration = Duration::from_secs(5);
 /// Groups swept before other tasks get a turn.
@@ -60,8 +62,6 @@ struct Inner {
     flush_wanted: Cell<u64>,
     timer_armed: Cell<bool>,
     sync_interval: Duration,
-    /// `PART_BYTES` of zeros, shared by all writes of zeros.
-    zeros: Bytes,
 }
 
 impl PageStore {
@@ -105,7 +105,6 @@ impl PageStore {
             flush_wanted: Cell::new(0),
             timer_armed: Cell::new(false),
             sync_interval,
-            zeros: vec![0; PART_BYTES as usize].into(),
         });
         spawn_local(take_outcomes(Rc::downgrade(&inner), receiver));
         let store = PageStore { inner };
@@ -190,7 +189,7 @@ impl PageStore {
     ) -> Result<(), StoreError> {
         if keep_allocated {
             for part in at.parts() {
-                let zeros = self.inner.zeros.slice(..part.len_bytes as usize);
+                let zeros = ZEROS.slice(..part.len_bytes as usize);
                 self.write(part, zeros, epoch).await?;
             }
             return Ok(());

@@ -7,7 +7,7 @@ use openraft::{
     AnyError, Entry, ErrorSubject, ErrorVerb, LogId, RaftLogReader, StorageError, StorageIOError,
     Vote,
 };
-use redb::{Durability, ReadableTable};
+use redb::ReadableTable;
 use std::fmt::Debug;
 use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
@@ -85,7 +85,7 @@ fn log_state(store: &Store) -> Result<LogState<TypeConfig>, StoreError> {
 }
 
 fn append(store: &Store, encoded: &[(u64, Vec<u8>)]) -> Result<(), StoreError> {
-    store.write(Durability::Immediate, |transaction| {
+    store.write(|transaction| {
         let mut table = transaction.open_table(LOG)?;
         for (index, bytes) in encoded {
             table.insert(index, bytes.as_slice())?;
@@ -95,7 +95,7 @@ fn append(store: &Store, encoded: &[(u64, Vec<u8>)]) -> Result<(), StoreError> {
 }
 
 fn truncate(store: &Store, first: u64) -> Result<(), StoreError> {
-    store.write(Durability::Immediate, |transaction| {
+    store.write(|transaction| {
         Ok(transaction
             .open_table(LOG)?
             .retain_in(first.., |_, _| false)?)
@@ -104,7 +104,7 @@ fn truncate(store: &Store, first: u64) -> Result<(), StoreError> {
 
 fn purge(store: &Store, last: &LogId<u64>) -> Result<(), StoreError> {
     let purged = bytes_of("purged", last)?;
-    store.write(Durability::Immediate, |transaction| {
+    store.write(|transaction| {
         transaction
             .open_table(META)?
             .insert("purged", purged.as_slice())?;
@@ -148,7 +148,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn save_vote(&mut self, vote: &Vote<u64>) -> Result<(), StorageError<u64>> {
         let vote = *vote;
-        let save = move |store: &Store| store.set_value("vote", &vote, Durability::Immediate);
+        let save = move |store: &Store| store.set_value("vote", &vote);
         on_disk(&self.store, ErrorSubject::Vote, ErrorVerb::Write, save).await
     }
 
@@ -157,13 +157,15 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         on_disk(&self.store, ErrorSubject::Vote, ErrorVerb::Read, read).await
     }
 
-    /// Not synced: the next append carries it. A loss costs nothing but a wait for the leader.
+    /// The next append carries it. A loss costs nothing but a wait for the leader.
     async fn save_committed(
         &mut self,
         committed: Option<LogId<u64>>,
     ) -> Result<(), StorageError<u64>> {
-        let save = move |store: &Store| store.set_value("committed", &committed, Durability::None);
-        on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Write, save).await
+        let error = |e| StorageIOError::write_logs(AnyError::error(e));
+        let bytes = bytes_of("committed", &committed).map_err(error)?;
+        self.store.carry_committed(bytes);
+        Ok(())
     }
 
     async fn read_committed(&mut self) -> Result<Option<LogId<u64>>, StorageError<u64>> {

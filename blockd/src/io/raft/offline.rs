@@ -9,7 +9,7 @@ use crate::id::{NodeNo, Revision};
 use openraft::{
     BasicNode, CommittedLeaderId, Entry, LogId, Membership, SnapshotMeta, StoredMembership, Vote,
 };
-use redb::{Database, Durability, ReadableDatabase, ReadableTable};
+use redb::{Database, ReadableDatabase, ReadableTable};
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -132,7 +132,7 @@ pub fn seed(
         ("purged", bytes_of("purged", &last)?),
         ("vote", bytes_of("vote", &Vote::<u64>::new(1, 0))?),
     ];
-    store.write(Durability::Immediate, |transaction| {
+    store.write(|transaction| {
         let mut table = transaction.open_table(META)?;
         for (key, bytes) in &values {
             table.insert(*key, bytes.as_slice())?;

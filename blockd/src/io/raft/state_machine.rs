@@ -9,7 +9,6 @@ use openraft::{
     BasicNode, Entry, EntryPayload, ErrorSubject, ErrorVerb, LogId, RaftSnapshotBuilder, Snapshot,
     SnapshotMeta, StorageError, StoredMembership,
 };
-use redb::Durability;
 use std::io::Cursor;
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -119,7 +118,7 @@ fn load(store: &Store) -> Result<Option<(Meta, Vec<u8>)>, StoreError> {
 
 fn save(store: &Store, meta: &Meta, data: &[u8]) -> Result<(), StoreError> {
     let meta = bytes_of("snapshot_meta", meta)?;
-    store.write(Durability::Immediate, |transaction| {
+    store.write(|transaction| {
         let mut table = transaction.open_table(META)?;
         table.insert("snapshot_meta", meta.as_slice())?;
         table.insert("snapshot", data)?;

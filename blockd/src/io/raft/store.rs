@@ -11,19 +11,18 @@
 //! | `meta` | `snapshot`      | V, `Machine`: the state and the outcomes of late                |
 //! | `log`  | index, u64      | V, openraft `Entry`                                             |
 //!
-//! V is one version byte (1), then postcard. A commit is durable (redb syncs) unless it says otherwise.
+//! V is one version byte (1), then postcard. Every commit is durable (redb syncs).
 
 use super::codec::{CodecError, decode, encode};
 use crate::id::NodeNo;
 use crate::io::device::Device;
 use redb::{
-    Database, Durability, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition,
-    WriteTransaction,
+    Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 pub(super) const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 pub(super) const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
@@ -78,6 +77,8 @@ pub struct Store {
     path: PathBuf,
     device: Device,
     database: RwLock<Option<Database>>,
+    /// The value of `committed` that the next commit carries.
+    committed: Mutex<Option<Vec<u8>>>,
 }
 
 impl Store {
@@ -106,8 +107,9 @@ impl Store {
             path: path.to_owned(),
             device,
             database: RwLock::new(Some(database)),
+            committed: Mutex::default(),
         };
-        store.write(Durability::Immediate, |transaction| {
+        store.write(|transaction| {
             transaction.open_table(LOG)?;
             check_identity(transaction, me)
         })?;
@@ -128,6 +130,11 @@ impl Store {
 
     /// Closes the file; later use gives [`StoreError::Closed`].
     pub fn close(&self) {
+        if self.carried().is_some()
+            && let Err(error) = self.write(|_| Ok(()))
+        {
+            tracing::warn!(%error, path = %self.path.display(), "closing the registry file");
+        }
         let mut database = self
             .database
             .write()
@@ -144,16 +151,29 @@ impl Store {
         f(&database.as_ref().ok_or(StoreError::Closed)?.begin_read()?)
     }
 
+    fn carried(&self) -> MutexGuard<'_, Option<Vec<u8>>> {
+        self.committed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets the value of `committed` at the next commit.
+    pub(super) fn carry_committed(&self, bytes: Vec<u8>) {
+        *self.carried() = Some(bytes);
+    }
+
     /// Runs `f` in a write transaction and commits. Blocks on the disk.
     pub(super) fn write(
         &self,
-        durability: Durability,
         f: impl FnOnce(&WriteTransaction) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
         let database = self.database.read().unwrap_or_else(PoisonError::into_inner);
-        let mut transaction = database.as_ref().ok_or(StoreError::Closed)?.begin_write()?;
-        transaction.set_durability(durability)?;
+        let transaction = database.as_ref().ok_or(StoreError::Closed)?.begin_write()?;
         f(&transaction)?;
+        if let Some(committed) = self.carried().take() {
+            let mut meta = transaction.open_table(META)?;
+            meta.insert("committed", committed.as_slice())?;
+        }
         Ok(transaction.commit()?)
     }
 
@@ -167,14 +187,9 @@ impl Store {
     }
 
     /// Sets a value of the table `meta`.
-    pub(super) fn set_value<T: Serialize>(
-        &self,
-        key: &str,
-        value: &T,
-        durability: Durability,
-    ) -> Result<(), StoreError> {
+    pub(super) fn set_value<T: Serialize>(&self, key: &str, value: &T) -> Result<(), StoreError> {
         let bytes = bytes_of(key, value)?;
-        self.write(durability, |transaction| {
+        self.write(|transaction| {
             transaction
                 .open_table(META)?
                 .insert(key, bytes.as_slice())?;
