@@ -3,7 +3,10 @@
 //! A write takes effect between its call and its answer; if it failed, at any time after its call; if
 //! its owner lost power before its own client flushed, also when that client replays it. A look (a
 //! read, or an acknowledged write) kills all values whose effect ended before the look began; but if
-//! the owner then loses power and nobody had flushed in between, they may come back.
+//! the owner then loses power and nobody had flushed in between, they may come back. What a client
+//! wrote before such a loss is the content again at some moment before its next flush is answered
+//! (promise 3), and its changes come back in their order: after a flush nothing shows what the client
+//! had itself written over.
 
 use crate::history::{Loss, Moment, NEVER, Op, Tag, What};
 use std::collections::BTreeMap;
@@ -15,9 +18,17 @@ pub(super) struct Look {
     pub to: Moment,
     pub tag: Tag,
     pub op: usize,
-    pub is_read: bool,
+    pub kind: LookKind,
     /// The loss after which it does not count any more.
     pub until: Moment,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LookKind {
+    Read,
+    Change,
+    /// A change that its client has made good after a loss of power.
+    Replay,
 }
 
 #[derive(Default)]
@@ -27,6 +38,10 @@ pub(super) struct Block {
     pub last_effect: BTreeMap<Tag, Moment>,
     /// (called, last effect) of each writer of zeros.
     pub zeros: Vec<(Moment, Moment)>,
+    /// After these moments nothing shows the value: its own client wrote over it and flushed.
+    pub gone: BTreeMap<Tag, Moment>,
+    /// Values that their clients have not written over.
+    own: Vec<(usize, Tag, Moment)>,
 }
 
 pub(super) struct Intervals<'a> {
@@ -76,6 +91,7 @@ impl<'a> Intervals<'a> {
             What::Write => index as Tag + 1,
             _ => 0,
         };
+        let flushed = self.flushed(op, op.answered).map(|(_, answered)| answered);
         for block in op.first..op.first + op.blocks {
             let last = self.last_effect(op, block);
             let until = self.until(op.volume, block, op.invoked, op.answered);
@@ -84,17 +100,42 @@ impl<'a> Intervals<'a> {
                 0 => entry.zeros.push((op.invoked, last)),
                 _ => drop(entry.last_effect.insert(tag, last)),
             }
-            if op.answered != NEVER {
-                entry.looks.push(Look {
-                    from: op.invoked,
-                    to: op.answered,
-                    tag,
-                    op: index,
-                    is_read: false,
-                    until,
-                });
+            if op.answered == NEVER {
+                continue;
             }
+            entry.looks.push(Look {
+                from: op.invoked,
+                to: op.answered,
+                tag,
+                op: index,
+                kind: LookKind::Change,
+                until,
+            });
+            entry.write_over(op, tag, flushed);
+            self.add_replay(index, op, tag, block);
         }
+    }
+
+    /// The change is the content again between the last loss before its client's flush, and that.
+    fn add_replay(&mut self, index: usize, op: &Op, tag: Tag, block: u32) {
+        // A flush that was under way may have covered it already: then it is not sent again.
+        let may_cover = |at, (from, to)| op.answered < to && from < at;
+        let lost = self.uncovered(op, block);
+        let lost = lost.filter(|at| !self.own_flushes(op).any(|flush| may_cover(*at, flush)));
+        let made_good = lost.filter_map(|at| Some((at, self.flushed(op, at)?)));
+        let Some((from, (called, to))) = made_good.max() else {
+            return;
+        };
+        let until = self.until(op.volume, block, from, called - 1);
+        let entry = self.blocks.entry((op.volume, block)).or_default();
+        entry.looks.push(Look {
+            from,
+            to,
+            tag,
+            op: index,
+            kind: LookKind::Replay,
+            until,
+        });
     }
 
     fn add_read(&mut self, index: usize, op: &Op, shown: &[Tag]) {
@@ -106,7 +147,7 @@ impl<'a> Intervals<'a> {
                 to: op.answered,
                 tag: *tag,
                 op: index,
-                is_read: true,
+                kind: LookKind::Read,
                 until,
             });
         }
@@ -134,20 +175,32 @@ impl<'a> Intervals<'a> {
         if op.answered == NEVER {
             return NEVER;
         }
-        let flushes = self.flushes.get(&op.volume);
-        let own = || {
-            let flushes = flushes.into_iter().flatten();
-            flushes.filter(|(client, ..)| *client == op.client)
-        };
         let replays = self
-            .losses_of(op.volume, block)
-            .filter(|at| *at > op.invoked)
-            .filter(|at| !own().any(|(_, from, to)| *from > op.answered && to < at))
-            .map(|at| {
-                let flushed = own().find(|(_, from, _)| *from > at);
-                flushed.map_or(NEVER, |(.., to)| *to)
-            });
+            .uncovered(op, block)
+            .map(|at| self.flushed(op, at).map_or(NEVER, |(_, answered)| answered));
         replays.max().unwrap_or(0).max(op.answered)
+    }
+
+    /// Calls and answers of the flushes of a change's own client.
+    fn own_flushes(&self, op: &Op) -> impl Iterator<Item = (Moment, Moment)> + use<'_, 'a> {
+        let client = op.client;
+        let flushes = self.flushes.get(&op.volume).into_iter().flatten();
+        let own = flushes.filter(move |(flusher, ..)| *flusher == client);
+        own.map(|(_, called, answered)| (*called, *answered))
+    }
+
+    /// Its client's first flush that was called after `at`: call and answer.
+    fn flushed(&self, op: &Op, at: Moment) -> Option<(Moment, Moment)> {
+        self.own_flushes(op).find(|(called, _)| *called > at)
+    }
+
+    /// Losses of its owner after its call that no flush of its client came before.
+    fn uncovered(&self, op: &Op, block: u32) -> impl Iterator<Item = Moment> {
+        let losses = self.losses_of(op.volume, block);
+        losses.filter(move |at| {
+            let covers = |(from, to)| from > op.answered && to < *at;
+            *at > op.invoked && !self.own_flushes(op).any(covers)
+        })
     }
 
     /// The first loss after which what was seen from `from` to `to` may be undone.
@@ -167,6 +220,21 @@ impl<'a> Intervals<'a> {
 }
 
 impl Block {
+    /// Notes what its client's earlier values become by this change, which was flushed by then.
+    fn write_over(&mut self, op: &Op, tag: Tag, flushed: Option<Moment>) {
+        let Some(flushed) = flushed else {
+            return;
+        };
+        let earlier = |(client, _, answered): &mut (usize, Tag, Moment)| {
+            *client == op.client && *answered < op.invoked
+        };
+        let over = self.own.extract_if(.., earlier);
+        self.gone.extend(over.map(|(_, tag, _)| (tag, flushed)));
+        if tag > 0 {
+            self.own.push((op.client, tag, op.answered));
+        }
+    }
+
     /// The last moment at which `tag` may have become the content, of changes called before `before`;
     /// `None` if nobody ever wrote it here by then.
     pub(super) fn last_effect(&self, tag: Tag, before: Moment, ops: &[Op]) -> Option<Moment> {

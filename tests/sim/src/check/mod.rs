@@ -133,6 +133,67 @@ mod tests {
     }
 
     #[test]
+    fn a_flush_after_power_loss_answers_for_what_its_client_wrote_before() {
+        let story = Story::default();
+        let old = story.write(1, 0, 1);
+        story.flush(1);
+        let new = story.write(1, 0, 1);
+        story.lose_power();
+        story.read(0, &[old]);
+        story.flush(1);
+        story.read(0, &[new]);
+        assert_eq!(story.violations(), 0);
+        story.read(0, &[old]);
+        assert_eq!(story.violations(), 1);
+        let story = Story::default();
+        let old = story.write(2, 0, 1);
+        story.flush(2);
+        story.write(1, 0, 1);
+        story.lose_power();
+        story.flush(2);
+        story.read(0, &[old]);
+        assert_eq!(story.violations(), 0, "its own client has not flushed");
+        story.flush(1);
+        story.read(0, &[old]);
+        assert_eq!(story.violations(), 1);
+    }
+
+    #[test]
+    fn a_flush_under_way_may_have_covered_what_was_written_meanwhile() {
+        let story = Story::default();
+        let flush = story.call(1, What::Flush, 0, 0);
+        story.write(1, 0, 1);
+        story.0.answer(flush, None);
+        let new = story.write(2, 0, 1);
+        story.flush(2);
+        story.lose_power();
+        story.flush(1);
+        story.read(0, &[new]);
+        assert_eq!(story.violations(), 0, "nothing is sent again");
+    }
+
+    #[test]
+    fn changes_that_were_lost_come_back_in_their_order() {
+        let story = Story::default();
+        let (old, new) = (story.write(1, 0, 1), story.write(1, 0, 1));
+        story.lose_power();
+        story.read(0, &[old]);
+        assert_eq!(story.violations(), 0, "the second one is still to come");
+        story.flush(1);
+        story.read(0, &[new]);
+        assert_eq!(story.violations(), 0);
+        story.read(0, &[old]);
+        assert!(story.violations() > 0);
+        let story = Story::default();
+        let old = story.write(1, 0, 1);
+        story.write(1, 0, 1);
+        story.lose_power();
+        story.flush(1);
+        story.snapshot(story.0.now(), &[(0, old)]);
+        assert!(story.violations() > 0);
+    }
+
+    #[test]
     fn a_snapshot_lacks_what_was_known_before_something_in_it_was_called() {
         let story = Story::default();
         let called = story.0.now();

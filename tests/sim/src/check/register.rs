@@ -1,13 +1,13 @@
 //! Promises 1 to 3: every block is a register with crash semantics.
 
-use super::intervals::Intervals;
+use super::intervals::{Intervals, LookKind};
 
 pub(super) fn check(intervals: &Intervals<'_>) -> Vec<String> {
     let mut found = Vec::new();
     for ((volume, block), entry) in &intervals.blocks {
         let mut looks = entry.looks.clone();
         looks.sort_unstable_by_key(|look| std::cmp::Reverse(look.from));
-        for read in looks.iter().filter(|look| look.is_read) {
+        for read in looks.iter().filter(|look| look.kind == LookKind::Read) {
             let Some(last) = entry.last_effect(read.tag, read.to, intervals.ops) else {
                 found.push(format!(
                     "volume {volume} block {block}: read {} shows a value of operation {} that was \
@@ -17,6 +17,16 @@ pub(super) fn check(intervals: &Intervals<'_>) -> Vec<String> {
                 ));
                 continue;
             };
+            if let Some(gone) = entry.gone.get(&read.tag).filter(|gone| **gone < read.from) {
+                found.push(format!(
+                    "volume {volume} block {block}: read {} (called at {}) shows operation {}, which \
+                     its own client wrote over, flushed at {gone}",
+                    read.op,
+                    read.from,
+                    i64::from(read.tag) - 1
+                ));
+                break;
+            }
             let killer = looks
                 .iter()
                 .take_while(|look| look.from > last)
@@ -29,7 +39,11 @@ pub(super) fn check(intervals: &Intervals<'_>) -> Vec<String> {
                     read.from,
                     read.to,
                     i64::from(read.tag) - 1,
-                    if killer.is_read { "read" } else { "change" },
+                    match killer.kind {
+                        LookKind::Read => "read",
+                        LookKind::Change => "change",
+                        LookKind::Replay => "replayed change",
+                    },
                     killer.op,
                     killer.from,
                     killer.to,

@@ -9,7 +9,7 @@
 //! client to the next only with the messages of the program. So there it counts only what the caller
 //! itself had been answered, or what the same run of the same server had executed.
 
-use super::intervals::Intervals;
+use super::intervals::{Intervals, LookKind};
 use crate::history::{Moment, NEVER, Snap};
 use blockd::control::registry::settings::Procedure;
 use std::collections::BTreeMap;
@@ -60,6 +60,15 @@ pub(super) fn check(intervals: &Intervals<'_>, snap: &Snap) -> Vec<String> {
             ));
             continue;
         };
+        if let Some(gone) = entry.gone.get(tag).filter(|gone| **gone < snap.invoked) {
+            found.push(format!(
+                "snapshot {}: called at {}, shows operation {} in volume {volume} block {block}, which \
+                 its own client wrote over, flushed at {gone}",
+                snap.name,
+                snap.invoked,
+                i64::from(*tag) - 1
+            ));
+        }
         if *tag > 0 {
             let op = *tag as usize - 1;
             let (called, client) = (intervals.ops[op].invoked, intervals.ops[op].client);
@@ -70,10 +79,10 @@ pub(super) fn check(intervals: &Intervals<'_>, snap: &Snap) -> Vec<String> {
             inside.insert(op, *block);
         }
         for look in &entry.looks {
-            let change = match look.is_read {
-                false => look.op,
-                true if look.tag > 0 => look.tag as usize - 1,
-                true => continue,
+            let change = match look.kind {
+                LookKind::Change | LookKind::Replay => look.op,
+                LookKind::Read if look.tag > 0 => look.tag as usize - 1,
+                LookKind::Read => continue,
             };
             let called = intervals.ops[change].invoked;
             let is_out = look.tag != *tag && called > last && called < snap.answered;
@@ -83,7 +92,7 @@ pub(super) fn check(intervals: &Intervals<'_>, snap: &Snap) -> Vec<String> {
                     let earliest = earliest_out.entry(channel).or_insert((NEVER, 0, 0));
                     *earliest = (*earliest).min((look.to, change, *block));
                 }
-                if !look.is_read {
+                if look.kind == LookKind::Change {
                     outside.insert(change, *block);
                 }
             }
