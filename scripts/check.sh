@@ -20,7 +20,7 @@ Runs the steps named, or these: ${STEPS[*]}
   tidy      the rules of the house (scripts/tidy.py)
   tidytest  plants one violation of each rule and sees that it is caught
   requirements  each requirement of tests/requirements.txt has a test that names it
-  sim       the simulator: a fixed set of seeds, and two minutes of fresh ones, which are told
+  sim       the simulator: fixed seeds, the planted faults, and two minutes of fresh seeds, which are told
   shell     shellcheck, if it is installed, and bash -n
 Only when named, as it needs tools that are no Debian packages:
   conformance  our own ext4 as a mount against pjdfstest, fsx, stress-ng, sqlite and kill -9
@@ -48,6 +48,7 @@ step_build() { cargo build --workspace --locked --quiet; }
 # still finds something (blockd/DESIGN.md, "The simulator"), which is not the fault of the change at hand.
 step_sim() {
     scripts/sim.sh --regressions --seed 1 --seeds 300 --failures 20 --no-shrink --quiet
+    scripts/sim.sh --check-plants
     scripts/sim.sh --minutes 2 --seeds 1000000 --failures 1000 --no-shrink --quiet >"$scratch/seeds.log" || true
     grep -E '^([0-9]+ seeds from|VIOLATION)' "$scratch/seeds.log" | sed 's/^/ok sim: /'
 }

@@ -3,6 +3,7 @@
 use super::Server;
 use super::sweep::unfinished;
 use crate::data::page_store::StoreUsage;
+use crate::id::{TicketId, VolumeId};
 
 /// One look at a server.
 #[derive(Clone, Debug, Default)]
@@ -39,5 +40,16 @@ impl Server {
         found.unfinished_snapshots = unfinished(&state).count();
         found.has_leader = member.registry.status().leader.is_some();
         found
+    }
+
+    /// Holds of snapshots that should have ended by now.
+    #[must_use]
+    pub fn overdue_holds(&self) -> Vec<(VolumeId, TicketId)> {
+        let Some(member) = self.node.member() else {
+            return Vec::new();
+        };
+        let holds = member.participant.holds(&member).into_iter();
+        let overdue = holds.filter(|hold| hold.left_ms == 0);
+        overdue.map(|hold| (hold.volume, hold.ticket)).collect()
     }
 }

@@ -125,8 +125,12 @@ pub(crate) async fn happen(world: Rc<World>, fault: Fault) {
         Kind::Power => world.kill(host, power),
         Kind::PowerAll => (0..SERVERS).for_each(|host| world.kill(host, power)),
         Kind::DieAtOperation => {
-            let operation = fault.number / 8 % 120;
-            lock(&medium).faults.die_in = Some((operation, death(fault.number)));
+            let number = fault.number / 8;
+            let faults = &mut lock(&medium).faults;
+            match number.is_multiple_of(2) {
+                true => faults.die_in = Some((number % 120, death(fault.number))),
+                false => faults.die_after_slab_write = Some((number % 24, death(fault.number))),
+            }
         }
         Kind::CutOneWay | Kind::Cut | Kind::Clog => {
             let both = fault.kind != Kind::CutOneWay;
@@ -155,6 +159,13 @@ pub(crate) async fn happen(world: Rc<World>, fault: Fault) {
                 world.net.set_cut(host, other, false);
                 world.net.set_cut(other, host, false);
             }
+        }
+        Kind::Reset if fault.number.is_multiple_of(2) => {
+            trace::count("fault: Reset that one side hears of late");
+            world.net.set_cut(other, host, true);
+            sleep(Duration::from_millis(fault.number / 6 % 100)).await;
+            world.net.lose(other, host, fault.lasts_ms);
+            world.net.set_cut(other, host, false);
         }
         Kind::Reset => world.net.reset(host, (host != other).then_some(other)),
         Kind::DiskError => lock(&medium).faults.fail_in = Some(fault.number % 60),

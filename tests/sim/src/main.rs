@@ -13,6 +13,7 @@ mod random;
 mod regressions;
 mod run;
 mod trace;
+mod watch;
 mod workload;
 mod world;
 

@@ -64,6 +64,8 @@ struct Flow {
     reset: bool,
     /// The other host has lost power: nothing is heard until it is back.
     silent: bool,
+    /// Its reader believes that it is broken; its writer does not know yet.
+    lost: bool,
 }
 
 fn wake(waiting: &mut Option<Waker>) {
@@ -170,6 +172,25 @@ impl Net {
                 flow.queue.clear();
                 flow.wake();
             }
+        }
+    }
+
+    /// Lets a host believe that its streams to another one are broken. What it has sent comes late,
+    /// and only then does the other side hear of it.
+    pub(crate) fn lose(&self, one: usize, other: usize, late_ms: u64) {
+        let then = Instant::now() + Duration::from_millis(late_ms);
+        for pipe in self.pipes() {
+            let mut flow = lock(&pipe.inner);
+            if (pipe.from, pipe.to) == (other, one) {
+                flow.lost = true;
+                flow.queue.clear();
+            } else if (pipe.from, pipe.to) == (one, other) {
+                flow.queue
+                    .iter_mut()
+                    .for_each(|sent| sent.0 = sent.0.max(then));
+                flow.last = flow.last.max(Some(then));
+            }
+            flow.wake();
         }
     }
 
@@ -349,7 +370,7 @@ impl AsyncRead for SimStream {
         loop {
             let rx = Arc::clone(&self.rx);
             let mut flow = lock(&rx.inner);
-            if flow.reset {
+            if flow.reset || flow.lost {
                 return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
             }
             if flow.silent || self.net.is_cut(rx.from, rx.to) {
@@ -400,6 +421,9 @@ impl SimStream {
         let mut flow = lock(&self.tx.inner);
         if flow.reset {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        if flow.lost {
+            return Poll::Ready(Ok(len));
         }
         if flow.bytes >= WINDOW_BYTES {
             flow.writer = Some(cx.waker().clone());

@@ -28,6 +28,10 @@ pub(crate) const CAUGHT: &[(Plant, u64)] = &[
     (Plant::TakenBeforeSync, 9),
     (Plant::SkipSlabSync, 2),
     (Plant::ReuseFreedAtOnce, 6),
+    (Plant::KeepVerifier, 9),
+    (Plant::ReplayBackwards, 10),
+    (Plant::HoldForever, 8),
+    (Plant::EarlyCut, 25),
 ];
 /// A change of the program changes all runs: so many seeds from the named one on are tried.
 const TRIES: u64 = 200;

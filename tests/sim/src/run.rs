@@ -7,6 +7,7 @@ use crate::machine::{Death, Incarnation, Medium, lock};
 use crate::net::address;
 use crate::random::{Random, seed_kernel};
 use crate::trace::{self, Summary};
+use crate::watch;
 use crate::workload::{Load, User, VOLUMES, delete, look, show};
 use crate::world::{CLIENTS, SERVERS, World, run};
 use blockd::admin::{AdminReply, AdminRequest, VolumeCreate};
@@ -131,6 +132,7 @@ async fn whole(world: Rc<World>, options: Options) -> Vec<String> {
         quiet: plan.is_empty(),
         think_ms: [0, 4, 30][random.below(3) as usize],
         hot_blocks: [48, 256, 2048][random.below(3) as usize].max(256),
+        cutting: Cell::new(0),
     });
     let lanes = random.between(1, 3);
     for number in 0..CLIENTS {
@@ -143,6 +145,7 @@ async fn whole(world: Rc<World>, options: Options) -> Vec<String> {
             }
         });
     }
+    tokio::task::spawn_local(watch::holds(Rc::clone(&world)));
     tokio::task::spawn_local(faults::operate(Rc::clone(&world), options.seed));
     let mut due = plan.into_iter().peekable();
     let bound = Instant::now() + Duration::from_secs(900);

@@ -32,6 +32,8 @@ pub(crate) struct Load {
     /// Disks were full, damaged, or failed: such errors are right.
     pub think_ms: u64,
     pub hot_blocks: u32,
+    /// Snapshots that are being taken: meanwhile the lanes meet in few places.
+    pub cutting: Cell<u32>,
 }
 
 /// One client host with its volumes.
@@ -119,6 +121,11 @@ impl Load {
 
     fn range(&self, volume: usize, random: &mut Random) -> (u32, u32) {
         let (_, size, page) = VOLUMES[volume];
+        if self.cutting.get() > 0 && random.one_in(2) {
+            let pages = [0, size / page / 2, size / page - 1];
+            let page_no = pages[random.below(3) as usize];
+            return (page_no * page + 8 * random.below(2) as u32, 8);
+        }
         let size = u64::from(size.min(self.hot_blocks));
         let (first, blocks) = match random.below(10) {
             0..5 => (random.below(size / 8) * 8, 8),
@@ -272,7 +279,9 @@ impl Load {
             })
             .collect();
         let request = AdminRequest::SnapshotCreateBy { targets, procedure };
+        self.cutting.set(self.cutting.get() + 1);
         let taken = user.client.admin(request).await;
+        self.cutting.set(self.cutting.get() - 1);
         let now = history.now();
         let mut snaps = history.snaps.borrow_mut();
         let snap = &mut snaps[number];

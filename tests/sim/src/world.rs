@@ -168,6 +168,12 @@ impl World {
     }
 
     #[must_use]
+    pub(crate) fn is_paused(&self, host: usize) -> bool {
+        let until = self.slots.borrow()[host].paused_until;
+        until.is_some_and(|until| until > Instant::now())
+    }
+
+    #[must_use]
     pub(crate) fn server(&self, host: usize) -> Option<Rc<Server>> {
         self.slots.borrow()[host].server.borrow().clone()
     }
