@@ -113,6 +113,9 @@ pub(crate) async fn happen(world: Rc<World>, fault: Fault) {
     if fault.number.is_multiple_of(3) {
         sleep(Duration::from_millis(fault.number / 3 % 200)).await;
     }
+    if world.stopping.get() {
+        return;
+    }
     trace::count(&format!("fault: {:?}", fault.kind));
     trace::say(|| format!("fault {fault:?}"));
     trace::mix(fault.kind as u64 + 900);
