@@ -82,6 +82,37 @@ impl FuseMount {
         mount
     }
 
+    /// `fuse-fs mount`: the file system in a volume or snapshot, by our own code; waits for another holder.
+    #[must_use]
+    pub fn own(servers: &str, directory: &Path, name: &str, target: &str) -> Self {
+        let mount = Self::new(servers, directory, name);
+        let ran = mount.fuse_fs(&["mount", target], &["--wait", "50"]);
+        ran.ok().code.unwrap();
+        mount
+    }
+
+    /// Kills the process that serves it, as a crash does, and takes what is left out of the tree.
+    pub fn kill(mut self) {
+        let pid = self.daemon().unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        try_run(20, "umount", ["--lazy", self.path.to_str().unwrap()]);
+        self.mounted = false;
+    }
+
+    /// As the state file of the mount has it.
+    fn daemon(&self) -> Option<rustix::process::Pid> {
+        let files = std::fs::read_dir(&self.runtime_dir).ok()?;
+        let texts = files.filter_map(|file| std::fs::read_to_string(file.ok()?.path()).ok());
+        let path = format!("\"{}\"", self.path.to_str()?);
+        let own = texts.into_iter().find(|text| text.contains(&path))?;
+        let (_, rest) = own.split_once("\"pid\":")?;
+        let digits = rest
+            .trim_start()
+            .split(|c: char| !c.is_ascii_digit())
+            .next()?;
+        rustix::process::Pid::from_raw(digits.parse().ok()?)
+    }
+
     fn new(servers: &str, directory: &Path, name: &str) -> Self {
         let path = directory.join(name);
         std::fs::create_dir_all(&path).unwrap();
