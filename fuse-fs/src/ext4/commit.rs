@@ -78,6 +78,7 @@ impl Committer {
             fs.transactions().check()?;
         }
         self.log.commit(&record, fs.now()).await?;
+        fs.transactions().flushed(tid);
         for block in &record.revoked {
             self.homeless.remove(block);
         }

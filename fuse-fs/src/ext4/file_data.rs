@@ -8,6 +8,7 @@
 //! transaction after the data was written. The first flush of its commit makes the data durable before the
 //! commit block, so no crash shows what stood in a block before.
 
+use crate::ext4::transaction::Tid;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -18,6 +19,34 @@ pub(super) struct Page {
     pub(super) bytes: Bytes,
     /// A block is promised for it.
     pub(super) promised: bool,
+}
+
+/// How far what was written is durable: data arrives on the device at once, and a flush that begins later keeps it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Arrived {
+    /// How often data arrived.
+    pub(super) writes: u64,
+    /// So many of these are known to be durable.
+    pub(super) durable: u64,
+    /// The transaction that was running then: its commit flushes the device.
+    pub(super) during: Tid,
+}
+
+impl Arrived {
+    /// Of a file that was just looked up: what was known of it may have been forgotten.
+    pub(super) fn unknown(running: Tid) -> Self {
+        Self {
+            writes: 1,
+            durable: 0,
+            during: running,
+        }
+    }
+
+    /// Data is on the device, and not yet durable.
+    pub(super) fn note(&mut self, running: Tid) {
+        self.writes += 1;
+        self.during = running;
+    }
 }
 
 /// What of a file is only in memory.
@@ -31,8 +60,7 @@ pub(super) struct FileData {
     pub(super) size_bytes: Option<u64>,
     /// The times in the inode are younger than those on disk.
     pub(super) times_changed: bool,
-    /// Data was written in its place, and not flushed since.
-    pub(super) unflushed: bool,
+    pub(super) arrived: Arrived,
     /// Acknowledged data was lost for this reason; the next fsync tells.
     pub(super) lost: Option<String>,
 }

@@ -1,7 +1,7 @@
 //! The inodes in memory: one cell for each, however many use it.
 
 use crate::ext4::error::FsError;
-use crate::ext4::file_data::FileData;
+use crate::ext4::file_data::{Arrived, FileData};
 use crate::ext4::filesystem::Filesystem;
 use crate::ext4::raw_inode::RawInode;
 use crate::ext4::transaction::Tid;
@@ -170,6 +170,10 @@ impl Filesystem {
         if raw.mode() == 0 || (raw.links() == 0 && self.orphans().next_of(number).is_none()) {
             return Err(FsError::Stale(number));
         }
-        Ok(self.inodes().add(InodeState::new(raw, Tid::default())))
+        // It may have been changed and forgotten since the last commit.
+        let running = self.running_tid();
+        let mut state = InodeState::new(raw, running);
+        state.data.arrived = Arrived::unknown(running);
+        Ok(self.inodes().add(state))
     }
 }

@@ -10,7 +10,7 @@
 use crate::ext4::error::FsError;
 use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{OwnedRwLockReadGuard, RwLock, RwLockWriteGuard, watch};
 
@@ -66,6 +66,8 @@ pub struct Transactions {
     /// Blocks that one transaction may change.
     max_blocks: usize,
     progress: watch::Sender<Progress>,
+    /// The youngest that was written to the log; a commit of nothing does not count.
+    flushed: AtomicU64,
     aborted: AtomicBool,
     reason: Mutex<String>,
 }
@@ -93,6 +95,7 @@ impl Transactions {
             running: Mutex::new(running),
             max_blocks,
             progress: watch::Sender::new(progress),
+            flushed: AtomicU64::new(0),
             aborted: AtomicBool::new(false),
             reason: Mutex::default(),
         }
@@ -147,6 +150,16 @@ impl Transactions {
     pub(super) fn committed(&self, tid: Tid) {
         self.progress
             .send_modify(|progress| progress.committed = tid);
+    }
+
+    /// `tid` was written to the log, and with that the device was flushed.
+    pub(super) fn flushed(&self, tid: Tid) {
+        self.flushed.fetch_max(tid.0, Ordering::AcqRel);
+    }
+
+    /// Whether the device was flushed by a commit that began at the end of `tid` or later.
+    pub(super) fn has_flushed(&self, tid: Tid) -> bool {
+        self.flushed.load(Ordering::Acquire) >= tid.0
     }
 
     #[must_use]

@@ -93,7 +93,7 @@ impl Filesystem {
         {
             let offset = run.physical * block_bytes;
             log::write(self.device(), offset, bytes.clone()).await?;
-            inode.data.unflushed = true;
+            inode.data.arrived.note(self.running_tid());
         }
         if let Some(page) = inode.data.dirty.get_mut(&logical) {
             let promised = page.promised;

@@ -163,7 +163,7 @@ impl Filesystem {
             }
             let written = self.write_pieces(&pieces).await;
             let mut inode = cell.write().await;
-            inode.data.unflushed = true;
+            inode.data.arrived.note(self.running_tid());
             if let Err(error) = written {
                 return self.lose(&mut inode, pieces, error);
             }
@@ -379,19 +379,23 @@ impl Filesystem {
             return Ok(());
         }
         let flushed = self.flush_file(cell, !data_only).await;
-        let (tid, unflushed) = {
+        let (tid, arrived) = {
             let mut inode = cell.write().await;
             if let Some(reason) = inode.data.lost.take() {
                 return Err(FsError::Lost { reason });
             }
             flushed?;
             let tid = if data_only { inode.data_tid } else { inode.tid };
-            (tid, std::mem::take(&mut inode.data.unflushed))
+            (tid, inode.data.arrived)
         };
-        let committed = self.transactions().is_committed(tid);
         self.commit_and_wait(tid).await?;
-        if committed && unflushed {
-            log::flush(self.device()).await?;
+        if arrived.durable < arrived.writes {
+            // A commit that began before the data arrived says nothing of it.
+            if !self.transactions().has_flushed(arrived.during) {
+                log::flush(self.device()).await?;
+            }
+            let known = &mut cell.write().await.data.arrived;
+            known.durable = known.durable.max(arrived.writes);
         }
         Ok(())
     }

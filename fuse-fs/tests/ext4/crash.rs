@@ -17,14 +17,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// What stands in every free block at the start; no file is ever given it.
-const STALE: u8 = 0xa5;
+pub(crate) const STALE: u8 = 0xa5;
 /// One in so many states is also shown to e2fsck.
-const E2FSCK_EVERY: usize = 12;
+pub(crate) const E2FSCK_EVERY: usize = 12;
 const FILES: u32 = 4;
 /// More states than there are moments.
 const EVERY_STATE: usize = 1 << 32;
 
-fn rounds() -> u64 {
+pub(crate) fn rounds() -> u64 {
     let told = std::env::var("FUSE_FS_EXT4_ROUNDS").ok();
     told.and_then(|text| text.parse().ok()).unwrap_or(1)
 }
@@ -44,8 +44,9 @@ fn make(workshop: &Workshop, mib: u64, kind: &str) -> (Vec<u8>, Vec<u32>) {
     (fs::read(image).unwrap(), numbers)
 }
 
-/// Appends only: what a truncation frees is not free before the kernel's journal commits.
-fn fill_up(dir: &Path) {
+/// Leaves old data in all free blocks. Appends only: what a truncation frees is not free before the kernel's
+/// journal commits.
+pub(crate) fn fill_up(dir: &Path) {
     let path = dir.join("old");
     let mut old = fs::File::create(&path).unwrap();
     let mut size = 1 << 20;
@@ -58,7 +59,7 @@ fn fill_up(dir: &Path) {
     fs::remove_file(&path).unwrap();
 }
 
-fn often() -> Options {
+pub(crate) fn often() -> Options {
     Options {
         commit_interval: Duration::from_millis(7),
         ..options()
@@ -179,32 +180,40 @@ fn judge(left: Vec<u8>, numbers: &[u32], synced: &HashMap<u32, Vec<u8>>, what: &
     assert!(report.findings.is_empty(), "{what}: {:?}", report.findings);
 }
 
-fn judge_by_e2fsck(workshop: &Workshop, left: &[u8], what: &str) {
+pub(crate) fn judge_by_e2fsck(workshop: &Workshop, left: &[u8], what: &str) {
     let path = workshop.path("left");
     fs::write(&path, left).unwrap();
     assert!(e2fsck_recovers(&path), "{what}: {}", e2fsck(&path).1);
 }
 
-/// The states of one run of the workload.
-fn crash_all(workshop: &Workshop, start: &[u8], numbers: &[u32], seed: u64, states: usize) {
+/// The states of one run of the workload; how many.
+fn crash_all(
+    workshop: &Workshop,
+    start: &[u8],
+    numbers: &[u32],
+    seed: u64,
+    states: usize,
+) -> usize {
     let mut random = Random(seed);
     let device = Arc::new(Recorder::new(start.to_vec()));
     run(work(&device, numbers, 120, &mut random));
     let mut count = 0;
-    device.crashes(states, &mut Random(seed), |left, synced| {
+    device.crashes(states, &mut Random(seed), |left, moment| {
         let what = format!("seed {seed}, state {count}");
         if count % E2FSCK_EVERY == 0 {
             judge_by_e2fsck(workshop, &left, &what);
         }
-        judge(left, numbers, synced, &what);
+        judge(left, numbers, moment.synced, &what);
         count += 1;
     });
     assert!(count > 0);
+    count
 }
 
 #[test]
 fn no_loss_of_power_loses_what_was_synced_or_shows_what_was_not_written() {
     let workshop = Workshop::new();
+    let mut states = 0;
     for (at, kind) in ["-t ext4", "-t ext4 -b 4096", "-t ext4 -O ^metadata_csum"]
         .iter()
         .enumerate()
@@ -212,8 +221,9 @@ fn no_loss_of_power_loses_what_was_synced_or_shows_what_was_not_written() {
         let (start, numbers) = make(&workshop, 10, kind);
         for round in 0..rounds() {
             let seed = 1000 * at as u64 + round;
-            crash_all(&workshop, &start, &numbers, seed, 40);
+            states += crash_all(&workshop, &start, &numbers, seed, 40);
         }
+        eprintln!("{states} states");
     }
 }
 
@@ -320,12 +330,12 @@ fn the_log_wraps_around_many_times() {
         }
     });
     let mut count = 0;
-    device.crashes(60, &mut Random(3), |left, synced| {
+    device.crashes(60, &mut Random(3), |left, moment| {
         let what = format!("state {count}");
         if count % 6 == 0 {
             judge_by_e2fsck(&workshop, &left, &what);
         }
-        judge(left, &numbers, synced, &what);
+        judge(left, &numbers, moment.synced, &what);
         count += 1;
     });
 }
@@ -427,8 +437,8 @@ fn nothing_freed_is_written_over_before_its_freeing_commits() {
         old
     });
     let mut count = 0;
-    device.crashes(80, &mut Random(2), |left, synced| {
-        if synced.is_empty() {
+    device.crashes(80, &mut Random(2), |left, moment| {
+        if moment.synced.is_empty() {
             return;
         }
         let device = Arc::new(Recorder::new(left));
@@ -462,9 +472,115 @@ fn what_the_log_held_is_durable_at_home_before_the_log_is_given_up() {
         }
     });
     let mut count = 0;
-    device.crashes(EVERY_STATE, &mut Random(9), |left, synced| {
-        judge(left, &numbers, synced, &format!("state {count}"));
+    device.crashes(EVERY_STATE, &mut Random(9), |left, moment| {
+        judge(left, &numbers, moment.synced, &format!("state {count}"));
         count += 1;
     });
     assert!(count > 300);
+}
+
+/// Two programs sync the same file: the second, too, has its answer only when the data is durable.
+#[test]
+fn a_sync_waits_for_the_flush_of_another_one() {
+    let workshop = Workshop::new();
+    let (start, numbers) = make(&workshop, 10, "-t ext4");
+    let device = Arc::new(Recorder::new(start));
+    run(async {
+        let fs = Filesystem::open(device.clone(), options()).await.unwrap();
+        let cell = fs.inode(numbers[0]).await.unwrap();
+        for round in 0..40_u8 {
+            let content = vec![1 + round; 5000];
+            device.mark(Mark::Touched(numbers[0]));
+            fs.write(&cell, 0, content.clone().into()).await.unwrap();
+            let syncs = (0..4).map(|turns| {
+                let (fs, cell, device) = (fs.clone(), cell.clone(), device.clone());
+                let (number, content) = (numbers[0], content.clone());
+                tokio::spawn(async move {
+                    for _ in 0..turns * u32::from(round) {
+                        tokio::task::yield_now().await;
+                    }
+                    fs.fsync(&cell, true).await.unwrap();
+                    device.mark(Mark::Synced(number, content));
+                })
+            });
+            for sync in syncs.collect::<Vec<_>>() {
+                sync.await.unwrap();
+            }
+        }
+    });
+    all_are_right(&device, &numbers);
+}
+
+/// A commit that began before the data arrived does not make it durable.
+#[test]
+fn a_sync_in_place_does_not_rely_on_a_commit_that_has_begun() {
+    let workshop = Workshop::new();
+    let (start, numbers) = make(&workshop, 10, "-t ext4");
+    let device = Arc::new(Recorder::new(start));
+    run(async {
+        let fs = Filesystem::open(device.clone(), options()).await.unwrap();
+        let cell = fs.inode(numbers[0]).await.unwrap();
+        device.set_flush_turns(20_000);
+        for round in 0..20_u32 {
+            device.mark(Mark::Touched(numbers[0]));
+            fs.truncate(&cell, 5000 + u64::from(round)).await.unwrap();
+            let (committing, before) = (fs.clone(), device.flushes());
+            let commit = tokio::spawn(async move { committing.sync().await.unwrap() });
+            while device.flushes() < before + 2 {
+                tokio::task::yield_now().await;
+            }
+            let content = vec![1 + round as u8; 5000 + round as usize];
+            fs.write(&cell, 0, content.clone().into()).await.unwrap();
+            fs.fsync(&cell, true).await.unwrap();
+            device.mark(Mark::Synced(numbers[0], content));
+            commit.await.unwrap();
+        }
+    });
+    all_are_right(&device, &numbers);
+}
+
+/// Judges every state that the device may have been left in.
+fn all_are_right(device: &Recorder, numbers: &[u32]) {
+    let mut count = 0;
+    let states = 200 * rounds() as usize;
+    device.crashes(states, &mut Random(4), |left, moment| {
+        judge(left, numbers, moment.synced, &format!("state {count}"));
+        count += 1;
+    });
+    assert!(count > 100);
+}
+
+/// An inode that leaves memory and comes back is not taken for durable.
+#[test]
+fn a_sync_of_a_file_that_was_forgotten_meanwhile_is_one() {
+    /// Inodes whose numbers are equal in this are kept together, 1024 of them.
+    const TOGETHER: u32 = 64;
+    let workshop = Workshop::new();
+    let image = workshop.make(40, "-t ext4 -b 1024 -N 70000");
+    workshop.change(&image, |dir| {
+        for at in 0..1040 * TOGETHER {
+            fs::write(dir.join(at.to_string()), b"").unwrap();
+        }
+    });
+    let device = Arc::new(Recorder::new(fs::read(image).unwrap()));
+    let number = 200 * TOGETHER;
+    let content = vec![7; 3000];
+    run(async {
+        let fs = Filesystem::open(device.clone(), options()).await.unwrap();
+        let forget = async || {
+            for other in (1..1030).filter(|other| *other != 200) {
+                drop(fs.inode(other * TOGETHER).await.unwrap());
+            }
+        };
+        let cell = fs.inode(number).await.unwrap();
+        fs.write(&cell, 0, content.clone().into()).await.unwrap();
+        fs.sync().await.unwrap();
+        fs.truncate(&cell, 2000).await.unwrap();
+        drop(cell);
+        forget().await;
+        let cell = fs.inode(number).await.unwrap();
+        fs.fsync(&cell, false).await.unwrap();
+        device.mark(Mark::Synced(number, content[..2000].to_vec()));
+    });
+    judge(device.content(), &[number], &device.synced(), "forgotten");
 }
