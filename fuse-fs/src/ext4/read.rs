@@ -119,16 +119,20 @@ impl Filesystem {
         match source {
             Source::Memory(page) => Ok(page),
             Source::Zeros { blocks } => Ok(vec![0; (blocks * block_bytes) as usize].into()),
-            Source::Device { physical, blocks } => {
-                let (offset_bytes, len_bytes) = (physical * block_bytes, blocks * block_bytes);
-                let read = self.device().read(offset_bytes, len_bytes as u32).await;
-                let failed = |source| Ext4Error::Read {
-                    offset_bytes,
-                    len_bytes,
-                    source,
-                };
-                Ok(read.map_err(failed)?)
-            }
+            Source::Device { physical, blocks } => self.read_device(physical, blocks).await,
         }
+    }
+
+    /// Blocks as they are on the device.
+    pub(super) async fn read_device(&self, physical: u64, blocks: u64) -> Result<Bytes, FsError> {
+        let block_bytes = u64::from(self.superblock().block_bytes);
+        let (offset_bytes, len_bytes) = (physical * block_bytes, blocks * block_bytes);
+        let read = self.device().read(offset_bytes, len_bytes as u32).await;
+        let failed = |source| Ext4Error::Read {
+            offset_bytes,
+            len_bytes,
+            source,
+        };
+        Ok(read.map_err(failed)?)
     }
 }

@@ -40,6 +40,9 @@ impl Filesystem {
         inode: &mut InodeState,
         size_bytes: u64,
     ) -> Result<(), FsError> {
+        if size_bytes > inode.size_bytes() {
+            self.zero_behind_end(inode).await?;
+        }
         let mut handle = self.begin_with_headroom(1, 0).await?;
         if size_bytes > inode.size_bytes() {
             inode.raw.set_size_bytes(size_bytes);
@@ -74,6 +77,34 @@ impl Filesystem {
             let mut handle = self.begin_with_headroom(3, 0).await?;
             handle.orphan_remove(inode).await?;
             inode.data_tid = handle.finish();
+        }
+        Ok(())
+    }
+
+    /// Zeros what the last block on the device holds behind the end there, before that moves up: data that was
+    /// written when the power failed, before the size that counts it had committed.
+    pub(super) async fn zero_behind_end(&self, inode: &mut InodeState) -> Result<(), FsError> {
+        let block_bytes = u64::from(self.superblock().block_bytes);
+        let size_bytes = inode.raw.size_bytes();
+        let (logical, within) = (
+            size_bytes / block_bytes,
+            (size_bytes % block_bytes) as usize,
+        );
+        if within == 0 {
+            return Ok(());
+        }
+        let Mapping::Run(run) = self.lookup(&inode.raw, logical).await? else {
+            return Ok(());
+        };
+        if run.unwritten {
+            return Ok(());
+        }
+        let old = self.read_device(run.physical, 1).await?;
+        let behind = &old[within..];
+        if behind.iter().any(|byte| *byte != 0) {
+            let bytes = patched(&old, within, &vec![0; behind.len()]);
+            log::write(self.device(), run.physical * block_bytes, bytes).await?;
+            inode.data.arrived.note(self.running_tid());
         }
         Ok(())
     }

@@ -177,10 +177,17 @@ impl Filesystem {
         logical: u64,
     ) -> Result<Bytes, FsError> {
         let block_bytes = u64::from(self.superblock().block_bytes);
-        if logical * block_bytes >= inode.size_bytes() {
+        let inside = inode.size_bytes().saturating_sub(logical * block_bytes);
+        if inside == 0 {
             return Ok(vec![0; block_bytes as usize].into());
         }
-        self.read_blocks(inode, logical..logical + 1).await
+        let block = self.read_blocks(inode, logical..logical + 1).await?;
+        match usize::try_from(inside) {
+            Ok(end) if block[end.min(block.len())..].iter().any(|byte| *byte != 0) => {
+                Ok(patched(&block, end, &vec![0; block.len() - end]))
+            }
+            _ => Ok(block),
+        }
     }
 }
 

@@ -153,7 +153,7 @@ impl Filesystem {
         loop {
             let pieces = {
                 let mut inode = cell.write().await;
-                match self.take_batch(&mut inode).await {
+                match self.take_and_zero(&mut inode).await {
                     Ok(pieces) => pieces,
                     Err(error) => return self.lose(&mut inode, Vec::new(), error),
                 }
@@ -183,6 +183,16 @@ impl Filesystem {
         handle.put_inode(&mut inode).await?;
         inode.data_tid = handle.finish();
         Ok(())
+    }
+
+    /// As [`Self::take_batch`]. If the file grows and its last block stays as it is on the device, nothing old is
+    /// left behind its end.
+    async fn take_and_zero(&self, inode: &mut InodeState) -> Result<Vec<Piece>, FsError> {
+        let last = inode.raw.size_bytes() / u64::from(self.superblock().block_bytes);
+        if inode.data.size_bytes.is_some() && !inode.data.dirty.contains_key(&last) {
+            self.zero_behind_end(inode).await?;
+        }
+        self.take_batch(inode).await
     }
 
     /// Moves some dirty pages to those that are being written, each with its place.

@@ -20,4 +20,5 @@ mod operations;
 mod our_side;
 mod recorder;
 mod shadow;
+mod systematic;
 mod write;
