@@ -4,7 +4,7 @@
 # shellcheck disable=SC2317
 set -euo pipefail
 
-STEPS=(pjdfstest fsx stress sqlite kill)
+STEPS=(pjdfstest fsx stress sqlite kill postgres)
 
 usage() {
     cat <<END
@@ -17,11 +17,12 @@ Mounts a volume in a file (the tests' double in place of servers) and runs the s
   stress     the filesystem class of stress-ng
   sqlite     a database under load
   kill       kill -9 of the mount while files are written: what was fsynced is there after the replay
+  postgres   kill -9 of the mount under pgbench: the database recovers, with every commit that was acknowledged
 After each, e2fsck -fn finds nothing and the kernel sees the tree that the mount showed.
   --bin DIR  where fuse-fs-double is (default: target/debug/examples)
-  --long     fsx with 1,000,000 operations over ten seeds, kill and stress for longer
+  --long     fsx with 1,000,000 operations over ten seeds, kill, stress and postgres for longer
 Needs root, /dev/fuse, loop devices, e2fsprogs, and for their steps: pjdfstest and fsx (cargo install),
-stress-ng, sqlite3. A tool that is missing is a failure.
+stress-ng, sqlite3, postgresql. A tool that is missing is a failure.
 END
 }
 
@@ -41,7 +42,7 @@ while [ $# -gt 0 ]; do
             usage
             exit 0
             ;;
-        pjdfstest | fsx | stress | sqlite | kill) steps+=("$1") ;;
+        pjdfstest | fsx | stress | sqlite | kill | postgres) steps+=("$1") ;;
         *)
             usage >&2
             exit 2
@@ -69,6 +70,7 @@ clean_up() {
         is_mounted "$dir" && umount -l "$dir"
     done
     pkill_own
+    pkill_postgres
     rm -rf "$work"
 }
 # Only the daemon that the state directory of this run names.
@@ -78,6 +80,13 @@ pkill_own() {
         while read -r pid; do
             kill -9 "$pid" 2>/dev/null || true
         done
+}
+# A server that a failed step left: it names its process in the lock of its socket.
+pkill_postgres() {
+    local lock
+    for lock in "$work"/pg/.s.PGSQL.*.lock; do
+        if [ -f "$lock" ]; then kill -QUIT "$(head -1 "$lock")" 2>/dev/null || true; fi
+    done
 }
 trap clean_up EXIT
 
@@ -284,6 +293,85 @@ step_kill() {
     echo "ok kill: $rounds kills, all $acknowledged acknowledged rows are there"
 }
 
+postgres() { # COMMAND ARGUMENT...
+    local command=$1
+    shift
+    runuser -u postgres -- env PGHOST="$work/pg" PGDATA="$work/ours/pg" LC_ALL=C "$pg/$command" "$@"
+}
+query() { postgres psql -X -A -t -q -d postgres -c "$1"; }
+start_postgres() {
+    postgres pg_ctl -w -t 100 -s -l "$work/pg/log" start 2>"$work/pg/start" || {
+        tail -30 "$work/pg/log"
+        return 1
+    }
+}
+
+# Ends the server without its directory, which is gone; its pid was noted before.
+end_postgres() { # PID
+    local tries
+    kill -QUIT "$1" 2>/dev/null || true
+    for ((tries = 0; tries < 200; tries++)); do
+        kill -0 "$1" 2>/dev/null || return 0
+        sleep 0.1
+    done
+    echo "postgres does not end"
+    return 1
+}
+
+# A row of the history for each commit that was acknowledged, and at most one more for each client and round;
+# the sums of the bank agree; pg_amcheck finds nothing.
+step_postgres() {
+    pg=$(find /usr/lib/postgresql -maxdepth 2 -name bin 2>/dev/null | sort -V | tail -1)
+    need "${pg:-/none}/postgres" "apt-get install postgresql"
+    local rounds=2 seconds=4 clients=4 round pid commits rows sums
+    [ "$long" = no ] || rounds=12 seconds=10
+    make_volume 1024 "$volume"
+    mount_ours
+    install -d -o postgres "$work/pg"
+    install -d -o postgres -m 700 "$work/ours/pg"
+    postgres initdb -k -A trust >/dev/null
+    cat >>"$work/ours/pg/postgresql.conf" <<END
+listen_addresses = ''
+unix_socket_directories = '$work/pg'
+shared_buffers = 16MB
+max_wal_size = 48MB
+min_wal_size = 32MB
+END
+    sync "$work/ours/pg/postgresql.conf" "$work/ours/pg"
+    start_postgres
+    postgres pgbench -i -q -s 3 postgres >"$work/pg/init" 2>&1
+    query 'CREATE EXTENSION amcheck'
+    for ((round = 1; round <= rounds; round++)); do
+        pid=$(head -1 "$work/ours/pg/postmaster.pid")
+        (cd "$work/pg" && postgres pgbench -n -c "$clients" -j 2 -T 600 -l --log-prefix="acknowledged$round" postgres) \
+            >"$work/pg/bench" 2>&1 &
+        sleep "$seconds.$((RANDOM % 10))"
+        pkill_own
+        wait $! || true
+        end_postgres "$pid"
+        umount -l "$work/ours"
+        rm -f "$work"/run/mount-*.json
+        mount_ours
+        start_postgres
+        commits=$(cat "$work"/pg/acknowledged* | wc -l)
+        rows=$(query 'SELECT count(*) FROM pgbench_history')
+        if [ "$commits" -lt "$round" ] || [ "$rows" -lt "$commits" ] || [ "$rows" -gt $((commits + round * clients)) ]; then
+            echo "$commits commits were acknowledged, $rows are there"
+            return 1
+        fi
+        sums=$(query 'SELECT count(DISTINCT sum) FROM (SELECT sum(abalance) FROM pgbench_accounts
+            UNION ALL SELECT sum(bbalance) FROM pgbench_branches
+            UNION ALL SELECT sum(tbalance) FROM pgbench_tellers
+            UNION ALL SELECT sum(delta) FROM pgbench_history) sums')
+        [ "$sums" -eq 1 ]
+    done
+    postgres pg_amcheck -d postgres --heapallindexed
+    postgres pg_ctl -w -s -m fast stop
+    postgres pg_checksums -c >/dev/null
+    judge
+    echo "ok postgres: $rounds kills, all $commits acknowledged commits are there"
+}
+
 failed=0
 for step in "${steps[@]}"; do
     # In a subshell of its own, so that -e holds inside the step.
@@ -298,6 +386,7 @@ for step in "${steps[@]}"; do
         echo "$step: FAILED"
         failed=1
         pkill_own
+        pkill_postgres
         for dir in "$work/ours" "$work/kernel"; do
             if is_mounted "$dir"; then umount -l "$dir"; fi
         done
