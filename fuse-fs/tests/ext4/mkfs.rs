@@ -12,7 +12,7 @@ use std::process::Command;
 use std::sync::Mutex;
 
 const UUID: &str = "01020304-0506-0708-090a-0b0c0d0e0f10";
-const NOW: u32 = 1_700_000_000;
+const NOW: u32 = 1_750_000_000;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
@@ -34,6 +34,13 @@ fn sized(shop: &Workshop, name: &str, size_bytes: u64) -> PathBuf {
     let _ = fs::remove_file(&path);
     File::create(&path).unwrap().set_len(size_bytes).unwrap();
     path
+}
+
+/// An image of our mkfs.
+pub(crate) fn made(shop: &Workshop, name: &str, size_bytes: u64) -> PathBuf {
+    let image = sized(shop, name, size_bytes);
+    ours(&image);
+    image
 }
 
 fn ours(image: &Path) {

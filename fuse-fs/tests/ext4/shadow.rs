@@ -4,6 +4,7 @@
 use crate::data::Random;
 use crate::image::Workshop;
 use crate::kernel_side;
+use crate::mkfs;
 use crate::operations::{DIRECTORY, How, Operation, REGULAR, operation};
 use crate::our_side;
 use crate::write::{assert_clean, run};
@@ -17,11 +18,18 @@ const LAYOUTS: [(&str, u64); 5] = [
     ("-t ext4 -I 512 -O metadata_csum_seed,orphan_file", 64),
 ];
 
+/// What our mkfs makes is what mke2fs makes with this, and then ours works on ours.
+const OUR_MKFS: &str = "-t ext4 ";
+
 /// Runs `operations` on two images that were made alike, and compares all that can be seen.
 fn compare(shop: &Workshop, mib: u64, options: &str, operations: &[Operation]) {
     // SAFETY: it changes a number of this process; ours is asked with the same.
     unsafe { libc::umask(0) };
-    let (theirs, ours) = (shop.make(mib, options), shop.make(mib, options));
+    let theirs = shop.make(mib, options);
+    let ours = match options {
+        OUR_MKFS => mkfs::made(shop, "ours", mib << 20),
+        _ => shop.make(mib, options),
+    };
     let mut answers = Vec::new();
     let mut expected = kernel_side::Tree::new();
     shop.change(&theirs, |dir| {
@@ -87,7 +95,7 @@ fn random_operations_give_what_the_kernel_gives() {
     let shop = Workshop::new();
     let rounds = std::env::var("FUSE_FS_EXT4_ROUNDS").map_or(1, |text| text.parse().unwrap());
     for round in 0..rounds {
-        for (number, (options, mib)) in LAYOUTS.into_iter().enumerate() {
+        for (number, (options, mib)) in LAYOUTS.into_iter().chain([(OUR_MKFS, 64)]).enumerate() {
             let mut random = Random(round * 100 + number as u64);
             let operations: Vec<Operation> = (0..1500).map(|_| operation(&mut random)).collect();
             let operations: Vec<Operation> = operations.chunks(20).flat_map(thawed).collect();
@@ -107,7 +115,7 @@ fn make(path: String, kind: u32) -> Operation {
 #[test]
 fn large_directories_are_those_of_the_kernel() {
     let shop = Workshop::new();
-    for (options, mib) in [LAYOUTS[0], LAYOUTS[1], LAYOUTS[3]] {
+    for (options, mib) in [LAYOUTS[0], LAYOUTS[1], LAYOUTS[3], (OUR_MKFS, 64)] {
         let mut operations = vec![
             make("big".to_owned(), DIRECTORY),
             make("other".to_owned(), DIRECTORY),
