@@ -9,6 +9,7 @@ use crate::ext4_source::Source;
 use crate::helper::{self, Invocation};
 use crate::kernel_mount::{self, KernelMount};
 use crate::mkfs_command::{self, MAX_LABEL_BYTES, MkfsCommand};
+use crate::mount::grow_command;
 use crate::mount::options::MountOptions;
 use crate::mount::serve::{self, OwnMount};
 use crate::mount::stats_command;
@@ -45,6 +46,8 @@ enum Verb {
     Mkfs(Mkfs),
     /// Shows what a mount of `mount` has done: requests, errors, latencies.
     Stats(Stats),
+    /// Lets the filesystem of a `mount` fill its volume, while it is used: after `blockctl volume resize`.
+    Grow(Grow),
     /// Unmounts what `volumes` or `mount` mounted, after its data is flushed.
     Umount(Umount),
 }
@@ -183,6 +186,14 @@ struct Stats {
 }
 
 #[derive(Debug, Args)]
+struct Grow {
+    dir: PathBuf,
+    /// Print one line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
 struct Umount {
     dir: PathBuf,
     /// Seconds to wait for the servers.
@@ -216,6 +227,7 @@ pub fn run(connect: Connect) -> ExitCode {
         Verb::Mount(mount) if mount.kernel => mount_kernel(mount),
         Verb::Mount(mount) => mount_own(connect, mount),
         Verb::Stats(stats) => stats_command::run(&stats.dir, stats.json).map(|()| 0),
+        Verb::Grow(grow) => grow_command::run(&grow.dir, grow.json).map(|()| 0),
         Verb::Check(arguments) => check(connect, &arguments),
         Verb::Mkfs(arguments) => mkfs(connect, arguments),
         Verb::Umount(umount) => unmount(&umount),

@@ -70,6 +70,8 @@ pub enum FuseFsError {
     State { file: PathBuf, reason: String },
     #[error("{}: nothing that fuse-fs mounted is there; for other mounts use umount", dir.display())]
     NotMounted { dir: PathBuf },
+    #[error("{}: {reason}", dir.display())]
+    Grow { dir: PathBuf, reason: String },
     #[error("{}: in use; see `fuser -vm {}`; it is still mounted, nothing was lost", dir.display(), dir.display())]
     Busy { dir: PathBuf },
     #[error("{}: {reason}; it is still mounted, data may be unflushed; --force gives it up", dir.display())]

@@ -15,8 +15,8 @@ impl Groups {
     /// # Errors
     /// The device's, and what is wrong with a bitmap.
     pub async fn claim_blocks(&self, goal: u64, want: u32) -> Result<Range<u64>, FsError> {
-        let count = self.superblock.groups_count();
-        let goal = goal.max(u64::from(self.superblock.first_data_block));
+        let count = self.superblock().groups_count();
+        let goal = goal.max(u64::from(self.superblock().first_data_block));
         let start = self.parts(goal..goal + 1)[0].clone();
         let start_group = start.0.min(count - 1);
         let order = || (0..count).map(|step| (start_group + step) % count);
@@ -45,7 +45,7 @@ impl Groups {
     /// Claims in one group: what stands at `from`, or a run as long as wanted, or (not `whole`) the longest.
     fn claim_in(&self, group: u32, from: u32, want: u32, whole: bool) -> Option<Range<u64>> {
         let mut state = self.state(group);
-        let end = self.superblock.group_blocks(group);
+        let end = self.superblock().group_blocks(group);
         let taken = state.taken_blocks.as_mut()?;
         let ahead = bitmap::next(taken, from..end.min(from.saturating_add(want)), true);
         let fits = |run: &Range<u32>| !whole || run.len() as u32 >= want;
@@ -58,7 +58,7 @@ impl Groups {
         bitmap::fill(taken, run.clone(), true);
         let free = &self.slots[group as usize].free_blocks;
         free.fetch_sub(run.len() as u32, Ordering::Relaxed);
-        let first = self.superblock.group_first(group);
+        let first = self.superblock().group_first(group);
         Some(first + u64::from(run.start)..first + u64::from(run.end))
     }
 
@@ -143,8 +143,8 @@ impl Groups {
         if made {
             state.descriptor.blocks_uninit = false;
             let mut bits = self.own_metadata(group, &state.descriptor);
-            let end = self.superblock.block_bytes * 8;
-            bitmap::fill(&mut bits, self.superblock.group_blocks(group)..end, true);
+            let end = self.superblock().block_bytes * 8;
+            bitmap::fill(&mut bits, self.superblock().group_blocks(group)..end, true);
             self.cache
                 .create(block, tid, |bytes| bytes.copy_from_slice(&bits));
         }

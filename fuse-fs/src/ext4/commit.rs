@@ -60,6 +60,14 @@ impl Committer {
         }
     }
 
+    /// As [`Self::commit`], inside the closed barrier.
+    async fn commit_closed(&mut self, fs: &Filesystem) -> Result<(), FsError> {
+        match freeze(fs).await? {
+            Some(frozen) => self.store(fs, frozen).await,
+            None => Ok(()),
+        }
+    }
+
     /// Writes a transaction to the log; it has committed afterwards.
     async fn store(&mut self, fs: &Filesystem, frozen: Frozen) -> Result<(), FsError> {
         let Frozen { tid, freed, record } = frozen;
@@ -284,12 +292,39 @@ impl Filesystem {
         Ok(work.await)
     }
 
+    /// Makes what `change` does to at most `blocks` blocks a transaction of its own, while nobody is inside one:
+    /// it may change what operations rely on. A failure aborts the journal. `false` if the journal is too small for
+    /// it; `change` was not begun then.
+    pub(super) async fn commit_alone(
+        &self,
+        blocks: usize,
+        change: impl Future<Output = Result<(), FsError>>,
+    ) -> Result<bool, FsError> {
+        let mut committer = self.committer().lock().await;
+        self.transactions().check()?;
+        let Some(committer) = committer.as_mut() else {
+            return Err(FsError::ReadOnly);
+        };
+        if committer.log.needed(blocks, 0) > committer.log.capacity() {
+            return Ok(false);
+        }
+        let _nobody_inside = self.transactions().close_barrier().await;
+        let done = async {
+            committer.commit_closed(self).await?;
+            change.await?;
+            committer.commit_closed(self).await
+        };
+        let done = done.await;
+        if let Err(error) = &done {
+            self.transactions().abort(&error.to_string());
+        }
+        done.map(|()| true)
+    }
+
     /// Commits and checkpoints, with the barrier closed. A failure aborts the journal.
     async fn settle(&self, committer: &mut Committer) -> Result<(), FsError> {
         let settled = async {
-            if let Some(frozen) = freeze(self).await? {
-                committer.store(self, frozen).await?;
-            }
+            committer.commit_closed(self).await?;
             committer.quiet(self).await
         };
         let settled = settled.await;

@@ -52,7 +52,6 @@ const TRANSACTION_SHARE: u32 = 4;
 
 struct Shared {
     device: Arc<dyn Device>,
-    superblock: Arc<Superblock>,
     options: Options,
     cache: Arc<Cache>,
     groups: Groups,
@@ -67,6 +66,7 @@ struct Shared {
     generations: AtomicU64,
     journal_bytes: u64,
     topology: tokio::sync::Mutex<()>,
+    growing: tokio::sync::Mutex<()>,
 }
 
 /// A mounted filesystem; clones are the same.
@@ -86,7 +86,7 @@ impl Filesystem {
         }
         let read_only = read_only(&image, &options);
         let left = Left::read(&image).await?;
-        let superblock = Arc::new(image.superblock.clone());
+        let superblock = image.superblock.clone();
         let cache = Arc::new(Cache::new(
             device.clone(),
             superblock.block_bytes,
@@ -113,8 +113,7 @@ impl Filesystem {
             .as_ref()
             .map_or(0, |log| log.capacity() / TRANSACTION_SHARE);
         let fs = Self(Arc::new(Shared {
-            groups: Groups::new(superblock.clone(), cache.clone(), &image.groups),
-            superblock,
+            groups: Groups::new(superblock, cache.clone(), &image.groups),
             cache,
             inodes: Inodes::default(),
             orphans: Orphans::default(),
@@ -125,6 +124,7 @@ impl Filesystem {
             journal_bytes,
             generations: AtomicU64::new(options.seed),
             topology: tokio::sync::Mutex::default(),
+            growing: tokio::sync::Mutex::default(),
             device: device.clone(),
             options,
         }));
@@ -242,10 +242,11 @@ impl Filesystem {
         Ok(self.cache().read_checked(block, check).await?)
     }
 
-    /// What does not change while it is mounted: sizes, features, seeds. Its counts are those of the mount.
+    /// What does not change while it is mounted but by a growth: sizes, features, seeds. Its counts are those of
+    /// the mount.
     #[must_use]
     pub fn superblock(&self) -> &Superblock {
-        &self.0.superblock
+        self.0.groups.superblock()
     }
 
     #[must_use]
@@ -256,6 +257,11 @@ impl Filesystem {
     /// While it is held, no directory comes into another one.
     pub(super) fn topology(&self) -> &tokio::sync::Mutex<()> {
         &self.0.topology
+    }
+
+    /// One growth at a time.
+    pub(super) fn growing(&self) -> &tokio::sync::Mutex<()> {
+        &self.0.growing
     }
 
     pub(super) fn next_generation(&self) -> u32 {

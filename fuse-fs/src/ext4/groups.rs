@@ -35,11 +35,30 @@ pub(super) struct Slot {
     pub(super) directories: AtomicU32,
 }
 
+impl Slot {
+    fn new(group: &Group) -> Self {
+        Self {
+            inode_table: group.inode_table,
+            state: Mutex::new(State {
+                descriptor: *group,
+                taken_blocks: None,
+                taken_inodes: None,
+            }),
+            free_blocks: AtomicU32::new(group.free_blocks),
+            free_inodes: AtomicU32::new(group.free_inodes),
+            directories: AtomicU32::new(group.directories),
+        }
+    }
+}
+
 /// All groups.
 pub struct Groups {
-    pub(super) superblock: Arc<Superblock>,
+    /// As it was opened; its counts are those of then.
+    superblock: Superblock,
+    /// What each growth made of it: who still has an older one sees no more than there was.
+    grown: boxcar::Vec<Superblock>,
     pub(super) cache: Arc<Cache>,
-    pub(super) slots: Vec<Slot>,
+    pub(super) slots: boxcar::Vec<Slot>,
     /// Blocks that may be given away and that nobody was promised.
     available: AtomicI64,
     /// Blocks that are free after the commit of who freed them.
@@ -51,18 +70,7 @@ pub struct Groups {
 
 impl Groups {
     #[must_use]
-    pub fn new(superblock: Arc<Superblock>, cache: Arc<Cache>, groups: &[Group]) -> Self {
-        let slot = |group: &Group| Slot {
-            inode_table: group.inode_table,
-            state: Mutex::new(State {
-                descriptor: *group,
-                taken_blocks: None,
-                taken_inodes: None,
-            }),
-            free_blocks: AtomicU32::new(group.free_blocks),
-            free_inodes: AtomicU32::new(group.free_inodes),
-            directories: AtomicU32::new(group.directories),
-        };
+    pub fn new(superblock: Superblock, cache: Arc<Cache>, groups: &[Group]) -> Self {
         let blocks: u64 = groups
             .iter()
             .map(|group| u64::from(group.free_blocks))
@@ -70,13 +78,46 @@ impl Groups {
         let inodes = groups.iter().map(|group| group.free_inodes).sum();
         Self {
             superblock,
+            grown: boxcar::Vec::new(),
             cache,
-            slots: groups.iter().map(slot).collect(),
+            slots: groups.iter().map(Slot::new).collect(),
             available: AtomicI64::new(i64::try_from(blocks).unwrap_or(i64::MAX)),
             pending: AtomicU64::new(0),
             free_blocks: AtomicU64::new(blocks),
             free_inodes: AtomicU32::new(inodes),
         }
+    }
+
+    /// The superblock at its largest.
+    #[must_use]
+    pub fn superblock(&self) -> &Superblock {
+        let newest = self.grown.count().checked_sub(1);
+        let grown = newest.and_then(|newest| self.grown.get(newest));
+        grown.unwrap_or(&self.superblock)
+    }
+
+    /// There are more groups, and more blocks in `extended`, which was the last one and whose bitmap is known.
+    /// They may be promised after [`Self::give_back`]. Nobody is inside a transaction.
+    pub(super) fn grow(&self, larger: Superblock, groups: &[Group], extended: (u32, Range<u32>)) {
+        let (last, bits) = extended;
+        let mut blocks = bits.len() as u32;
+        let mut state = self.state(last);
+        state.descriptor.free_blocks += blocks;
+        if let Some(taken) = &mut state.taken_blocks {
+            bitmap::fill(taken, bits, false);
+        }
+        drop(state);
+        let free = &self.slots[last as usize].free_blocks;
+        free.fetch_add(blocks, Ordering::Relaxed);
+        for group in groups {
+            blocks += group.free_blocks;
+            self.free_inodes
+                .fetch_add(group.free_inodes, Ordering::AcqRel);
+            self.slots.push(Slot::new(group));
+        }
+        self.free_blocks
+            .fetch_add(u64::from(blocks), Ordering::AcqRel);
+        self.grown.push(larger);
     }
 
     pub(super) fn state(&self, group: u32) -> MutexGuard<'_, State> {
@@ -129,7 +170,7 @@ impl Groups {
 
     #[must_use]
     pub fn available_inodes(&self) -> u64 {
-        let free = |slot: &Slot| u64::from(slot.free_inodes.load(Ordering::Relaxed));
+        let free = |(_, slot): (usize, &Slot)| u64::from(slot.free_inodes.load(Ordering::Relaxed));
         self.slots.iter().map(free).sum()
     }
 
@@ -142,16 +183,16 @@ impl Groups {
             }
             state.descriptor
         };
-        let count = self.superblock.group_blocks(group);
+        let count = self.superblock().group_blocks(group);
         let mut taken = if descriptor.blocks_uninit {
             self.own_metadata(group, &descriptor)
         } else {
             let stored = descriptor.block_bitmap_checksum;
-            let bits = self.superblock.blocks_per_group;
+            let bits = self.superblock().blocks_per_group;
             self.read_bitmap(group, descriptor.block_bitmap, bits, stored)
                 .await?
         };
-        let end = self.superblock.block_bytes * 8;
+        let end = self.superblock().block_bytes * 8;
         bitmap::fill(&mut taken, count..end, true);
         if bitmap::count_free(&taken, 0..count) != descriptor.free_blocks {
             return Err(corrupt(
@@ -172,15 +213,15 @@ impl Groups {
             }
             state.descriptor
         };
-        let count = self.superblock.inodes_per_group;
+        let count = self.superblock().inodes_per_group;
         let mut taken = if descriptor.inodes_uninit {
-            vec![0; self.superblock.block_bytes as usize].into()
+            vec![0; self.superblock().block_bytes as usize].into()
         } else {
             let stored = descriptor.inode_bitmap_checksum;
             self.read_bitmap(group, descriptor.inode_bitmap, count, stored)
                 .await?
         };
-        bitmap::fill(&mut taken, count..self.superblock.block_bytes * 8, true);
+        bitmap::fill(&mut taken, count..self.superblock().block_bytes * 8, true);
         if bitmap::count_free(&taken, 0..count) != descriptor.free_inodes {
             return Err(corrupt(
                 group,
@@ -198,11 +239,11 @@ impl Groups {
         bits: u32,
         stored: u32,
     ) -> Result<Box<[u8]>, FsError> {
-        if !self.superblock.contains(block, 1) {
+        if !self.superblock().contains(block, 1) {
             return Err(corrupt(group, "a bitmap is outside the filesystem"));
         }
         let place = Place::Group(group);
-        let check = |bytes: &[u8]| match bitmap_matches(bytes, bits, stored, &self.superblock) {
+        let check = |bytes: &[u8]| match bitmap_matches(bytes, bits, stored, self.superblock()) {
             true => Ok(()),
             false => Err(Ext4Error::corrupt(place, "a bitmap has a wrong checksum")),
         };
@@ -212,15 +253,15 @@ impl Groups {
 
     /// The bitmap of a group of whose blocks only its own metadata is in use.
     pub(super) fn own_metadata(&self, group: u32, descriptor: &Group) -> Box<[u8]> {
-        let mut bits = vec![0; self.superblock.block_bytes as usize];
-        let first = self.superblock.group_first(group);
-        let end = first + u64::from(self.superblock.group_blocks(group));
+        let mut bits = vec![0; self.superblock().block_bytes as usize];
+        let first = self.superblock().group_first(group);
+        let end = first + u64::from(self.superblock().group_blocks(group));
         let table = descriptor.inode_table;
         let parts = [
-            self.superblock.group_head(group),
+            self.superblock().group_head(group),
             descriptor.block_bitmap..descriptor.block_bitmap + 1,
             descriptor.inode_bitmap..descriptor.inode_bitmap + 1,
-            table..table + u64::from(self.superblock.inode_table_blocks()),
+            table..table + u64::from(self.superblock().inode_table_blocks()),
         ];
         for part in parts {
             let (from, to) = (part.start.max(first), part.end.min(end));
@@ -234,8 +275,8 @@ impl Groups {
 
     /// Cuts blocks into the parts of each group: the group and the bits.
     pub(super) fn parts(&self, blocks: Range<u64>) -> Vec<(u32, Range<u32>)> {
-        let per_group = u64::from(self.superblock.blocks_per_group);
-        let origin = u64::from(self.superblock.first_data_block);
+        let per_group = u64::from(self.superblock().blocks_per_group);
+        let origin = u64::from(self.superblock().first_data_block);
         let (mut at, end) = (blocks.start - origin, blocks.end - origin);
         let mut parts = Vec::new();
         while at < end {
@@ -262,12 +303,12 @@ impl Groups {
         let mut changed = Vec::new();
         for group in groups {
             let descriptor = self.sealed_descriptor(group);
-            let index = group / self.superblock.descriptors_per_block();
-            let size = usize::from(self.superblock.descriptor_bytes);
-            let at = (group % self.superblock.descriptors_per_block()) as usize * size;
-            let block = self.superblock.descriptor_block(index);
+            let index = group / self.superblock().descriptors_per_block();
+            let size = usize::from(self.superblock().descriptor_bytes);
+            let at = (group % self.superblock().descriptors_per_block()) as usize * size;
+            let block = self.superblock().descriptor_block(index);
             let write = |bytes: &mut [u8]| {
-                descriptor.write_over(&mut bytes[at..at + size], group, &self.superblock);
+                descriptor.write_over(&mut bytes[at..at + size], group, self.superblock());
             };
             if self.cache.update(block, tid, write).await?.1 {
                 changed.push(block);
@@ -283,7 +324,7 @@ impl Groups {
             put(bytes, 0x10, &free_inodes.to_le_bytes());
             put(bytes, 0xe8, &last_orphan.to_le_bytes());
         };
-        let block = update_superblock(&self.cache, &self.superblock, tid, write).await?;
+        let block = update_superblock(&self.cache, self.superblock(), tid, write).await?;
         changed.extend(block);
         Ok(changed)
     }
@@ -291,25 +332,25 @@ impl Groups {
     fn sealed_descriptor(&self, group: u32) -> Group {
         let mut state = self.state(group);
         let descriptor = &mut state.descriptor;
-        let kept = if self.superblock.descriptor_bytes >= 64 {
+        let kept = if self.superblock().descriptor_bytes >= 64 {
             u32::MAX
         } else {
             0xffff
         };
-        if self.superblock.has_checksums() {
+        if self.superblock().has_checksums() {
             if let Some(bits) = self.cache.get(descriptor.block_bitmap)
                 && !descriptor.blocks_uninit
             {
-                let count = self.superblock.blocks_per_group;
+                let count = self.superblock().blocks_per_group;
                 descriptor.block_bitmap_checksum =
-                    bitmap_checksum(&bits, count, &self.superblock) & kept;
+                    bitmap_checksum(&bits, count, self.superblock()) & kept;
             }
             if let Some(bits) = self.cache.get(descriptor.inode_bitmap)
                 && !descriptor.inodes_uninit
             {
-                let count = self.superblock.inodes_per_group;
+                let count = self.superblock().inodes_per_group;
                 descriptor.inode_bitmap_checksum =
-                    bitmap_checksum(&bits, count, &self.superblock) & kept;
+                    bitmap_checksum(&bits, count, self.superblock()) & kept;
             }
         }
         *descriptor

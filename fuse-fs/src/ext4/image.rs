@@ -49,8 +49,24 @@ impl<'a> Image<'a> {
             Err(error) => return Err(error),
         }
         image.read_superblock().await?;
+        findings.extend(image.outside());
         image.read_groups(u32::MAX, findings).await?;
         Ok(image)
+    }
+
+    /// Whole blocks that the device has.
+    pub(super) fn device_blocks(&self) -> u64 {
+        self.device.size_bytes() / u64::from(self.superblock.block_bytes)
+    }
+
+    /// What the journal holds of no filesystem.
+    fn outside(&self) -> Option<Finding> {
+        let mut blocks = self.replay.numbers();
+        let block = blocks.find(|block| *block >= self.superblock.blocks_count)?;
+        Some(Finding {
+            place: Place::Journal,
+            problem: format!("a transaction has block {block} outside the filesystem"),
+        })
     }
 
     /// The superblock anew: the journal may hold a younger one.

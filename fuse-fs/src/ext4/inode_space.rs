@@ -22,13 +22,16 @@ impl Groups {
     /// # Errors
     /// [`FsError::NoSpace`], the device's, and what is wrong with a bitmap.
     pub async fn claim_inode(&self, parent: u32, kind: Kind) -> Result<u32, FsError> {
-        let parent_group = self.superblock.inode_place(parent).map_or(0, |(at, _)| at);
+        let parent_group = self
+            .superblock()
+            .inode_place(parent)
+            .map_or(0, |(at, _)| at);
         let start = if kind == Kind::Directory {
             self.group_for_directory(parent, parent_group)
         } else {
             parent_group
         };
-        let count = self.superblock.groups_count();
+        let count = self.superblock().groups_count();
         for group in (0..count).map(|step| (start + step) % count) {
             if self.slots[group as usize]
                 .free_inodes
@@ -48,9 +51,9 @@ impl Groups {
     fn claim_inode_in(&self, group: u32) -> Option<u32> {
         let mut state = self.state(group);
         let taken = state.taken_inodes.as_mut()?;
-        let count = self.superblock.inodes_per_group;
+        let count = self.superblock().inodes_per_group;
         let reserved = if group == 0 {
-            self.superblock.first_inode - 1
+            self.superblock().first_inode - 1
         } else {
             0
         };
@@ -67,9 +70,13 @@ impl Groups {
     /// The group from which on a directory looks for room. Those of the root go where few are and much is free,
     /// others stay with their parent while it is not fuller than the average.
     fn group_for_directory(&self, parent: u32, parent_group: u32) -> u32 {
-        let count = self.slots.len() as u32;
+        let count = self.slots.count() as u32;
         let sum = |what: fn(&Slot) -> u32| {
-            let all: u64 = self.slots.iter().map(|slot| u64::from(what(slot))).sum();
+            let all: u64 = self
+                .slots
+                .iter()
+                .map(|(_, slot)| u64::from(what(slot)))
+                .sum();
             (all / u64::from(count)) as u32
         };
         let inodes = sum(|slot| slot.free_inodes.load(Ordering::Relaxed));
@@ -102,7 +109,7 @@ impl Groups {
     /// # Errors
     /// The device's, and what is wrong with the bitmap.
     pub async fn is_inode_used(&self, inode: u32) -> Result<bool, FsError> {
-        let Some((group, at)) = self.superblock.inode_place(inode) else {
+        let Some((group, at)) = self.superblock().inode_place(inode) else {
             return Ok(false);
         };
         self.load_inodes(group).await?;
@@ -113,7 +120,7 @@ impl Groups {
 
     /// Gives back an inode that was claimed, or whose freeing has committed.
     pub fn release_inode(&self, inode: u32) {
-        let Some((group, at)) = self.superblock.inode_place(inode) else {
+        let Some((group, at)) = self.superblock().inode_place(inode) else {
             return;
         };
         if let Some(taken) = &mut self.state(group).taken_inodes {
@@ -129,8 +136,8 @@ impl Groups {
     /// The device's, and [`crate::ext4::error::Ext4Error::Corrupt`] if it was in use.
     pub async fn use_inode(&self, inode: u32, kind: Kind, tid: Tid) -> Result<UsedInode, FsError> {
         let change = self.change_inode(inode, tid, true).await?;
-        let (_, at) = self.superblock.inode_place(inode).unwrap_or_default();
-        let count = self.superblock.inodes_per_group;
+        let (_, at) = self.superblock().inode_place(inode).unwrap_or_default();
+        let count = self.superblock().inodes_per_group;
         let mut state = self.state(change.group);
         let descriptor = &mut state.descriptor;
         descriptor.free_inodes -= 1;
@@ -141,7 +148,7 @@ impl Groups {
             slot.directories.fetch_add(1, Ordering::Relaxed);
         }
         let mut garbage = 0..0;
-        if self.superblock.features.has_group_checksums() {
+        if self.superblock().features.has_group_checksums() {
             let used = count - descriptor.unused_inodes.min(count);
             if at >= used {
                 descriptor.unused_inodes = count - at - 1;
@@ -163,7 +170,7 @@ impl Groups {
         directory: bool,
         tid: Tid,
     ) -> Result<Change, FsError> {
-        let (group, _) = self.superblock.inode_place(inode).unwrap_or_default();
+        let (group, _) = self.superblock().inode_place(inode).unwrap_or_default();
         self.load_inodes(group).await?;
         let change = self.change_inode(inode, tid, false).await?;
         let mut state = self.state(change.group);
@@ -181,7 +188,7 @@ impl Groups {
 
     async fn change_inode(&self, inode: u32, tid: Tid, used: bool) -> Result<Change, FsError> {
         let (group, at) = self
-            .superblock
+            .superblock()
             .inode_place(inode)
             .ok_or(FsError::Stale(inode))?;
         let (block, made) = self.open_inode_bitmap(group, tid);
@@ -210,8 +217,8 @@ impl Groups {
         if made {
             state.descriptor.inodes_uninit = false;
             let (count, end) = (
-                self.superblock.inodes_per_group,
-                self.superblock.block_bytes * 8,
+                self.superblock().inodes_per_group,
+                self.superblock().block_bytes * 8,
             );
             self.cache
                 .create(block, tid, |bits| bitmap::fill(bits, count..end, true));

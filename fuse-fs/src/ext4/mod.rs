@@ -13,6 +13,7 @@
 //! | [`inode_cell`], [`raw_inode`], [`orphans`], [`orphan_file`], [`time`] | inodes while they are in use |
 //! | [`groups`], [`block_space`], [`inode_space`], [`bitmap`] | which blocks and inodes are given away |
 //! | [`cache`] | blocks of metadata in memory |
+//! | [`resize`] | grows a mounted filesystem |
 //! | [`check`] | whether a filesystem is consistent |
 //! | [`mkfs`] | makes a filesystem |
 //! | [`image`] | a filesystem with its journal replayed in memory |
@@ -65,6 +66,7 @@ pub mod orphan_file;
 pub mod orphans;
 pub mod raw_inode;
 pub mod read;
+pub mod resize;
 pub mod statfs;
 pub mod superblock;
 pub mod time;

@@ -7,6 +7,7 @@ use super::answer::Answerer;
 use super::attributes::{file_attr, file_type, new_time, timestamp, unknown};
 use super::change::Change;
 use super::files::{Files, Found, Line, MAX_NAME_BYTES};
+use super::grow_command::{Answer, GROW};
 use super::node_id::NodeId;
 use super::options::{Atime, MountOptions};
 use super::session;
@@ -50,6 +51,8 @@ pub(super) struct Adapter {
     options: MountOptions,
     answers: Answerer,
     stats: Arc<Stats>,
+    /// Who mounted it.
+    owner: u32,
 }
 
 fn entry(reply: ReplyEntry, found: &Found) {
@@ -135,6 +138,7 @@ impl Adapter {
             options,
             answers: Answerer::new(runtime, stats.clone()),
             stats,
+            owner: rustix::process::geteuid().as_raw(),
         }
     }
 
@@ -732,7 +736,7 @@ impl Filesystem for Adapter {
         self.run(Op::RemoveXattr, reply, work, |reply, ()| reply.ok());
     }
 
-    /// chattr(1): immutable and append-only are root's to set.
+    /// chattr(1), of which immutable and append-only are root's to set; and growth, for root and who mounted it.
     fn ioctl(
         &self,
         req: &Request,
@@ -756,6 +760,15 @@ impl Filesystem for Adapter {
                 let flags = u32::from_ne_bytes(*flags);
                 let work = async move |files: Arc<Files>| files.set_flags(id, flags, uid).await;
                 self.run(Op::Flags, reply, work, |reply, ()| reply.ioctl(0, &[]));
+            }
+            (GROW, _) if id == NodeId::ROOT && uid != 0 && uid != self.owner => {
+                reply.error(Errno::EPERM);
+            }
+            (GROW, _) if id == NodeId::ROOT => {
+                let work = async move |files: Arc<Files>| Ok(files.grow().await);
+                self.run(Op::Grow, reply, work, |reply, answer: Answer| {
+                    reply.ioctl(0, &answer.bytes());
+                });
             }
             _ => reply.error(Errno::ENOTTY),
         }

@@ -1,10 +1,11 @@
 //! The operations of a mount, without FUSE: numbers and names to files of the mounted filesystem and
 //! of its snapshots.
 
+use super::grow_command::Answer;
 use super::node_id::NodeId;
 use super::references::References;
 use super::snapshots::Snapshots;
-use crate::backend::BackendError;
+use crate::backend::{BackendError, OpenTarget};
 use crate::ext4::error::{FsError, Refusal};
 use crate::ext4::fallocate::Sought;
 use crate::ext4::filesystem::Filesystem;
@@ -63,6 +64,7 @@ pub struct Line {
 /// A mounted filesystem.
 pub struct Files {
     pub(super) fs: Filesystem,
+    volume: Arc<dyn OpenTarget>,
     pub(super) snapshots: Option<Snapshots>,
     pub(super) references: References,
     /// Shared by work that goes on behind an answer; taken alone to end the mount.
@@ -120,9 +122,15 @@ pub(super) async fn found(
 
 impl Files {
     #[must_use]
-    pub fn new(fs: Filesystem, snapshots: Option<Snapshots>, atime: super::options::Atime) -> Self {
+    pub fn new(
+        fs: Filesystem,
+        volume: Arc<dyn OpenTarget>,
+        snapshots: Option<Snapshots>,
+        atime: super::options::Atime,
+    ) -> Self {
         Self {
             fs,
+            volume,
             snapshots,
             references: References::default(),
             behind: Arc::default(),
@@ -369,6 +377,27 @@ impl Files {
         let snapshots = snapshots.ok_or_else(|| errno(libc::EROFS, "a snapshot has none"))?;
         let index = snapshots.take(name, &self.fs).await?;
         self.stat(NodeId::Frozen(index, inode::ROOT)).await
+    }
+
+    /// Lets the filesystem fill the volume, whose size may have changed.
+    pub(super) async fn grow(&self) -> Answer {
+        let grown = async {
+            self.volume
+                .refresh()
+                .await
+                .map_err(|error| error.to_string())?;
+            let volume_bytes = self.volume.size_bytes();
+            let grown = self.fs.grow(volume_bytes).await;
+            let grown = grown.map_err(|error| error.to_string())?;
+            Ok::<_, String>(Answer::Grown {
+                bytes_before: grown.bytes_before,
+                bytes: grown.bytes,
+                volume_bytes,
+            })
+        };
+        grown
+            .await
+            .unwrap_or_else(|reason| Answer::Refused { reason })
     }
 
     /// Everything that was acknowledged is durable afterwards.

@@ -13,12 +13,14 @@
 //! | [`timely`] | deadlines of the device |
 //! | [`tuning`] | what the kernel must be told besides |
 //! | [`stats`], [`stats_command`] | counts and latencies |
+//! | [`grow_command`] | growth, as it is asked for |
 
 pub mod adapter;
 pub mod answer;
 pub mod attributes;
 pub mod change;
 pub mod files;
+pub mod grow_command;
 pub mod node_id;
 pub mod options;
 pub mod references;

@@ -119,7 +119,8 @@ async fn open(connect: Connect, mount: &OwnMount) -> Result<Opened, FuseFsError>
     volume.refresh().await.map_err(failed)?;
     let read_only = mount.options.read_only || volume.is_read_only();
     let deadline = mount.servers.io_deadline + DEADLINE_MARGIN;
-    let device = TimelyDevice::new(Arc::new(TargetDevice(volume)), deadline);
+    let below = Arc::new(TargetDevice(volume.clone()));
+    let device = TimelyDevice::new(below, deadline);
     let fs = Filesystem::open(Arc::new(device), options(mount, read_only)).await;
     let fs = fs.map_err(|source| unreadable(&target, source))?;
     if !read_only && fs.is_read_only() {
@@ -131,7 +132,7 @@ async fn open(connect: Connect, mount: &OwnMount) -> Result<Opened, FuseFsError>
         .snapshot
         .is_none()
         .then(|| snapshots(mount, backend));
-    let files = Arc::new(Files::new(fs, snapshots, mount.options.atime));
+    let files = Arc::new(Files::new(fs, volume, snapshots, mount.options.atime));
     Ok(Opened { files, lease })
 }
 

@@ -32,11 +32,12 @@ pub enum Op {
     RemoveXattr,
     Flags,
     Snapshot,
+    Grow,
     Free,
     Touch,
 }
 
-const OPS: [(Op, &str); 26] = [
+const OPS: [(Op, &str); 27] = [
     (Op::Lookup, "lookup"),
     (Op::Stat, "stat"),
     (Op::SetAttr, "setattr"),
@@ -61,6 +62,7 @@ const OPS: [(Op, &str); 26] = [
     (Op::RemoveXattr, "removexattr"),
     (Op::Flags, "flags"),
     (Op::Snapshot, "snapshot"),
+    (Op::Grow, "grow"),
     (Op::Free, "free"),
     (Op::Touch, "touch"),
 ];

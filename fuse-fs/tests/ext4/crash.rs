@@ -30,7 +30,7 @@ pub(crate) fn rounds() -> u64 {
 }
 
 /// An image with some files, and old data in all free blocks.
-fn make(workshop: &Workshop, mib: u64, kind: &str) -> (Vec<u8>, Vec<u32>) {
+pub(crate) fn make(workshop: &Workshop, mib: u64, kind: &str) -> (Vec<u8>, Vec<u32>) {
     let image = workshop.make(mib, kind);
     let mut numbers = Vec::new();
     workshop.change(&image, |dir| {
@@ -153,7 +153,7 @@ async fn step(
 }
 
 /// Judges what a loss of power left.
-fn judge(left: Vec<u8>, numbers: &[u32], synced: &HashMap<u32, Vec<u8>>, what: &str) {
+pub(crate) fn judge(left: Vec<u8>, numbers: &[u32], synced: &HashMap<u32, Vec<u8>>, what: &str) {
     let device = Arc::new(Recorder::new(left));
     run(async {
         let fs = Filesystem::open(device.clone(), options()).await;

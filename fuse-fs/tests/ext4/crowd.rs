@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// An operation without what lasts: nothing is made immutable.
-fn passing(random: &mut Random) -> Operation {
+pub(crate) fn passing(random: &mut Random) -> Operation {
     loop {
         match operation(random) {
             Operation::Flags { .. } => {}

@@ -20,6 +20,7 @@ mod mkfs;
 mod operations;
 mod our_side;
 mod recorder;
+mod resize;
 mod shadow;
 mod systematic;
 mod write;

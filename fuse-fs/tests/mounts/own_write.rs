@@ -22,8 +22,9 @@ fn mounted(bench: &Bench, size_mib: u64, options: &[&str]) -> (PathBuf, PathBuf)
     (volume, dir)
 }
 
+/// A daemon that was killed may still be letting its memory go, and has the volume until then.
 fn mount(bench: &Bench) {
-    bench.fuse_fs_ok(&["mount", "v", str_of(&bench.path("fs"))]);
+    bench.fuse_fs_ok(&["mount", "v", str_of(&bench.path("fs")), "--wait", "10"]);
 }
 
 fn unmount(bench: &Bench) {
@@ -290,4 +291,43 @@ fn a_feature_that_cannot_be_written_mounts_read_only() {
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(text.contains("inline_data"), "{text}");
     assert!(tool_output(&["findmnt", str_of(&dir)]).stdout.is_empty());
+}
+
+/// `volume resize`, then `grow`: the programs that use the mount have the room, without an unmount.
+#[test]
+fn a_mounted_filesystem_grows_with_its_volume() {
+    let bench = Bench::new();
+    let (volume, dir) = mounted(&bench, 64, &[]);
+    let large = File::create(dir.join("large")).unwrap();
+    let free = |dir: &Path| {
+        let space = rustix::fs::statvfs(dir).unwrap();
+        space.f_bavail * space.f_frsize
+    };
+    assert!(free(&dir) < 64 * MIB);
+    let small = bench.stats(&["grow", str_of(&dir)]);
+    assert!(small.contains("64.00 MiB already"), "{small}");
+    let file = File::options().write(true).open(&volume).unwrap();
+    file.set_len(400 * MIB).unwrap();
+    let told = bench.stats(&["grow", str_of(&dir), "--json"]);
+    let expected = format!(
+        "{{\"grown\":{{\"bytes_before\":{},\"bytes\":{},\"volume_bytes\":{}}}}}\n",
+        64 * MIB,
+        400 * MIB,
+        400 * MIB
+    );
+    assert_eq!(told, expected);
+    assert!(free(&dir) > 300 * MIB, "{}", free(&dir));
+    for at in (0..300 * MIB).step_by(MIB as usize) {
+        large.write_all_at(&[at as u8 | 1; 1 << 20], at).unwrap();
+    }
+    large.sync_all().unwrap();
+    kill(&bench);
+    mount(&bench);
+    assert_eq!(fs::metadata(dir.join("large")).unwrap().len(), 300 * MIB);
+    unmount(&bench);
+    check(&volume);
+    let view = tool_output(&[str_of(&bench.program()), "grow", str_of(&dir)]);
+    let said = String::from_utf8_lossy(&view.stderr).into_owned();
+    assert_eq!(view.status.code(), Some(32), "{said}");
+    assert!(said.contains("no directory on which"), "{said}");
 }

@@ -86,6 +86,8 @@ pub(crate) enum Noun {
     Attachment(AttachmentVerb),
     /// Mount the filesystem in a volume or snapshot (runs fuse-fs)
     Mount(Mount),
+    /// Let a mounted filesystem fill its volume after `volume resize` (runs fuse-fs)
+    Grow { dir: PathBuf },
     /// Unmount what `blockctl mount` mounted (runs fuse-fs)
     Umount {
         dir: PathBuf,

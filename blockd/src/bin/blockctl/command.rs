@@ -44,6 +44,7 @@ pub(crate) async fn run(cli: &Cli) -> Result<(), Failure> {
             check_openable(cli, &args.target).await?;
             Err(mount::mount(&cli.servers, args))
         }
+        Noun::Grow { dir } => Err(mount::grow(dir, cli.json)),
         Noun::Umount { dir, options } => Err(mount::umount(dir, options)),
         Noun::Completion { shell } => documents::completion(*shell),
         Noun::Man { dir } => documents::man_pages(dir),

@@ -1,4 +1,4 @@
-//! `mount` and `umount`: handed over to `fuse-fs`, which runs on this host.
+//! `mount`, `grow` and `umount`: handed over to `fuse-fs`, which runs on this host.
 
 use crate::args::Mount;
 use crate::failure::Failure;
@@ -24,6 +24,13 @@ pub(crate) fn mount(servers: &[String], mount: &Mount) -> Failure {
         .args(&mount.options)
         .arg(&mount.target)
         .arg(&mount.dir);
+    become_it(command)
+}
+
+/// Becomes `fuse-fs grow`; returns only if that cannot be started.
+pub(crate) fn grow(dir: &Path, json: bool) -> Failure {
+    let mut command = Command::new(fuse_fs());
+    command.arg("grow").args(json.then_some("--json")).arg(dir);
     become_it(command)
 }
 

@@ -279,7 +279,8 @@ impl<'a> Log<'a> {
             if revoked.get(&tag.block).is_some_and(gone) {
                 continue;
             }
-            if tag.block >= self.image.superblock.blocks_count {
+            // A growth is logged before the superblock that has it is in its place.
+            if tag.block >= self.image.device_blocks() {
                 find(
                     findings,
                     format!(

@@ -27,7 +27,7 @@ const RESERVED_PERCENT: u64 = 5;
 pub(super) const LOG_GROUPS_PER_FLEX: u32 = 4;
 const GROUPS_PER_FLEX: u32 = 1 << LOG_GROUPS_PER_FLEX;
 /// A last group needs room for its own metadata and this.
-const LAST_GROUP_MARGIN: u64 = 50;
+pub(crate) const LAST_GROUP_MARGIN: u64 = 50;
 /// The filesystem may grow so many times without moving anything.
 const GROWTH: u64 = 1024;
 const MAX_BLOCKS: u64 = 0xffff_ffff;
