@@ -34,7 +34,7 @@ With `moves` it measures page moves between two servers: their speed against a c
 and the p99 of a client's writes during them against that beside them.
 
 With `mount` (as root) it measures our own ext4 as a mount of a volume on one local server, against the
-kernel's ext4 on a loop file and fuse2fs: small files, streams, fsyncs, a tree, a directory of --many
+kernel's ext4 on a loop file, fuse2fs and, for streams, NBD: small files, streams, fsyncs, a tree, a directory of --many
 entries (rows small, streams, fsyncs, tree, large).
 EOF
 }

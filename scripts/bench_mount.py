@@ -1,4 +1,4 @@
-"""Our own ext4 as a mount, against the kernel's ext4 on a loop file and fuse2fs, in one run.
+"""Our own ext4 as a mount, against the kernel's ext4 on a loop file, fuse2fs, and for streams a volume over NBD.
 
 Each has a filesystem of mke2fs on the same disk: ours on a volume of one local server, the others in a
 file. Rows run on each in turn, in rounds; medians are shown, with the ratio of ours to each peer.
@@ -26,6 +26,11 @@ CHUNK = b"\xa5" * MIB
 
 def run(*words, **more):
     return subprocess.run(words, check=True, capture_output=True, text=True, **more)
+
+
+def fio(*options):
+    done = run("fio", "--name=bench", "--output-format=json", "--group_reporting", *options)
+    return json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
 
 
 def drop_caches():
@@ -65,6 +70,40 @@ class Fuse2fs(Mount):
 
     def start(self):
         run("fuse2fs", "-o", "fakeroot", self.image(), self.dir)
+
+
+class NbdServer(One):
+    addresses = ("127.0.9.5",)
+
+
+class Nbd(Mount):
+    """A volume of a server like that of ours, without a filesystem, through fio's nbd engine and TCP."""
+
+    name = "nbd"
+
+    def start(self):
+        sockets = tempfile.mkdtemp(prefix="bench-")
+        self.server = NbdServer("nbd", self.settings, os.path.join(self.base, "server"), sockets)
+        self.server.start()
+
+    def stop(self):
+        self.server.stop()
+
+    def fio(self, *options):
+        uri = f"nbd://{NbdServer.addresses[0]}/{VOLUME}"
+        size = f"--size={self.settings.stream_mib}m"
+        return fio("--ioengine=nbd", f"--uri={uri}", size, *options)
+
+    def streams(self):
+        found = {}
+        for row, rw in (("write 1M", "write"), ("read 1M", "read")):
+            drop_caches()
+            done = self.fio(f"--rw={rw}", "--bs=1m", "--iodepth=8", "--end_fsync=1")
+            found[row] = done[rw]["bw_bytes"] / MIB
+        timed = ["--time_based", f"--runtime={self.settings.seconds}"]
+        done = self.fio("--rw=randread", "--bs=4k", "--iodepth=1", "--numjobs=4", *timed)
+        found["randread 4k direct x4"] = done["read"]["iops"]
+        return found
 
 
 class Ours(Mount):
@@ -145,6 +184,8 @@ def tree(mount, settings):
 
 def streams(mount, settings):
     """MiB per second of sequential 1 MiB writes with fsync, and of reads, buffered."""
+    if mount.name == "nbd":
+        return mount.streams()
     path = os.path.join(mount.dir, "stream")
     mib = settings.stream_mib
 
@@ -164,8 +205,7 @@ def streams(mount, settings):
     found["read 1M"] = rate(mib, read)
     options = [f"--filename={path}", "--rw=randread", "--bs=4k", "--direct=1", "--iodepth=1"]
     options += ["--numjobs=4", "--ioengine=psync", "--time_based", f"--runtime={settings.seconds}"]
-    fio = run("fio", "--name=r", "--output-format=json", "--group_reporting", *options)
-    found["randread 4k direct x4"] = json.loads(fio.stdout)["jobs"][0]["read"]["iops"]
+    found["randread 4k direct x4"] = fio(*options)["read"]["iops"]
     os.unlink(path)
     return found
 
@@ -176,9 +216,8 @@ def fsyncs(mount, settings):
     for writers in (1, 16):
         options = [f"--directory={mount.dir}", "--rw=write", "--bs=4k", "--size=64m", "--fsync=1"]
         options += [f"--numjobs={writers}", "--ioengine=psync", "--time_based", "--fallocate=none"]
-        options += [f"--runtime={settings.seconds}", "--group_reporting", "--unlink=1"]
-        fio = run("fio", "--name=a", "--output-format=json", *options)
-        found[f"append+fsync x{writers}"] = json.loads(fio.stdout)["jobs"][0]["write"]["iops"]
+        options += [f"--runtime={settings.seconds}", "--unlink=1"]
+        found[f"append+fsync x{writers}"] = fio(*options)["write"]["iops"]
     return found
 
 
@@ -210,7 +249,7 @@ def parse(arguments):
     parser.add_argument("--seconds", type=int, default=3)
     parser.add_argument("--many", type=int, help="entries of the large directory")
     parser.add_argument("--rows", default=",".join(ROWS))
-    parser.add_argument("--only", default="kernel,fuse2fs,ours")
+    parser.add_argument("--only", default="kernel,fuse2fs,nbd,ours")
     parser.add_argument("--json")
     parser.add_argument("--dir")
     parser.add_argument("--bin", required=True)
@@ -238,6 +277,8 @@ def measure(settings, mounts):
             if row == "large" and number > 0:
                 continue
             for mount in mounts:
+                if mount.name == "nbd" and row != "streams":
+                    continue
                 print(f"round {number + 1}: {row} on {mount.name}", file=sys.stderr)
                 for name, value in ROWS[row](mount, settings).items():
                     results.setdefault(name, {}).setdefault(mount.name, []).append(value)
@@ -260,7 +301,7 @@ def report(results, only):
 def main():
     settings = parse(sys.argv[1:])
     os.makedirs(settings.dir, exist_ok=True)
-    kinds = {kind.name: kind for kind in (Kernel, Fuse2fs, Ours)}
+    kinds = {kind.name: kind for kind in (Kernel, Fuse2fs, Nbd, Ours)}
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(tempfile.TemporaryDirectory(prefix="mount-", dir=settings.dir))
         make_tar(settings, base)

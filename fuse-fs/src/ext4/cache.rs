@@ -39,6 +39,8 @@ struct Shard {
     /// The order of eviction, by block and place; places of entries that are gone may be in it.
     queue: VecDeque<(u64, u64)>,
     next_place: u64,
+    hits: u64,
+    misses: u64,
 }
 
 /// The metadata blocks of one filesystem.
@@ -80,6 +82,16 @@ impl Cache {
         Some(entry.block.clone())
     }
 
+    /// How often a block that was wanted was in memory, and how often not.
+    #[must_use]
+    pub fn counts(&self) -> (u64, u64) {
+        let count = |(hits, misses), shard: &Mutex<Shard>| {
+            let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            (hits + shard.hits, misses + shard.misses)
+        };
+        self.shards.iter().fold((0, 0), count)
+    }
+
     /// The block, from the device if it is not in memory.
     ///
     /// # Errors
@@ -119,7 +131,7 @@ impl Cache {
     }
 
     async fn load(&self, block: u64) -> Result<(), Ext4Error> {
-        if self.shard(block).entries.contains_key(&block) {
+        if self.shard(block).look_up(block) {
             return Ok(());
         }
         let stripe = &self.stripes[(block % LOAD_STRIPES as u64) as usize];
@@ -225,6 +237,16 @@ impl Cache {
 }
 
 impl Shard {
+    fn look_up(&mut self, block: u64) -> bool {
+        let found = self.entries.contains_key(&block);
+        *if found {
+            &mut self.hits
+        } else {
+            &mut self.misses
+        } += 1;
+        found
+    }
+
     fn add(&mut self, block: u64, content: Block, checked: bool, changed_in: Tid) {
         self.next_place += 1;
         let entry = Entry {

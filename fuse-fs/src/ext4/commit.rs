@@ -17,6 +17,7 @@ use crate::ext4::transaction::{Freed, Running, Tid};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use std::collections::HashMap;
 use std::ops::Range;
+use std::time::Instant;
 
 const MAX_WRITE_BYTES: usize = 1 << 20;
 const WRITES_AT_ONCE: usize = 16;
@@ -70,6 +71,7 @@ impl Committer {
 
     /// Writes a transaction to the log; it has committed afterwards.
     async fn store(&mut self, fs: &Filesystem, frozen: Frozen) -> Result<(), FsError> {
+        let began = Instant::now();
         let Frozen { tid, freed, record } = frozen;
         if self.quiet {
             self.write_superblock(fs, true).await?;
@@ -99,6 +101,7 @@ impl Committer {
             .extend(kept.map(|(block, content)| (block, (content, tid))));
         release(fs, freed).await;
         fs.transactions().committed(tid);
+        fs.commit_times().committed(began.elapsed());
         if self.log.used() > self.log.capacity() / 2 {
             self.checkpoint(fs).await?;
         }
@@ -146,6 +149,7 @@ impl Committer {
         }
         self.write_home(fs).await?;
         self.log.restart().await?;
+        fs.commit_times().checkpointed();
         Ok(())
     }
 

@@ -15,6 +15,7 @@ use crate::ext4::groups::{Groups, update_superblock};
 use crate::ext4::image::Image;
 use crate::ext4::inode_cell::Inodes;
 use crate::ext4::journal::log::{self, Log};
+use crate::ext4::measures::CommitTimes;
 use crate::ext4::orphan_file::Left;
 use crate::ext4::orphans::Orphans;
 use crate::ext4::superblock::Superblock;
@@ -59,6 +60,7 @@ struct Shared {
     orphans: Orphans,
     transactions: Transactions,
     dirty: Dirty,
+    commit_times: CommitTimes,
     /// `None` of a filesystem that is not written, or was closed.
     committer: tokio::sync::Mutex<Option<Committer>>,
     /// Why nothing is written, if nothing is.
@@ -118,6 +120,7 @@ impl Filesystem {
             inodes: Inodes::default(),
             orphans: Orphans::default(),
             dirty: Dirty::default(),
+            commit_times: CommitTimes::default(),
             transactions: Transactions::new(max_blocks as usize),
             committer: tokio::sync::Mutex::new(log.map(Committer::new)),
             read_only,
@@ -303,6 +306,10 @@ impl Filesystem {
 
     pub(super) fn dirty(&self) -> &Dirty {
         &self.0.dirty
+    }
+
+    pub(super) fn commit_times(&self) -> &CommitTimes {
+        &self.0.commit_times
     }
 
     pub(super) fn transactions(&self) -> &Transactions {

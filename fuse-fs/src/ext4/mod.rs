@@ -12,7 +12,7 @@
 //! | [`mapping`], [`extent_tree`], [`indirect`], [`deletion`] | finding, adding and giving up blocks of a file |
 //! | [`inode_cell`], [`raw_inode`], [`orphans`], [`orphan_file`], [`time`] | inodes while they are in use |
 //! | [`groups`], [`block_space`], [`inode_space`], [`bitmap`] | which blocks and inodes are given away |
-//! | [`cache`] | blocks of metadata in memory |
+//! | [`cache`], [`measures`] | blocks of metadata in memory; how often they were there, what commits took |
 //! | [`resize`] | grows a mounted filesystem |
 //! | [`check`] | whether a filesystem is consistent |
 //! | [`mkfs`] | makes a filesystem |
@@ -60,6 +60,7 @@ pub mod journal;
 pub mod leaf;
 pub mod map;
 pub mod mapping;
+pub mod measures;
 pub mod mkfs;
 pub mod namespace;
 pub mod orphan_file;

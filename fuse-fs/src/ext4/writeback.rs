@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
+/// From so much on data leaves memory without being asked: a stream keeps the servers busy all the time.
+const WRITEBACK_BYTES: u64 = 32 << 20;
 /// What one step of a flush takes.
 const BATCH_BYTES: u64 = 16 << 20;
 const MAX_WRITE_BYTES: usize = 1 << 20;
@@ -84,7 +86,7 @@ impl Filesystem {
     pub(super) fn add_dirty_bytes(&self, cell: &Arc<InodeCell>, bytes: u64) {
         let all = self.dirty().bytes.fetch_add(bytes, Ordering::AcqRel) + bytes;
         self.note_dirty(cell);
-        if all > self.options().dirty_limit_bytes / 2 {
+        if all > (self.options().dirty_limit_bytes / 2).min(WRITEBACK_BYTES) {
             self.dirty().pressure.notify_one();
         }
     }

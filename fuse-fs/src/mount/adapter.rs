@@ -693,7 +693,8 @@ impl Filesystem for Adapter {
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         let id = NodeId::of(ino.0);
         if id == NodeId::ROOT && name == STATS_XATTR {
-            return sized(reply, self.stats.json().to_string().as_bytes(), size);
+            let stats = self.stats.json(&self.files.measures());
+            return sized(reply, stats.to_string().as_bytes(), size);
         }
         let name = name.as_bytes().to_vec();
         let work = async move |files: Arc<Files>| files.xattr(id, &name).await;

@@ -1,15 +1,17 @@
 //! How a request gets its answer: at once if nothing has to be waited for, else from a task.
 //!
 //! The reader of requests polls the work once. What is in memory is answered by that, without a task
-//! and without a change of threads; whatever is not ready moves to the runtime with its reply. A
+//! and without a change of threads; whatever is not ready moves to the runtime with its reply, and what
+//! always asks the servers starts there: polled twice, it would wake two threads. A
 //! reply that is dropped answers `EIO`, so work that panics costs its own request only.
 
 use super::stats::{Op, Stats};
 use crate::adapter::Refuse;
 use crate::backend::BackendError;
 use fuser::Errno;
+use futures_util::FutureExt;
 use std::future::Future;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Instant;
@@ -40,7 +42,7 @@ impl Answerer {
         T: Send,
     {
         let (stats, began) = (self.stats.clone(), Instant::now());
-        let mut task = Box::pin(async move {
+        let work = async move {
             let result = work.await;
             stats.ended(op, began, result.is_err());
             match result {
@@ -50,25 +52,26 @@ impl Answerer {
                     reply.refuse(Errno::from_i32(error.errno));
                 }
             }
-        });
+        };
+        let stats = self.stats.clone();
+        let task = async move {
+            if AssertUnwindSafe(work).catch_unwind().await.is_err() {
+                stats.panicked();
+            }
+        };
+        if op.waits() {
+            self.runtime.spawn(task);
+            return;
+        }
+        let mut task = Box::pin(task);
         // What the work starts, timers and tasks, belongs to the runtime.
         let _inside = self.runtime.enter();
         let mut context = Context::from_waker(Waker::noop());
-        match catch_unwind(AssertUnwindSafe(|| task.as_mut().poll(&mut context))) {
-            Ok(Poll::Ready(())) => self.stats.answered_at_once(op),
+        match task.as_mut().poll(&mut context) {
+            Poll::Ready(()) => self.stats.answered_at_once(op),
             // The first poll in its task registers that task where this one registered nobody.
-            Ok(Poll::Pending) => self.spawn(task),
-            Err(_) => self.stats.panicked(),
+            Poll::Pending => drop(self.runtime.spawn(task)),
         }
-    }
-
-    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let (task, stats) = (self.runtime.spawn(task), self.stats.clone());
-        self.runtime.spawn(async move {
-            if task.await.is_err_and(|error| error.is_panic()) {
-                stats.panicked();
-            }
-        });
     }
 }
 
@@ -84,6 +87,7 @@ fn report(op: Op, error: &BackendError) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ext4::measures::Measures;
     use std::sync::mpsc::{Sender, channel};
 
     /// Tells what it was answered with; as the replies of `fuser` do, `EIO` when it is dropped.
@@ -110,6 +114,7 @@ mod tests {
     }
 
     fn told(
+        op: Op,
         work: impl Future<Output = Result<i32, BackendError>> + Send + 'static,
     ) -> (i32, String) {
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -121,18 +126,21 @@ mod tests {
         let answerer = Answerer::new(runtime.handle().clone(), stats.clone());
         let (sender, receiver) = channel();
         let send = |mut reply: Told, word| reply.tell(word);
-        answerer.answer(Op::Read, Told(Some(sender)), work, send);
+        answerer.answer(op, Told(Some(sender)), work, send);
         let word = receiver.recv().unwrap();
         drop(runtime);
-        (word, stats.json().to_string())
+        (word, stats.json(&Measures::default()).to_string())
     }
 
     #[test]
     fn what_is_ready_is_answered_at_once_and_the_rest_from_a_task() {
-        let (word, stats) = told(async { Ok(7) });
+        let (word, stats) = told(Op::Stat, async { Ok(7) });
         assert_eq!(word, 7);
         assert!(stats.contains("\"answered_at_once\":1"), "{stats}");
-        let (word, stats) = told(async {
+        let (word, stats) = told(Op::Read, async { Ok(8) });
+        assert_eq!(word, 8);
+        assert!(stats.contains("\"answered_at_once\":0"), "{stats}");
+        let (word, stats) = told(Op::Stat, async {
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;
             Err(BackendError::new(libc::ENOENT, "none"))
         });
@@ -143,11 +151,13 @@ mod tests {
 
     #[test]
     fn a_panic_costs_its_own_request_only() {
-        assert_eq!(told(async { panic!("at once") }).0, libc::EIO);
+        for op in [Op::Stat, Op::Read] {
+            assert_eq!(told(op, async { panic!("at once") }).0, libc::EIO);
+        }
         let later = async {
             tokio::task::yield_now().await;
             panic!("later")
         };
-        assert_eq!(told(later).0, libc::EIO);
+        assert_eq!(told(Op::Stat, later).0, libc::EIO);
     }
 }

@@ -11,6 +11,7 @@ use crate::ext4::fallocate::Sought;
 use crate::ext4::filesystem::Filesystem;
 use crate::ext4::inode::{self, Kind};
 use crate::ext4::inode_cell::{InodeCell, InodeState};
+use crate::ext4::measures::Measures;
 use crate::ext4::statfs::Statfs;
 use crate::ext4::time::Timestamp;
 use bytes::Bytes;
@@ -361,6 +362,11 @@ impl Files {
     #[must_use]
     pub fn space(&self) -> Statfs {
         self.fs.statfs()
+    }
+
+    #[must_use]
+    pub fn measures(&self) -> Measures {
+        self.fs.measures()
     }
 
     #[must_use]

@@ -1,5 +1,6 @@
 //! What a mount has done: requests by kind, with their latency.
 
+use crate::ext4::measures::Measures;
 use serde_json::{Value, json};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -71,6 +72,12 @@ impl Op {
     #[must_use]
     pub fn name(self) -> &'static str {
         OPS[self as usize].1
+    }
+
+    /// Its answer is hardly ever in memory: what the kernel reads it does not have, and a sync goes to the disk.
+    #[must_use]
+    pub(super) fn waits(self) -> bool {
+        matches!(self, Self::Read | Self::Fsync)
     }
 }
 
@@ -165,7 +172,7 @@ impl Stats {
 
     /// All of it; kinds that were not asked for are left out.
     #[must_use]
-    pub fn json(&self) -> Value {
+    pub fn json(&self, measures: &Measures) -> Value {
         let used = OPS
             .iter()
             .filter(|(op, _)| self.ops[*op as usize].count.load(Relaxed) > 0);
@@ -176,6 +183,7 @@ impl Stats {
             "mounted_s": self.since.elapsed().as_secs(),
             "panics": self.panics.load(Relaxed),
             "operations": operations,
+            "filesystem": measures,
         })
     }
 }
@@ -212,7 +220,8 @@ mod tests {
     fn only_what_was_used_is_shown() {
         let stats = Stats::default();
         stats.ended(Op::Read, Instant::now(), false);
-        let json = stats.json();
+        let json = stats.json(&Measures::default());
+        assert_eq!(json["filesystem"]["commits"], 0);
         let operations = json["operations"].as_object().unwrap();
         assert_eq!(operations.keys().collect::<Vec<_>>(), ["read"]);
     }

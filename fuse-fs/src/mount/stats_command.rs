@@ -61,7 +61,9 @@ fn table(stats: &Value) -> String {
         }
         text.push('\n');
     }
-    for (name, value) in stats.as_object().into_iter().flatten() {
+    let filesystem = stats["filesystem"].as_object();
+    let values = stats.as_object().into_iter().chain(filesystem).flatten();
+    for (name, value) in values {
         if !value.is_object() {
             let _ = writeln!(text, "{name} {value}");
         }
@@ -77,13 +79,16 @@ mod tests {
     #[test]
     fn a_line_for_each_kind() {
         let operation = json!({"count": 3, "errors": 0, "mean_us": 1.5});
-        let text = table(&json!({"mounted_s": 9, "operations": {"read": operation}}));
+        let filesystem = json!({"commits": 4});
+        let text = table(
+            &json!({"mounted_s": 9, "operations": {"read": operation}, "filesystem": filesystem}),
+        );
         let lines: Vec<_> = text.lines().collect();
-        assert_eq!(lines.len(), 3);
+        assert_eq!(lines.len(), 4);
         assert!(
             lines[1].starts_with("read  ") && lines[1].contains(" 1.5 "),
             "{text}"
         );
-        assert_eq!(lines[2], "mounted_s 9");
+        assert_eq!(lines[2..], ["mounted_s 9", "commits 4"]);
     }
 }

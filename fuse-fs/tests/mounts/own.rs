@@ -216,7 +216,11 @@ fn statistics_tell_what_was_asked() {
     let json = run(&["--json"]);
     assert!(json.contains("\"lookup\":{"), "{json}");
     assert!(json.contains("\"panics\":0"), "{json}");
-    assert!(run(&[]).contains("lookup "), "{json}");
+    assert!(json.contains("\"cache_hits\":"), "{json}");
+    assert!(
+        run(&[]).contains("lookup ") && run(&[]).contains("commit_mean_us 0"),
+        "{json}"
+    );
     let none = bench.path("mnt");
     let refused = crate::bench::tool_output(&[str_of(&bench.program()), "stats", str_of(&none)]);
     assert_eq!(refused.status.code(), Some(32));
