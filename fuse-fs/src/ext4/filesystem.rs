@@ -196,13 +196,19 @@ impl Filesystem {
     /// Everything that was acknowledged is durable afterwards.
     ///
     /// # Errors
-    /// [`FsError::Aborted`].
+    /// [`FsError::Aborted`], the device's.
     pub async fn sync(&self) -> Result<(), FsError> {
         if self.is_read_only() {
             return Ok(());
         }
         self.write_back().await;
-        self.commit_and_wait(self.running_tid()).await
+        let running = self.running_tid();
+        self.commit_and_wait(running).await?;
+        // Data in place may have changed nothing that is committed.
+        if !self.transactions().has_flushed(running) {
+            log::flush(self.device()).await?;
+        }
+        Ok(())
     }
 
     /// # Errors

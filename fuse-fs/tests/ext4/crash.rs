@@ -539,6 +539,34 @@ fn a_sync_in_place_does_not_rely_on_a_commit_that_has_begun() {
     all_are_right(&device, &numbers);
 }
 
+/// What is zeroed inside a block changes nothing but the block.
+#[test]
+fn a_sync_of_everything_keeps_data_that_needs_no_commit() {
+    let workshop = Workshop::new();
+    let (start, numbers) = make(&workshop, 10, "-t ext4");
+    let device = Arc::new(Recorder::new(start));
+    run(async {
+        let fs = Filesystem::open(device.clone(), options()).await.unwrap();
+        let cell = fs.inode(numbers[0]).await.unwrap();
+        let other = fs.inode(numbers[1]).await.unwrap();
+        for round in 0..30_u8 {
+            let mut content = vec![1 + round; 5000];
+            device.mark(Mark::Touched(numbers[0]));
+            fs.write(&cell, 0, content.clone().into()).await.unwrap();
+            fs.sync().await.unwrap();
+            let zeros = fs.fallocate(&cell, Allocation::Punch, 100, 200);
+            zeros.await.unwrap();
+            // Commits, and leaves the zeros in memory.
+            fs.truncate(&other, u64::from(round)).await.unwrap();
+            fs.fsync(&other, false).await.unwrap();
+            fs.sync().await.unwrap();
+            content[100..300].fill(0);
+            device.mark(Mark::Synced(numbers[0], content));
+        }
+    });
+    all_are_right(&device, &numbers);
+}
+
 /// Judges every state that the device may have been left in.
 fn all_are_right(device: &Recorder, numbers: &[u32]) {
     let mut count = 0;
