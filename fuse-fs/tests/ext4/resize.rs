@@ -233,10 +233,10 @@ fn a_growth_is_whole_or_not_at_all() {
     });
     assert!(device.content().len() > old);
     let mut count = 0;
-    device.crashes(80, &mut Random(9), |left, synced| {
+    device.crashes(80, &mut Random(9), |left, moment| {
         let what = format!("state {count}");
         judge_by_e2fsck(&workshop, &left, &what);
-        judge(left, &numbers, synced, &what);
+        judge(left, &numbers, moment.synced, &what);
         count += 1;
     });
     assert!(count > 40, "{count} states");
