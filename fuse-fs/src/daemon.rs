@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 /// The backend has its own deadline; ours is later and only catches what that one misses.
@@ -224,6 +224,7 @@ pub fn serve(connect: Connect, serve: &Serve, ready: Ready) -> Result<(), FuseFs
             serve.servers.io_deadline + DEADLINE_MARGIN,
             serve.for_loop.then_some(overlay::LIMIT_BYTES),
         ));
+        let signals = Signals::listen().map_err(system("listening to signals"))?;
         let mounted = MountedView::mount(view.clone(), &serve.dir, serve.view, runtime.handle())?;
         let ready = record(&serve.state, &serve.dir, None)
             .and_then(|()| ready.usable().map_err(system("leaving the terminal")));
@@ -232,7 +233,7 @@ pub fn serve(connect: Connect, serve: &Serve, ready: Ready) -> Result<(), FuseFs
             return Err(error);
         }
         let join = move || mounted.wait();
-        wait_for_end(join, async || view.flush_all().await, &serve.dir)
+        wait_for_end(signals, join, async || view.flush_all().await, &serve.dir)
             .await
             .map_err(system("serving the view"))?;
         finish(&serve.state, &serve.dir, view.flush_all().await)
@@ -242,9 +243,10 @@ pub fn serve(connect: Connect, serve: &Serve, ready: Ready) -> Result<(), FuseFs
 }
 
 pub fn runtime() -> io::Result<tokio::runtime::Runtime> {
+    // The other half is for the readers of FUSE requests; a worker more on few cores costs wake-ups only.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(cores.min(MAX_WORKERS))
+        .worker_threads((cores / 2).clamp(1, MAX_WORKERS))
         .enable_all()
         .build()
 }
@@ -282,24 +284,44 @@ pub(crate) fn finish(
     }
 }
 
+/// What asks a mount to end. It is listened to before anybody is told that the mount is usable.
+pub(crate) struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    pub(crate) fn listen() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
 /// Serves until the kernel ends the connection, which `join` waits for. The first signal flushes and
 /// unmounts, lazily if the mount is in use; a second one ends the process at once.
 pub(crate) async fn wait_for_end(
+    mut signals: Signals,
     join: impl FnOnce() -> io::Result<()> + Send + 'static,
     flush: impl AsyncFn() -> Result<(), BackendError>,
     dir: &Path,
 ) -> io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
     let (sender, mut ended) = oneshot::channel();
     std::thread::spawn(move || sender.send(join()));
-    for signals in 0u32.. {
+    for asked in 0u32.. {
         tokio::select! {
             result = &mut ended => return result.unwrap_or(Ok(())),
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+            () = signals.next() => {}
         }
-        if signals > 0 {
+        if asked > 0 {
             tracing::warn!("second signal: the mount is left as it is");
             break;
         }

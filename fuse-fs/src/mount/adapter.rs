@@ -5,7 +5,7 @@
 
 use super::answer::Answerer;
 use super::attributes::{file_attr, file_type, new_time, timestamp, unknown};
-use super::change::Change;
+use super::change::{Change, Writing};
 use super::files::{Files, Found, Line, MAX_NAME_BYTES};
 use super::grow_command::{Answer, GROW};
 use super::node_id::NodeId;
@@ -285,7 +285,7 @@ impl Filesystem for Adapter {
 
     fn setattr(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -312,6 +312,7 @@ impl Filesystem for Adapter {
         let change = Change {
             attributes,
             size_bytes: size,
+            unprivileged: req.uid() != 0,
         };
         let id = NodeId::of(ino.0);
         let work = async move |files: Arc<Files>| files.change(id, &change).await;
@@ -497,7 +498,7 @@ impl Filesystem for Adapter {
         _fh: FileHandle,
         offset: u64,
         data: &[u8],
-        _write_flags: WriteFlags,
+        write_flags: WriteFlags,
         _flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
@@ -505,8 +506,11 @@ impl Filesystem for Adapter {
         let (id, data) = (NodeId::of(ino.0), Bytes::copy_from_slice(data));
         let size = data.len() as u32;
         // What the kernel collects it has stamped; it sends the times by itself.
-        let stamped = !self.options.writeback || self.options.direct_io;
-        let work = async move |files: Arc<Files>| files.write(id, offset, data, stamped).await;
+        let how = Writing {
+            stamped: !self.options.writeback || self.options.direct_io,
+            unprivileged: write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID),
+        };
+        let work = async move |files: Arc<Files>| files.write(id, offset, data, how).await;
         self.run(Op::Write, reply, work, move |reply, ()| reply.written(size));
     }
 
@@ -602,7 +606,7 @@ impl Filesystem for Adapter {
 
     fn fallocate(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -611,7 +615,12 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         let (id, how) = (NodeId::of(ino.0), allocation(mode));
-        let work = async move |files: Arc<Files>| files.fallocate(id, how?, offset, length).await;
+        let unprivileged = req.uid() != 0;
+        let work = async move |files: Arc<Files>| {
+            files
+                .fallocate(id, how?, offset, length, unprivileged)
+                .await
+        };
         self.run(Op::Fallocate, reply, work, |reply, ()| reply.ok());
     }
 
@@ -652,7 +661,7 @@ impl Filesystem for Adapter {
 
     fn copy_file_range(
         &self,
-        _req: &Request,
+        req: &Request,
         ino_in: INodeNo,
         _fh_in: FileHandle,
         offset_in: u64,
@@ -667,7 +676,9 @@ impl Filesystem for Adapter {
         let to = (NodeId::of(ino_out.0), offset_out);
         // The answer has 32 bits.
         let len = len.min(1 << 30);
-        let work = async move |files: Arc<Files>| files.copy_range(from, to, len).await;
+        let unprivileged = req.uid() != 0;
+        let work =
+            async move |files: Arc<Files>| files.copy_range(from, to, len, unprivileged).await;
         self.run(Op::Copy, reply, work, |reply, copied: u64| {
             reply.written(copied as u32)
         });

@@ -20,6 +20,17 @@ const RELATIVE_ATIME_S: i64 = 86_400;
 pub struct Change {
     pub attributes: AttributeChange,
     pub size_bytes: Option<u64>,
+    /// Who changes the size may not keep the set-uid bits.
+    pub unprivileged: bool,
+}
+
+/// How a write is done.
+#[derive(Clone, Copy, Debug)]
+pub struct Writing {
+    /// The times become now; if not, who writes sets them.
+    pub stamped: bool,
+    /// Who writes may not keep the set-uid bits.
+    pub unprivileged: bool,
 }
 
 impl Files {
@@ -117,6 +128,7 @@ impl Files {
         let cell = self.own(id).await?;
         if let Some(size_bytes) = change.size_bytes {
             self.fs.truncate(&cell, size_bytes).await?;
+            self.changed_by(&cell, change.unprivileged).await?;
         }
         if change.attributes != AttributeChange::default() {
             self.fs.set_attributes(&cell, &change.attributes).await?;
@@ -124,7 +136,19 @@ impl Files {
         found(id, &cell, self.fs.superblock().block_bytes).await
     }
 
-    /// Writes to a file; durable after [`Self::fsync`]. Its times become now, unless who writes sets them.
+    /// The content of a file changes; if by somebody unprivileged, nobody may run it as its owner any more.
+    async fn changed_by(
+        &self,
+        cell: &Arc<InodeCell>,
+        unprivileged: bool,
+    ) -> Result<(), BackendError> {
+        match unprivileged {
+            true => Ok(self.fs.drop_privileges(cell).await?),
+            false => Ok(()),
+        }
+    }
+
+    /// Writes to a file; durable after [`Self::fsync`].
     ///
     /// # Errors
     /// `ENOSPC`, what the filesystem reports.
@@ -133,10 +157,11 @@ impl Files {
         id: NodeId,
         offset_bytes: u64,
         data: Bytes,
-        stamped: bool,
+        how: Writing,
     ) -> Result<(), BackendError> {
         let cell = self.own(id).await?;
-        match stamped {
+        self.changed_by(&cell, how.unprivileged).await?;
+        match how.stamped {
             true => self.fs.write(&cell, offset_bytes, data).await?,
             false => self.fs.write_unstamped(&cell, offset_bytes, data).await?,
         }
@@ -164,8 +189,10 @@ impl Files {
         how: Allocation,
         offset_bytes: u64,
         len_bytes: u64,
+        unprivileged: bool,
     ) -> Result<(), BackendError> {
         let cell = self.own(id).await?;
+        self.changed_by(&cell, unprivileged).await?;
         Ok(self
             .fs
             .fallocate(&cell, how, offset_bytes, len_bytes)
@@ -181,11 +208,13 @@ impl Files {
         from: (NodeId, u64),
         to: (NodeId, u64),
         len_bytes: u64,
+        unprivileged: bool,
     ) -> Result<u64, BackendError> {
         let NodeId::Main(_) = from.0 else {
             return Err(errno(libc::EXDEV, "between filesystems"));
         };
         let (source, target) = (self.own(from.0).await?, self.own(to.0).await?);
+        self.changed_by(&target, unprivileged).await?;
         let copied = self
             .fs
             .copy_range((&source, from.1), (&target, to.1), len_bytes);

@@ -7,7 +7,7 @@ use super::snapshots::Snapshots;
 use super::timely::TimelyDevice;
 use super::tuning;
 use crate::backend::{Backend, BackendError, Connect, ConnectOptions, TargetName, WriterLease};
-use crate::daemon::{self, DEADLINE_MARGIN, Ready, SHUTDOWN};
+use crate::daemon::{self, DEADLINE_MARGIN, Ready, SHUTDOWN, Signals};
 use crate::error::FuseFsError;
 use crate::ext4::device::TargetDevice;
 use crate::ext4::error::FsError;
@@ -70,6 +70,7 @@ async fn serve(
 ) -> Result<(), FuseFsError> {
     let system = |what| move |source| FuseFsError::System { what, source };
     let (files, dir, source) = (&opened.files, &mount.dir, mount.target.to_string());
+    let signals = Signals::listen().map_err(system("listening to signals"))?;
     let mounted = MountedFiles::mount(files.clone(), &source, dir, &mount.options, runtime)?;
     tuning::tune(dir);
     let ready = daemon::record(&mount.state, dir, None)
@@ -79,7 +80,7 @@ async fn serve(
         return Err(error);
     }
     let join = move || mounted.wait();
-    let ended = daemon::wait_for_end(join, async || files.sync().await, dir);
+    let ended = daemon::wait_for_end(signals, join, async || files.sync().await, dir);
     tokio::pin!(ended);
     let ended = tokio::select! {
         ended = &mut ended => ended,

@@ -100,6 +100,8 @@ pub(super) fn negotiate(options: &MountOptions, config: &mut KernelConfig) -> io
         // The umask comes with the request: a default ACL takes its place.
         (true, InitFlags::FUSE_DONT_MASK),
         (true, InitFlags::FUSE_HAS_IOCTL_DIR),
+        // Set-uid bits are ours to clear: the kernel need not ask for them before each write.
+        (true, InitFlags::FUSE_HANDLE_KILLPRIV_V2),
         (options.writeback, InitFlags::FUSE_WRITEBACK_CACHE),
         (options.acl, InitFlags::FUSE_POSIX_ACL),
     ];

@@ -1,7 +1,8 @@
 //! What the kernel cannot be told over FUSE, and root can write into sysfs: read-ahead and dirty limits.
 //!
 //! Without it, INIT's read-ahead is cut to 128 KiB, and at most 1 % of memory may be dirty, whatever the
-//! server's cache holds.
+//! server's cache holds. Without any limit the kernel would keep a stream to itself until it is synced; from half of
+//! the limit on it writes beside the program.
 
 use crate::mountinfo;
 use std::io;
@@ -9,7 +10,9 @@ use std::path::{Path, PathBuf};
 
 /// What hides a round trip of half a millisecond at 2 GB/s.
 const READ_AHEAD_KIB: &str = "4096";
-/// Percent of the memory that may be dirty in all.
+/// 128 MiB that the kernel may keep dirty of the mount.
+const MAX_DIRTY_BYTES: &str = "134217728";
+/// Percent of the memory that may be dirty in all, for kernels before 6.2, which count no bytes.
 const MAX_RATIO: &str = "50";
 
 /// Sets the limits of the mount on `dir`; without privileges they stay as they are.
@@ -25,9 +28,11 @@ fn try_tune(dir: &Path) -> io::Result<()> {
     };
     let bdi = PathBuf::from(format!("/sys/class/bdi/0:{}", entry.minor));
     std::fs::write(bdi.join("read_ahead_kb"), READ_AHEAD_KIB)?;
-    // Kernels before 6.2 have no strict_limit to clear.
-    if let Err(error) = std::fs::write(bdi.join("strict_limit"), "0") {
-        tracing::debug!("strict_limit: {error}");
+    let limited = std::fs::write(bdi.join("max_bytes"), MAX_DIRTY_BYTES)
+        .and_then(|()| std::fs::write(bdi.join("strict_limit"), "1"));
+    if let Err(error) = limited {
+        tracing::debug!("max_bytes and strict_limit: {error}");
+        std::fs::write(bdi.join("max_ratio"), MAX_RATIO)?;
     }
-    std::fs::write(bdi.join("max_ratio"), MAX_RATIO)
+    Ok(())
 }

@@ -84,6 +84,32 @@ impl Filesystem {
         Ok(())
     }
 
+    /// Takes away the right to run as the owner, and as the group if that may run it: somebody who has no such
+    /// right has changed the content.
+    ///
+    /// # Errors
+    /// The device's.
+    pub async fn drop_privileges(&self, inode: &InodeCell) -> Result<(), FsError> {
+        let mode = |state: &InodeState| {
+            let old = state.raw.mode();
+            let new = without_privileges(old);
+            (new != old && !state.raw.is_directory()).then_some(new)
+        };
+        if mode(&*inode.read().await).is_none() {
+            return Ok(());
+        }
+        let mut state = inode.write().await;
+        let Some(mode) = mode(&state) else {
+            return Ok(());
+        };
+        let mut handle = self.begin(INODE_CREDITS, 0).await?;
+        state.raw.set_mode(mode);
+        state.raw.set_ctime(self.now());
+        handle.put_inode(&mut state).await?;
+        let _ = handle.finish();
+        Ok(())
+    }
+
     /// The attributes with the access control list for a new mode, if there is a list.
     async fn xattrs_of_mode(
         &self,
@@ -132,6 +158,11 @@ impl Filesystem {
     }
 }
 
+fn without_privileges(mode: u16) -> u16 {
+    let group = mode & GROUP_EXECUTES != 0;
+    mode & !SET_USER & if group { !SET_GROUP } else { !0 }
+}
+
 /// The new mode without the kind, if it changes.
 fn changed_mode(state: &InodeState, change: &AttributeChange) -> Option<u16> {
     let old = state.raw.mode() & MODE_BITS;
@@ -139,8 +170,7 @@ fn changed_mode(state: &InodeState, change: &AttributeChange) -> Option<u16> {
     match change.mode {
         Some(mode) => Some(mode & MODE_BITS),
         None if owned && !state.raw.is_directory() => {
-            let group = old & GROUP_EXECUTES != 0;
-            let mode = old & !SET_USER & if group { !SET_GROUP } else { !0 };
+            let mode = without_privileges(old);
             (mode != old).then_some(mode)
         }
         None => None,
