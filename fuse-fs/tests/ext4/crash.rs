@@ -18,8 +18,8 @@ use std::time::Duration;
 
 /// What stands in every free block at the start; no file is ever given it.
 pub(crate) const STALE: u8 = 0xa5;
-/// One in so many states is also shown to e2fsck.
-pub(crate) const E2FSCK_EVERY: usize = 12;
+/// One in so many states is also shown to e2fsck in the short form; in the long one each is.
+const E2FSCK_EVERY: usize = 12;
 const FILES: u32 = 4;
 /// More states than there are moments.
 const EVERY_STATE: usize = 1 << 32;
@@ -27,6 +27,11 @@ const EVERY_STATE: usize = 1 << 32;
 pub(crate) fn rounds() -> u64 {
     let told = std::env::var("FUSE_FS_EXT4_ROUNDS").ok();
     told.and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
+/// Whether e2fsck sees the state with this number.
+pub(crate) fn is_for_e2fsck(state: usize) -> bool {
+    rounds() > 1 || state.is_multiple_of(E2FSCK_EVERY)
 }
 
 /// An image with some files, and old data in all free blocks.
@@ -200,7 +205,7 @@ fn crash_all(
     let mut count = 0;
     device.crashes(states, &mut Random(seed), |left, moment| {
         let what = format!("seed {seed}, state {count}");
-        if count % E2FSCK_EVERY == 0 {
+        if is_for_e2fsck(count) {
             judge_by_e2fsck(workshop, &left, &what);
         }
         judge(left, numbers, moment.synced, &what);

@@ -4,10 +4,10 @@
 //! All operations on names go through one journal, in order. So what a loss of power leaves is the tree as it was
 //! after some operation, whole, and never an older one than a sync promised.
 
-use crate::crash::{E2FSCK_EVERY, STALE, fill_up, judge_by_e2fsck, often, rounds};
+use crate::crash::{STALE, fill_up, is_for_e2fsck, judge_by_e2fsck, often, rounds};
 use crate::data::Random;
-use crate::image::{Workshop, check_bytes};
-use crate::kernel_side::Tree;
+use crate::image::{Workshop, check_bytes, e2fsck};
+use crate::kernel_side::{self, Tree};
 use crate::operations::{DIRECTORY, How, Operation, REGULAR};
 use crate::our_side::{apply, resolve, tree};
 use crate::recorder::{Mark, Moment, Recorder};
@@ -22,6 +22,8 @@ use std::sync::Arc;
 /// Of so many workloads of two or three operations, one is in the short form.
 const EVERY_PAIR: usize = 20;
 const EVERY_TRIPLE: usize = 400;
+/// One in so many states is also shown to the kernel.
+const KERNEL_EVERY: usize = 25;
 /// About so many states of each.
 const STATES: usize = 3;
 
@@ -130,6 +132,23 @@ fn start(workshop: &Workshop, kind: &str) -> (Vec<u8>, Contents) {
     (fs::read(image).unwrap(), contents)
 }
 
+/// Where an operation may change an inode.
+fn paths(operation: &Operation) -> Vec<&str> {
+    let names: Vec<&str> = match operation {
+        Operation::SetXattr { path, .. } => return vec![path],
+        Operation::Link { path, new } | Operation::Rename { path, new, .. } => vec![path, new],
+        Operation::Make { path, .. }
+        | Operation::Symlink { path, .. }
+        | Operation::Unlink { path }
+        | Operation::RemoveDirectory { path } => vec![path],
+        other => unreachable!("{other:?} is not in the vocabulary"),
+    };
+    let parents = names
+        .iter()
+        .map(|name| name.rsplit_once('/').map_or("", |(parent, _)| parent));
+    parents.chain(names.iter().copied()).collect()
+}
+
 /// A workload that runs, and what it must have done.
 struct Workload<'a> {
     fs: Filesystem,
@@ -142,20 +161,27 @@ struct Workload<'a> {
 }
 
 impl Workload<'_> {
-    async fn number(&self, path: &str) -> Option<u32> {
-        Some(resolve(&self.fs, path).await.ok()?.number())
+    /// The inodes at `paths`, where there are any.
+    async fn numbers(&self, paths: &[&str]) -> Vec<u32> {
+        let mut numbers = Vec::new();
+        for path in paths {
+            numbers.extend(resolve(&self.fs, path).await.map(|cell| cell.number()));
+        }
+        numbers
     }
 
     async fn step(&mut self, step: &Step) {
         match step {
             Step::Name(operation) => {
                 let before = self.inodes().await;
+                let mut changed = self.numbers(&paths(operation)).await;
                 let done = apply(&self.fs, operation).await;
                 if done.is_ok() {
                     let after = self.inodes().await;
                     let now = self.trees.len();
-                    let both = before.iter().chain(&after);
-                    self.changed.extend(both.map(|inode| (*inode, now)));
+                    changed.extend(self.numbers(&paths(operation)).await);
+                    self.changed
+                        .extend(changed.into_iter().map(|inode| (inode, now)));
                     for new in after.iter().filter(|inode| !before.contains(inode)) {
                         self.device.mark(Mark::Touched(*new));
                         self.contents.insert(*new, Vec::new());
@@ -183,13 +209,10 @@ impl Workload<'_> {
 
     /// Those that operations on names may change; all that there are.
     async fn inodes(&self) -> Vec<u32> {
-        let mut numbers = Vec::new();
-        for path in [
+        self.numbers(&[
             "", "a", "c", "d", "e", "l", "d/b", "d/c", "d/s", "e/b", "e/c",
-        ] {
-            numbers.extend(self.number(path).await);
-        }
-        numbers
+        ])
+        .await
     }
 
     async fn sync(&mut self) {
@@ -290,6 +313,20 @@ fn judge(left: Vec<u8>, moment: &Moment<'_>, trees: &[Tree], what: &str) {
     assert!(report.findings.is_empty(), "{what}: {:?}", report.findings);
 }
 
+/// The kernel replays it, and sees one of the trees, too.
+fn judge_by_kernel(workshop: &Workshop, left: &[u8], allowed: &[Tree], what: &str) {
+    let path = workshop.path("left");
+    fs::write(&path, left).unwrap();
+    let mut found = Tree::new();
+    workshop.change(&path, |dir| found = kernel_side::tree(dir));
+    assert!(
+        allowed.contains(&found),
+        "{what}: the kernel sees {found:#?}"
+    );
+    let (clean, said) = e2fsck(&path);
+    assert!(clean, "{what}: after the kernel: {said}");
+}
+
 /// Runs one workload and judges some of its states; how many.
 fn crash(workshop: &Workshop, start: &(Vec<u8>, Contents), steps: &[Step], seed: u64) -> usize {
     let device = Arc::new(Recorder::new(start.0.clone()));
@@ -315,8 +352,12 @@ fn crash(workshop: &Workshop, start: &(Vec<u8>, Contents), steps: &[Step], seed:
     let mut count = 0;
     device.crashes(STATES, &mut Random(seed), |left, moment| {
         let what = format!("{steps:?}, state {count}");
-        if (seed as usize + count).is_multiple_of(E2FSCK_EVERY) {
+        let number = seed as usize + count;
+        if is_for_e2fsck(number) {
             judge_by_e2fsck(workshop, &left, &what);
+        }
+        if number.is_multiple_of(KERNEL_EVERY) {
+            judge_by_kernel(workshop, &left, &trees[moment.step..], &what);
         }
         judge(left, moment, &trees, &what);
         count += 1;
