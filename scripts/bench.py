@@ -240,7 +240,7 @@ def parse(arguments):
     unknown = [part for part in settings.parts if part not in ("workloads", *EXTRAS)]
     if unknown:
         parser.error(f"unknown part {unknown[0]}; there are workloads, {', '.join(EXTRAS)}")
-    settings.dir = settings.dir or os.path.join(settings.root, "var")
+    settings.dir = os.path.abspath(settings.dir or os.path.join(settings.root, "var"))
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     results = os.path.join(settings.root, "bench-results")
     settings.json = settings.json or os.path.join(results, f"{stamp}.json")
