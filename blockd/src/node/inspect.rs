@@ -14,6 +14,8 @@ pub struct Inspection {
     pub executing: usize,
     /// Snapshot records that are neither committed nor gone, in this server's copy of the registry.
     pub unfinished_snapshots: usize,
+    /// Moves of pages under way, in this server's copy of the registry.
+    pub moves: usize,
     /// Whether changes of the registry are possible.
     pub has_leader: bool,
     pub usage: StoreUsage,
@@ -38,6 +40,10 @@ impl Server {
             }
         }
         found.unfinished_snapshots = unfinished(&state).count();
+        found.moves = state
+            .page_moves()
+            .filter(|moving| !moving.is_over())
+            .count();
         found.has_leader = member.registry.status().leader.is_some();
         found
     }

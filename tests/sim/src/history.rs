@@ -3,6 +3,7 @@
 use blockd::control::registry::settings::Procedure;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 /// A moment: the number of an event. Never by a clock.
 pub(crate) type Moment = u64;
@@ -21,6 +22,8 @@ pub(crate) enum What {
     /// What each block showed.
     Read(Vec<Tag>),
     Flush,
+    /// The volume becomes what a snapshot shows: the content of every block.
+    Become(Rc<[Tag]>),
 }
 
 /// One operation on a volume.

@@ -10,11 +10,11 @@ use crate::trace::{self, Summary};
 use crate::watch;
 use crate::workload::{Load, User, VOLUMES, delete, look, show};
 use crate::world::{CLIENTS, SERVERS, World, run};
-use blockd::admin::{AdminReply, AdminRequest, VolumeCreate};
+use blockd::admin::{AdminReply, AdminRequest, SnapshotName, VolumeCreate};
 use blockd::client::{Client, ClientError, ClientOptions, IoErrorKind};
+use blockd::control::registry::MoveWish;
 use blockd::id::NodeNo;
 use std::cell::Cell;
-use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
@@ -133,6 +133,8 @@ async fn whole(world: Rc<World>, options: Options) -> Vec<String> {
         think_ms: [0, 4, 30][random.below(3) as usize],
         hot_blocks: [48, 256, 2048][random.below(3) as usize].max(256),
         cutting: Cell::new(0),
+        rollbacks: random.one_in(2),
+        moves: random.one_in(2),
     });
     let lanes = random.between(1, 3);
     for number in 0..CLIENTS {
@@ -167,10 +169,10 @@ async fn whole(world: Rc<World>, options: Options) -> Vec<String> {
         Ok(found) => found,
         Err(_) => vec!["the run does not come to its end".to_owned()],
     };
-    let owners = owners(&world);
+    let owners = world.owners.borrow();
     found.extend(check::all(&world.history, &|volume, block| {
         let page = block / VOLUMES[volume].2;
-        owners.get(&(volume, page)).copied().unwrap_or_default()
+        owners.get(&(volume, page)).cloned().unwrap_or_default()
     }));
     found
 }
@@ -220,6 +222,7 @@ async fn calm(world: &Rc<World>) {
 }
 
 async fn finish(world: &Rc<World>, random: &mut Random) -> Vec<String> {
+    resume_moves(&User::connect(world, CLIENTS).await).await;
     if let Some(text) = become_clean(world, false).await {
         return vec![text];
     }
@@ -255,6 +258,18 @@ async fn finish(world: &Rc<World>, random: &mut Random) -> Vec<String> {
     found
 }
 
+/// Moves that somebody paused go on.
+async fn resume_moves(user: &User) {
+    for (name, ..) in VOLUMES {
+        let (volume, wish) = (name.to_owned(), MoveWish::Run);
+        // Refused if there is none.
+        let _ = user
+            .client
+            .admin(AdminRequest::MoveWish { volume, wish })
+            .await;
+    }
+}
+
 /// Waits until nothing is left of the faults; says what is.
 async fn become_clean(world: &World, empty: bool) -> Option<String> {
     let until = Instant::now() + CLEAN;
@@ -270,7 +285,7 @@ async fn become_clean(world: &World, empty: bool) -> Option<String> {
             };
             let seen = server.inspect();
             if !seen.has_leader
-                || seen.held + seen.executing + seen.unfinished_snapshots > 0
+                || seen.held + seen.executing + seen.unfinished_snapshots + seen.moves > 0
                 || (empty && (seen.usage.allocated_bytes > 0 || seen.usage.slots_used > 0))
             {
                 left = format!("server {host} has {seen:?}");
@@ -366,11 +381,42 @@ async fn look_at_snapshots(world: &World, user: &User) -> Vec<String> {
     found
 }
 
+/// Deletes the snapshots that nobody was told of: those of what volumes were before rollbacks whose
+/// answer was lost.
+async fn delete_strangers(world: &World, user: &User) -> Result<(), String> {
+    let told = |error: ClientError| format!("snapshots of a clean cluster: {error}");
+    let list = AdminRequest::SnapshotList { volume: None };
+    let AdminReply::Snapshots(left) = user.client.admin(list).await.map_err(told)? else {
+        return Err("snapshots are not listed".to_owned());
+    };
+    for left in left {
+        let snaps = world.history.snaps.borrow();
+        let is_known = snaps.iter().any(|snap| snap.name == left.name);
+        drop(snaps);
+        if !is_known && !left.name.starts_with("before-rollback-") {
+            return Err(format!(
+                "{}@{} is there, and nobody took it",
+                left.volume, left.name
+            ));
+        }
+        let target = SnapshotName {
+            volume: left.volume,
+            snapshot: left.name,
+        };
+        let delete = AdminRequest::SnapshotDelete { target };
+        user.client.admin(delete).await.map_err(told)?;
+    }
+    Ok(())
+}
+
 /// Deletes everything; nothing may be left in the stores.
 async fn delete_all(world: &World, user: &User) -> Vec<String> {
     let count = world.history.snaps.borrow().len();
     for number in 0..count {
         delete(world, user, number).await;
+    }
+    if let Err(text) = delete_strangers(world, user).await {
+        return vec![text];
     }
     if let Some(text) = become_clean(world, false).await {
         return vec![text];
@@ -430,19 +476,13 @@ async fn space(user: &User, number: usize) -> Result<Option<String>, ClientError
     }))
 }
 
-/// Which server owns which page.
-fn owners(world: &World) -> BTreeMap<(usize, u32), usize> {
-    world.owners.borrow().clone()
-}
-
 /// Notes which server owns which page, as a client learns it.
 pub(crate) fn learn_owners(world: &World, user: &User) {
-    let mut owners = world.owners.borrow_mut();
     for (number, volume) in user.volumes.iter().enumerate() {
         for run in volume.info().route.runs {
             for page in run.first_page..run.first_page + run.page_count {
                 let NodeNo(node) = run.owner;
-                owners.insert((number, page), usize::from(node) - 1);
+                world.may_own(number, page, usize::from(node) - 1, 0);
             }
         }
     }

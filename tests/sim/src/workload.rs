@@ -6,9 +6,11 @@ use crate::net::address;
 use crate::random::Random;
 use crate::trace;
 use crate::world::{SERVERS, World};
-use blockd::admin::{AdminErrorKind, AdminReply, AdminRequest, SnapshotName};
+use blockd::admin::{AdminErrorKind, AdminReply, AdminRequest, RollbackInfo, SnapshotName};
 use blockd::client::{Client, ClientError, ClientOptions, IoErrorKind, Volume};
+use blockd::control::registry::MoveWish;
 use blockd::control::registry::settings::Procedure;
+use blockd::id::NodeNo;
 use bytes::Bytes;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -19,6 +21,8 @@ use tokio::time::sleep;
 pub(crate) const VOLUMES: [(&str, u32, u32); 2] = [("a", 1536, 128), ("b", 512, 32)];
 /// Snapshots that exist at a time.
 const SNAPSHOTS_MAX: usize = 6;
+/// Bytes a second of a move: as fast as it goes.
+const MOVE_RATE_BYTES: u64 = 1 << 30;
 
 /// What all lanes share.
 pub(crate) struct Load {
@@ -34,6 +38,9 @@ pub(crate) struct Load {
     pub hot_blocks: u32,
     /// Snapshots that are being taken: meanwhile the lanes meet in few places.
     pub cutting: Cell<u32>,
+    /// What this run does besides: the checkers know less of what happens then.
+    pub rollbacks: bool,
+    pub moves: bool,
 }
 
 /// One client host with its volumes.
@@ -115,7 +122,13 @@ impl Load {
             90..93 => self.snapshot(user, random).await,
             93..96 => self.read_snapshot(user, random).await,
             96..98 => self.delete_snapshot(user, random).await,
-            _ => self.resize(user, volume, random).await,
+            98 => self.resize(user, volume, random).await,
+            _ => match random.below(3) {
+                0 if self.rollbacks => self.roll_back(user, random).await,
+                1 if self.moves => self.move_pages(user, volume, random).await,
+                2 if self.moves => self.wish_move(user, volume, random).await,
+                _ => self.resize(user, volume, random).await,
+            },
         }
     }
 
@@ -308,36 +321,162 @@ impl Load {
         }
     }
 
+    /// A snapshot that was taken, and one of its volumes.
+    fn a_snapshot(&self, random: &mut Random) -> Option<(usize, usize)> {
+        let snaps = self.world.history.snaps.borrow();
+        let live = (0..snaps.len()).filter(|at| snaps[*at].taken && !snaps[*at].deleting);
+        let live: Vec<usize> = live.collect();
+        let number = *live.get(random.below(live.len() as u64) as usize)?;
+        let volumes = &snaps[number].volumes;
+        Some((number, volumes[random.below(volumes.len() as u64) as usize]))
+    }
+
     /// Reads a part of a snapshot that was taken.
     async fn read_snapshot(&self, user: &User, random: &mut Random) {
-        let live: Vec<usize> = {
-            let snaps = self.world.history.snaps.borrow();
-            let live = (0..snaps.len()).filter(|at| snaps[*at].taken && !snaps[*at].deleting);
-            live.collect()
-        };
-        if live.is_empty() {
+        let Some((number, volume)) = self.a_snapshot(random) else {
             return;
-        }
-        let number = live[random.below(live.len() as u64) as usize];
-        let volumes = self.world.history.snaps.borrow()[number].volumes.clone();
-        let volume = volumes[random.below(volumes.len() as u64) as usize];
+        };
         let (first, blocks) = self.range(volume, random);
         let _ = look(&self.world, user, number, volume, first, blocks).await;
     }
 
     async fn delete_snapshot(&self, user: &User, random: &mut Random) {
-        let history = &self.world.history;
-        let live: Vec<usize> = {
-            let snaps = history.snaps.borrow();
-            (0..snaps.len())
-                .filter(|at| snaps[*at].taken && !snaps[*at].deleting)
-                .collect()
+        if let Some((number, _)) = self.a_snapshot(random) {
+            delete(&self.world, user, number).await;
+        }
+    }
+
+    /// Makes a volume what a snapshot shows, after a look at all of it.
+    async fn roll_back(&self, user: &User, random: &mut Random) {
+        let Some((number, volume)) = self.a_snapshot(random) else {
+            return;
         };
-        if live.is_empty() {
+        let (name, blocks, _) = VOLUMES[volume];
+        let seen = look(&self.world, user, number, volume, 0, blocks).await;
+        let history = &self.world.history;
+        let (snapshot, content) = {
+            let snap = &history.snaps.borrow()[number];
+            let content = (0..blocks).map_while(|block| snap.shown.get(&(volume, block)).copied());
+            (snap.name.clone(), content.collect::<Rc<[Tag]>>())
+        };
+        if seen.is_err() {
             return;
         }
-        let number = live[random.below(live.len() as u64) as usize];
-        delete(&self.world, user, number).await;
+        let op = history.invoke(user.number, volume, What::Become(content), 0, blocks);
+        trace::say(|| {
+            format!(
+                "{op}: client {} rolls {name} back to {snapshot}",
+                user.number
+            )
+        });
+        let target = SnapshotName {
+            volume: name.to_owned(),
+            snapshot,
+        };
+        let request = AdminRequest::SnapshotRollback { target };
+        match user.client.admin(request).await {
+            Ok(AdminReply::RolledBack(info)) => self.rolled_back(op, volume, info),
+            Ok(other) => trace::problem(format!("rollback {op} was answered {other:?}")),
+            Err(error) => self.not_rolled_back(op, &error),
+        }
+    }
+
+    /// An owner that has not heard of it may show the old content until it has.
+    fn rolled_back(&self, op: usize, volume: usize, info: RollbackInfo) {
+        let history = &self.world.history;
+        trace::say(|| format!("{op}: {info:?}"));
+        trace::count(match info.unheard.is_empty() {
+            true => "rollback: done",
+            false => "rollback: not heard by all",
+        });
+        let invoked = history.ops.borrow()[op].invoked;
+        history.snaps.borrow_mut().push(Snap {
+            name: info.safety,
+            volumes: vec![volume],
+            invoked,
+            answered: history.now(),
+            taken: true,
+            ..Snap::default()
+        });
+        if info.unheard.is_empty() {
+            history.answer(op, None);
+        }
+    }
+
+    fn not_rolled_back(&self, op: usize, error: &ClientError) {
+        trace::say(|| format!("{op}: {error}"));
+        let kind = match error {
+            ClientError::Refused(refusal) => Some(refusal.kind),
+            _ => None,
+        };
+        trace::count(&format!("rollback: failed {kind:?}"));
+        let right = [
+            AdminErrorKind::Unavailable,
+            AdminErrorKind::Conflict,
+            AdminErrorKind::NotFound,
+        ];
+        if kind.is_some_and(|kind| !right.contains(&kind)) {
+            trace::problem(format!("rollback {op} failed without a cause: {error}"));
+        }
+    }
+
+    /// Gives pages to a server, or lets the cluster decide.
+    async fn move_pages(&self, user: &User, volume: usize, random: &mut Random) {
+        let (name, blocks, page) = VOLUMES[volume];
+        let all = u64::from(blocks / page);
+        let (first, to) = (random.below(all), random.below(SERVERS as u64) as u16);
+        let count = random.between(1, all - first);
+        let pages = (first as u32, count as u32);
+        let rebalance = random.one_in(4);
+        let now = self.world.history.now();
+        for host in 0..SERVERS {
+            let pages = match rebalance {
+                true => 0..blocks / page,
+                false if host == usize::from(to) => pages.0..pages.0 + pages.1,
+                false => 0..0,
+            };
+            pages.for_each(|page| self.world.may_own(volume, page, host, now));
+        }
+        let request = match rebalance {
+            true => AdminRequest::VolumeRebalance {
+                volume: Some(name.to_owned()),
+                rate_bytes: MOVE_RATE_BYTES,
+            },
+            false => AdminRequest::PageMove {
+                volume: name.to_owned(),
+                pages: Some(pages),
+                to: NodeNo(to + 1),
+                rate_bytes: MOVE_RATE_BYTES,
+            },
+        };
+        self.administer(user, "move", request).await;
+    }
+
+    async fn wish_move(&self, user: &User, volume: usize, random: &mut Random) {
+        let wishes = [
+            MoveWish::Pause,
+            MoveWish::Run,
+            MoveWish::Run,
+            MoveWish::Cancel,
+        ];
+        let request = AdminRequest::MoveWish {
+            volume: VOLUMES[volume].0.to_owned(),
+            wish: wishes[random.below(4) as usize],
+        };
+        self.administer(user, "wish", request).await;
+    }
+
+    /// A request that changes nothing of what clients see.
+    async fn administer(&self, user: &User, what: &str, request: AdminRequest) {
+        trace::say(|| format!("client {}: {request:?}", user.number));
+        let done = user.client.admin(request).await;
+        trace::say(|| format!("client {}: {done:?}", user.number));
+        let ended = match &done {
+            Ok(_) => "done".to_owned(),
+            Err(ClientError::Refused(refusal)) => format!("refused {:?}", refusal.kind),
+            Err(_) => "unknown".to_owned(),
+        };
+        trace::count(&format!("{what}: {ended}"));
     }
 
     /// Grows a volume behind the part that is checked, or takes that back: a new epoch.

@@ -1,6 +1,6 @@
 //! The servers of a run: started, killed, cut off and started again, all on one thread.
 
-use crate::history::{History, Loss};
+use crate::history::{History, Loss, Moment};
 use crate::machine::{Death, Incarnation, Medium, SharedMedium, SimClock, SimState, lock};
 use crate::net::{Net, address};
 use crate::random::Random;
@@ -43,8 +43,8 @@ pub(crate) struct World {
     pub slots: RefCell<Vec<Slot>>,
     pub users: LocalSet,
     pub stopping: Cell<bool>,
-    /// Which server owns which page of which volume.
-    pub owners: RefCell<BTreeMap<(usize, u32), usize>>,
+    /// Which servers may own which page of which volume, each from a moment on.
+    pub owners: RefCell<BTreeMap<(usize, u32), Vec<(Moment, usize)>>>,
 }
 
 impl World {
@@ -165,6 +165,15 @@ impl World {
     /// Lets a server do nothing for a while.
     pub(crate) fn pause(&self, host: usize, until: Instant) {
         self.slots.borrow_mut()[host].paused_until = Some(until);
+    }
+
+    /// A server may own a page from this moment on.
+    pub(crate) fn may_own(&self, volume: usize, page: u32, host: usize, from: Moment) {
+        let mut owners = self.owners.borrow_mut();
+        let owners = owners.entry((volume, page)).or_default();
+        if owners.iter().all(|(_, known)| *known != host) {
+            owners.push((from, host));
+        }
     }
 
     #[must_use]

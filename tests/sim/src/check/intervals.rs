@@ -1,12 +1,17 @@
 //! When a value may have become the content of a block, and for how long a look at it counts.
 //!
 //! A write takes effect between its call and its answer; if it failed, at any time after its call; if
-//! its owner lost power before its own client flushed, also when that client replays it. A look (a
-//! read, or an acknowledged write) kills all values whose effect ended before the look began; but if
+//! its owner lost power before its own client flushed, also when that client replays it. A rollback is
+//! a change of all blocks to what the snapshot shows, which no loss undoes. A look (a
+//! read, or an acknowledged change) kills all values whose effect ended before the look began; but if
 //! the owner then loses power and nobody had flushed in between, they may come back. What a client
 //! wrote before such a loss is the content again at some moment before its next flush is answered
 //! (promise 3), and its changes come back in their order: after a flush nothing shows what the client
 //! had itself written over.
+//!
+//! Where pages move a loss counts at every server that may have had the block, and nothing is known of
+//! what is sent again: it depends on who had executed it. A rollback may bring back what was written
+//! over, and what a client sends again after a loss may come before it.
 
 use crate::history::{Loss, Moment, NEVER, Op, Tag, What};
 use std::collections::BTreeMap;
@@ -34,15 +39,18 @@ pub(super) enum LookKind {
 #[derive(Default)]
 pub(super) struct Block {
     pub looks: Vec<Look>,
-    /// Last moment at which a value may have become the content; for zeros of each writer of zeros.
-    pub last_effect: BTreeMap<Tag, Moment>,
-    /// (called, last effect) of each writer of zeros.
-    pub zeros: Vec<(Moment, Moment)>,
-    /// After these moments nothing shows the value: its own client wrote over it and flushed.
-    pub gone: BTreeMap<Tag, Moment>,
+    /// (called, last effect) of each change that makes a value the content.
+    effects: BTreeMap<Tag, Vec<(Moment, Moment)>>,
+    /// Values that their own clients wrote over: when that was called, and when it was flushed.
+    gone: BTreeMap<Tag, (Moment, Moment)>,
+    /// When a rollback may have brought back a value the last time.
+    restored: BTreeMap<Tag, Moment>,
     /// Values that their clients have not written over.
     own: Vec<(usize, Tag, Moment)>,
 }
+
+/// Gives the servers that may own a block of a volume, each from a moment on.
+pub(super) type Owners<'a> = &'a dyn Fn(usize, u32) -> Vec<(Moment, usize)>;
 
 pub(super) struct Intervals<'a> {
     pub ops: &'a [Op],
@@ -50,9 +58,12 @@ pub(super) struct Intervals<'a> {
     losses: &'a [Loss],
     /// When each server was started.
     starts: &'a [(usize, Moment)],
-    owner: &'a dyn Fn(usize, u32) -> usize,
+    /// Servers that may own a block, each from a moment on.
+    owners: Owners<'a>,
     /// Successful flushes of each volume: client, call, answer.
     flushes: BTreeMap<usize, Vec<(usize, Moment, Moment)>>,
+    /// Rollbacks of each volume: call, answer.
+    rollbacks: BTreeMap<usize, Vec<(Moment, Moment)>>,
 }
 
 impl<'a> Intervals<'a> {
@@ -60,25 +71,33 @@ impl<'a> Intervals<'a> {
         ops: &'a [Op],
         losses: &'a [Loss],
         starts: &'a [(usize, Moment)],
-        owner: &'a dyn Fn(usize, u32) -> usize,
+        owners: Owners<'a>,
     ) -> Self {
         let mut this = Self {
             ops,
             blocks: BTreeMap::new(),
             losses,
             starts,
-            owner,
+            owners,
             flushes: BTreeMap::new(),
+            rollbacks: BTreeMap::new(),
         };
         for op in ops {
-            if op.what == What::Flush && op.answered != NEVER {
-                let flush = (op.client, op.invoked, op.answered);
-                this.flushes.entry(op.volume).or_default().push(flush);
+            match op.what {
+                What::Flush if op.answered != NEVER => {
+                    let flush = (op.client, op.invoked, op.answered);
+                    this.flushes.entry(op.volume).or_default().push(flush);
+                }
+                What::Become(_) => {
+                    let rollbacks = this.rollbacks.entry(op.volume).or_default();
+                    rollbacks.push((op.invoked, op.answered));
+                }
+                _ => {}
             }
         }
         for (index, op) in ops.iter().enumerate() {
             match &op.what {
-                What::Write | What::Zero => this.add_change(index, op),
+                What::Write | What::Zero | What::Become(_) => this.add_change(index, op),
                 What::Read(shown) => this.add_read(index, op, shown),
                 What::Flush => {}
             }
@@ -87,18 +106,27 @@ impl<'a> Intervals<'a> {
     }
 
     fn add_change(&mut self, index: usize, op: &Op) {
-        let tag = match op.what {
-            What::Write => index as Tag + 1,
-            _ => 0,
-        };
         let flushed = self.flushed(op, op.answered).map(|(_, answered)| answered);
+        let is_rollback = matches!(op.what, What::Become(_));
         for block in op.first..op.first + op.blocks {
-            let last = self.last_effect(op, block);
-            let until = self.until(op.volume, block, op.invoked, op.answered);
+            let tag = match &op.what {
+                What::Write => index as Tag + 1,
+                What::Become(content) => content[block as usize],
+                _ => 0,
+            };
+            let (last, until) = match op.what {
+                What::Become(_) => (op.answered, NEVER),
+                _ => (
+                    self.last_effect(op, block),
+                    self.until(op.volume, block, op.invoked, op.answered),
+                ),
+            };
             let entry = self.blocks.entry((op.volume, block)).or_default();
-            match tag {
-                0 => entry.zeros.push((op.invoked, last)),
-                _ => drop(entry.last_effect.insert(tag, last)),
+            let effects = entry.effects.entry(tag).or_default();
+            effects.push((op.invoked, last));
+            if is_rollback {
+                let restored = entry.restored.entry(tag).or_default();
+                *restored = (*restored).max(last);
             }
             if op.answered == NEVER {
                 continue;
@@ -111,8 +139,10 @@ impl<'a> Intervals<'a> {
                 kind: LookKind::Change,
                 until,
             });
-            entry.write_over(op, tag, flushed);
-            self.add_replay(index, op, tag, block);
+            if !is_rollback {
+                entry.write_over(op, tag, flushed);
+                self.add_replay(index, op, tag, block);
+            }
         }
     }
 
@@ -126,6 +156,12 @@ impl<'a> Intervals<'a> {
         let Some((from, (called, to))) = made_good.max() else {
             return;
         };
+        let mut rollbacks = self.rollbacks.get(&op.volume).into_iter().flatten();
+        if rollbacks.any(|(called, answered)| *answered > op.invoked && *called < to)
+            || (self.owners)(op.volume, block).len() > 1
+        {
+            return;
+        }
         let until = self.until(op.volume, block, from, called - 1);
         let entry = self.blocks.entry((op.volume, block)).or_default();
         entry.looks.push(Look {
@@ -153,21 +189,31 @@ impl<'a> Intervals<'a> {
         }
     }
 
-    /// The server that has a block, and how often it had been started at a moment.
-    pub(super) fn server(&self, (volume, block): (usize, u32), at: Moment) -> (usize, usize) {
-        let server = (self.owner)(volume, block);
+    /// The server that has a block, and how often it had been started at a moment; `None` if it is
+    /// not known which one had it then.
+    pub(super) fn server(
+        &self,
+        (volume, block): (usize, u32),
+        at: Moment,
+    ) -> Option<(usize, usize)> {
+        let [(_, server)] = (self.owners)(volume, block)[..] else {
+            return None;
+        };
         let starts = self.starts.iter();
         let runs = starts.filter(|(node, start)| *node == server && *start < at);
-        (server, runs.count())
+        Some((server, runs.count()))
     }
 
     fn losses_of(&self, volume: usize, block: u32) -> impl Iterator<Item = Moment> + '_ {
-        let node = match self.losses.is_empty() {
-            true => 0,
-            false => (self.owner)(volume, block),
+        let owners = match self.losses.is_empty() {
+            true => Vec::new(),
+            false => (self.owners)(volume, block),
         };
-        let losses = self.losses.iter().filter(move |loss| loss.node == node);
-        losses.map(|loss| loss.at)
+        let had = move |loss: &&Loss| {
+            let mut owners = owners.iter();
+            owners.any(|(from, node)| *node == loss.node && *from < loss.at)
+        };
+        self.losses.iter().filter(had).map(|loss| loss.at)
     }
 
     /// The last moment at which a change may take effect.
@@ -229,20 +275,28 @@ impl Block {
             *client == op.client && *answered < op.invoked
         };
         let over = self.own.extract_if(.., earlier);
-        self.gone.extend(over.map(|(_, tag, _)| (tag, flushed)));
+        self.gone
+            .extend(over.map(|(_, tag, _)| (tag, (op.invoked, flushed))));
         if tag > 0 {
             self.own.push((op.client, tag, op.answered));
         }
     }
 
-    /// The last moment at which `tag` may have become the content, of changes called before `before`;
-    /// `None` if nobody ever wrote it here by then.
-    pub(super) fn last_effect(&self, tag: Tag, before: Moment, ops: &[Op]) -> Option<Moment> {
-        if tag == 0 {
-            let zeros = self.zeros.iter().filter(|(called, _)| *called < before);
-            return Some(zeros.map(|(_, last)| *last).max().unwrap_or(0));
-        }
-        let last = self.last_effect.get(&tag)?;
-        (ops[tag as usize - 1].invoked < before).then_some(*last)
+    /// After this moment nothing shows the value: its own client wrote over it and flushed.
+    pub(super) fn gone(&self, tag: Tag) -> Option<Moment> {
+        let (over, flushed) = self.gone.get(&tag)?;
+        let restored = self.restored.get(&tag);
+        restored
+            .is_none_or(|restored| restored < over)
+            .then_some(*flushed)
+    }
+
+    /// The last moment at which `tag` may have become the content, by changes called before `before`;
+    /// `None` if nobody made it so by then. Every block begins with zeros.
+    pub(super) fn last_effect(&self, tag: Tag, before: Moment) -> Option<Moment> {
+        let effects = self.effects.get(&tag).into_iter().flatten();
+        let lasts = effects.filter(|(called, _)| *called < before);
+        let last = lasts.map(|(_, last)| *last).max();
+        last.or((tag == 0).then_some(0))
     }
 }

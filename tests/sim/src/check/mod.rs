@@ -5,14 +5,15 @@ mod register;
 mod snapshot;
 
 use crate::history::History;
-use intervals::Intervals;
+use intervals::{Intervals, Owners};
 
-/// All violations of a history; `owner(volume, block)` is the node that ordered the writes there.
-pub(crate) fn all(history: &History, owner: &dyn Fn(usize, u32) -> usize) -> Vec<String> {
+/// All violations of a history; `owners(volume, block)` are the nodes that may have ordered the writes
+/// there, each from a moment on.
+pub(crate) fn all(history: &History, owners: Owners<'_>) -> Vec<String> {
     let ops = history.ops.borrow();
     let losses = history.losses.borrow();
     let starts = history.starts.borrow();
-    let intervals = Intervals::new(&ops, &losses, &starts, owner);
+    let intervals = Intervals::new(&ops, &losses, &starts, owners);
     let mut found = register::check(&intervals);
     for snap in history.snaps.borrow().iter() {
         found.extend(snapshot::check(&intervals, snap));
@@ -25,6 +26,7 @@ mod tests {
     use super::*;
     use crate::history::{Loss, NEVER, Snap, Tag, What};
     use blockd::control::registry::settings::Procedure;
+    use std::rc::Rc;
 
     /// A history of one volume with one block a page, all on node 0.
     #[derive(Default)]
@@ -73,7 +75,7 @@ mod tests {
         }
 
         fn violations(&self) -> usize {
-            all(&self.0, &|_, _| 0).len()
+            all(&self.0, &|_, _| vec![(0, 0)]).len()
         }
     }
 
@@ -231,23 +233,52 @@ mod tests {
     /// As U-07 has it: a stock client that writes through two servers is not covered by `stamp`.
     #[test]
     fn stamps_follow_clients_and_servers_and_no_hidden_channel() {
-        let lacks_the_first = |clients: [usize; 2], owner: &dyn Fn(usize, u32) -> usize| {
+        let lacks_the_first = |clients: [usize; 2], owners: Owners<'_>| {
             let story = Story::default();
             let called = story.0.now();
             story.write(clients[0], 0, 1);
             let second = story.write(clients[1], 1, 1);
             story.snapshot(called, &[(0, 0), (1, second)]);
             story.0.snaps.borrow_mut()[0].procedure = Procedure::Stamp;
-            all(&story.0, owner).len()
+            all(&story.0, owners).len()
         };
-        let two = |_, block: u32| block as usize;
+        let two = |_, block: u32| vec![(0, block as usize)];
         assert_eq!(lacks_the_first([1, 2], &two), 0);
         assert_eq!(
             lacks_the_first([1, 1], &two),
             1,
             "the client carries the clock"
         );
-        assert_eq!(lacks_the_first([1, 2], &|_, _| 0), 1, "the server has it");
+        assert_eq!(
+            lacks_the_first([1, 2], &|_, _| vec![(0, 0)]),
+            1,
+            "the server has it"
+        );
+    }
+
+    #[test]
+    fn a_rollback_brings_back_what_was_written_over_and_flushed() {
+        let story = Story::default();
+        let old = story.write(1, 0, 1);
+        let new = story.write(1, 0, 1);
+        story.flush(1);
+        let rollback = story.call(2, What::Become(Rc::new([old])), 0, 1);
+        story.read(0, &[new]);
+        story.read(0, &[old]);
+        story.0.answer(rollback, None);
+        story.lose_power();
+        story.read(0, &[old]);
+        assert_eq!(story.violations(), 0);
+        story.read(0, &[new]);
+        assert_eq!(story.violations(), 1, "it was undone");
+        let story = Story::default();
+        let old = story.write(1, 0, 1);
+        let rollback = story.call(2, What::Become(Rc::new([old])), 0, 1);
+        story.0.answer(rollback, None);
+        story.write(1, 0, 1);
+        story.flush(1);
+        story.read(0, &[old]);
+        assert_eq!(story.violations(), 1, "it was written over after that");
     }
 
     #[test]

@@ -8,7 +8,7 @@ pub(super) fn check(intervals: &Intervals<'_>) -> Vec<String> {
         let mut looks = entry.looks.clone();
         looks.sort_unstable_by_key(|look| std::cmp::Reverse(look.from));
         for read in looks.iter().filter(|look| look.kind == LookKind::Read) {
-            let Some(last) = entry.last_effect(read.tag, read.to, intervals.ops) else {
+            let Some(last) = entry.last_effect(read.tag, read.to) else {
                 found.push(format!(
                     "volume {volume} block {block}: read {} shows a value of operation {} that was \
                      never written there by then",
@@ -17,7 +17,7 @@ pub(super) fn check(intervals: &Intervals<'_>) -> Vec<String> {
                 ));
                 continue;
             };
-            if let Some(gone) = entry.gone.get(&read.tag).filter(|gone| **gone < read.from) {
+            if let Some(gone) = entry.gone(read.tag).filter(|gone| *gone < read.from) {
                 found.push(format!(
                     "volume {volume} block {block}: read {} (called at {}) shows operation {}, which \
                      its own client wrote over, flushed at {gone}",

@@ -34,8 +34,10 @@ fn channels(
     match snap.procedure {
         Procedure::Barrier | Procedure::Hold => vec![Channel::Any],
         Procedure::Stamp => {
-            let (server, run) = intervals.server(place, at);
-            vec![Channel::Client(client), Channel::Server(server, run)]
+            let server = intervals.server(place, at);
+            let server = server.map(|(server, run)| Channel::Server(server, run));
+            let client = Channel::Client(client);
+            std::iter::once(client).chain(server).collect()
         }
     }
 }
@@ -51,7 +53,7 @@ pub(super) fn check(intervals: &Intervals<'_>, snap: &Snap) -> Vec<String> {
     for ((volume, block), tag) in &snap.shown {
         let empty = Default::default();
         let entry = intervals.blocks.get(&(*volume, *block)).unwrap_or(&empty);
-        let Some(last) = entry.last_effect(*tag, snap.answered, intervals.ops) else {
+        let Some(last) = entry.last_effect(*tag, snap.answered) else {
             found.push(format!(
                 "snapshot {}: volume {volume} block {block} shows operation {}, called after the \
                  snapshot was answered, or never written there",
@@ -60,7 +62,7 @@ pub(super) fn check(intervals: &Intervals<'_>, snap: &Snap) -> Vec<String> {
             ));
             continue;
         };
-        if let Some(gone) = entry.gone.get(tag).filter(|gone| **gone < snap.invoked) {
+        if let Some(gone) = entry.gone(*tag).filter(|gone| *gone < snap.invoked) {
             found.push(format!(
                 "snapshot {}: called at {}, shows operation {} in volume {volume} block {block}, which \
                  its own client wrote over, flushed at {gone}",
