@@ -11,6 +11,8 @@ use crate::data::router::Part;
 use crate::id::NodeNo;
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::iter;
+use std::ops::Range;
 
 /// A change of a range of the volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,24 +64,62 @@ struct Entry {
 }
 
 impl Entry {
-    /// What has to be sent again: offset and change, none if it was executed by no owner that lost
-    /// something. What was never acknowledged may be anywhere.
-    fn lost(&self, lost: &BTreeSet<NodeNo>) -> Vec<(u64, Change)> {
-        if self.acknowledged.is_none() {
-            return vec![(self.offset_bytes, self.change.clone())];
-        }
-        let mut pieces: Vec<(u64, u64)> = Vec::new();
-        for part in self.executed.iter().filter(|p| lost.contains(&p.owner)) {
-            match pieces.last_mut() {
-                Some((at, len)) if *at + *len == part.at_bytes => *len += u64::from(part.len_bytes),
-                _ => pieces.push((part.at_bytes, u64::from(part.len_bytes))),
+    fn end(&self) -> u64 {
+        self.offset_bytes + self.change.len_bytes()
+    }
+
+    /// The ranges of the volume that owners executed for which `is_of` holds.
+    fn executed(&self, is_of: impl Fn(NodeNo) -> bool) -> Vec<Range<u64>> {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for part in self.executed.iter().filter(|part| is_of(part.owner)) {
+            let at = self.offset_bytes + part.at_bytes;
+            let end = at + u64::from(part.len_bytes);
+            match ranges.last_mut() {
+                Some(last) if last.end == at => last.end = end,
+                _ => ranges.push(at..end),
             }
         }
-        let pieces = pieces.into_iter();
-        pieces
-            .map(|(at, len)| (self.offset_bytes + at, self.change.piece(at, len)))
-            .collect()
+        ranges
     }
+
+    /// What has to be sent again, none if it was executed by no owner that lost something. What was
+    /// never acknowledged may be anywhere.
+    fn lost(&self, lost: &BTreeSet<NodeNo>) -> Vec<Range<u64>> {
+        if self.acknowledged.is_none() {
+            return iter::once(self.offset_bytes..self.end()).collect();
+        }
+        self.executed(|node| lost.contains(&node))
+    }
+
+    /// The change in a range of the volume.
+    fn piece(&self, range: &Range<u64>) -> Change {
+        let at = range.start - self.offset_bytes;
+        self.change.piece(at, range.end - range.start)
+    }
+}
+
+/// The rest of `ranges` without `taken`.
+fn without(ranges: impl IntoIterator<Item = Range<u64>>, taken: &Range<u64>) -> Vec<Range<u64>> {
+    let ranges = ranges.into_iter().flat_map(|range| {
+        let before = range.start..range.end.min(taken.start);
+        let behind = range.start.max(taken.end)..range.end;
+        [before, behind]
+    });
+    ranges.filter(|range| !range.is_empty()).collect()
+}
+
+/// What of a part is outside a range of its change.
+fn rest(part: Part, taken: &Range<u64>) -> Vec<Part> {
+    let end = part.at_bytes + u64::from(part.len_bytes);
+    let ranges = without(iter::once(part.at_bytes..end), taken).into_iter();
+    let bytes = |len: u64| u32::try_from(len).unwrap_or(u32::MAX);
+    let piece = |range: Range<u64>| Part {
+        offset_bytes: part.offset_bytes + bytes(range.start - part.at_bytes),
+        len_bytes: bytes(range.end - range.start),
+        at_bytes: range.start,
+        ..part
+    };
+    ranges.map(piece).collect()
 }
 
 /// Unflushed changes in the order of their issue, and what is known of the owners.
@@ -200,13 +240,29 @@ impl Replay {
         });
     }
 
-    /// What must be sent again, oldest first, with the numbers of the changes.
+    /// What must be sent again, oldest first, with the numbers of the changes. What was written over since
+    /// by a change that is not lost is left alone: that went to another owner, after a move.
     pub(super) fn changes(&self) -> Vec<(u64, (u64, Change))> {
-        let lost = self.entries.iter().flat_map(|(number, entry)| {
-            let pieces = entry.lost(&self.lost).into_iter();
-            pieces.map(|piece| (*number, piece))
-        });
-        lost.collect()
+        let mut kept: Vec<(u64, Range<u64>)> = Vec::new();
+        let mut changes = Vec::new();
+        for (number, entry) in self.entries.iter().rev() {
+            let mut ranges = entry.lost(&self.lost);
+            if let Some(acknowledged) = entry.acknowledged {
+                let later = kept.iter().filter(|(issued, taken)| {
+                    *issued > acknowledged
+                        && entry.offset_bytes < taken.end
+                        && taken.start < entry.end()
+                });
+                ranges = later.fold(ranges, |ranges, (_, taken)| without(ranges, taken));
+                let kept_of = entry.executed(|node| !self.lost.contains(&node));
+                kept.extend(kept_of.into_iter().map(|range| (*number, range)));
+            }
+            let pieces = ranges.iter().rev();
+            let pieces = pieces.map(|range| (*number, (range.start, entry.piece(range))));
+            changes.extend(pieces);
+        }
+        changes.reverse();
+        changes
     }
 
     /// A piece of a change at `offset_bytes` was sent again; `parts` are those of the piece.
@@ -218,9 +274,8 @@ impl Replay {
         let at = offset_bytes - entry.offset_bytes;
         let len: u64 = parts.iter().map(|part| u64::from(part.len_bytes)).sum();
         let piece = at..at + len;
-        entry
-            .executed
-            .retain(|part| !piece.contains(&part.at_bytes));
+        let before = entry.executed.drain(..);
+        entry.executed = before.flat_map(|part| rest(part, &piece)).collect();
         let again = parts.into_iter().map(|part| Part {
             at_bytes: at + part.at_bytes,
             ..part
@@ -287,6 +342,28 @@ mod tests {
         replay.former_owners(&[NodeNo(1)], &[(NodeNo(2), 9)]);
         assert_eq!(replay.losses(), 2);
         assert_eq!(sent(&replay), [(4, write("m"))], "lost before it was given");
+    }
+
+    /// The page moved after the loss, and the client wrote to its new owner before it heard of it.
+    #[test]
+    fn what_the_client_wrote_over_with_another_owner_is_left_alone() {
+        let on = |owner, offset, len| {
+            let of = |part| Part { owner, ..part };
+            parts(offset, len).into_iter().map(of).collect()
+        };
+        let mut replay = Replay::default();
+        replay.heard(NodeNo(1), 7);
+        let older = replay.issued(0, write("abcd"));
+        replay.acknowledged(older, on(NodeNo(1), 0, 4));
+        let newer = replay.issued(1, write("XY"));
+        let at_once = replay.issued(3, write("z"));
+        replay.acknowledged(newer, on(NodeNo(2), 1, 2));
+        replay.acknowledged(at_once, on(NodeNo(1), 3, 1));
+        replay.heard(NodeNo(1), 8);
+        let expected = [(0, write("a")), (3, write("d")), (3, write("z"))];
+        assert_eq!(sent(&replay), expected);
+        replay.executed_again(older, 0, on(NodeNo(1), 0, 1));
+        assert_eq!(sent(&replay), expected, "of the same loss");
     }
 
     #[test]
