@@ -38,9 +38,14 @@ pub(super) async fn rollback(node: &Rc<Node>, member: &Member, target: &Snapshot
     let volume = record(&member.registry.state(), &target.volume)?;
     let (id, size_bytes) = find_snapshot(&member.registry.state(), &volume, &target.snapshot)?;
     check_possible(member, volume.id)?;
-    let safety = take_safety(node, member, &volume).await?;
+    let (safety, last) = take_safety(node, member, &volume).await?;
     let build = |state: &RegistryState| -> Result<_, AdminError> {
         let now = record(state, &target.volume)?;
+        // The owners need not have carried out one that came after `safety` was begun, and what was
+        // written since is in no snapshot.
+        if last_rollback(state, volume.id) != last {
+            return Err(rolled_back_by_others(&volume));
+        }
         let (safety, _) = find_snapshot(state, &now, &safety.snapshot)?;
         let at_unix_ms = member.clock.unix_ms();
         Ok(roll_back(state, volume.id, id, safety, at_unix_ms)?)
@@ -68,28 +73,39 @@ pub(super) async fn rollback(node: &Rc<Node>, member: &Member, target: &Snapshot
     }))
 }
 
-/// Takes the snapshot of what the volume was. Another rollback may take the name of this second first.
-async fn take_safety(
-    node: &Rc<Node>,
-    member: &Member,
-    volume: &VolumeRecord,
-) -> Result<SnapshotName, AdminError> {
-    for _ in 0..SAFETY_TRIES {
-        let now_ms = member.clock.unix_ms();
-        let safety = SnapshotName {
-            volume: volume.name.clone(),
-            snapshot: safety_name(&member.registry.state(), volume.id, now_ms),
-        };
-        match snapshot::create(node, member, vec![safety.clone()], None).await {
-            Err(error) if error.kind == AdminErrorKind::Exists => catch_up(member).await?,
-            taken => return taken.map(|_| safety),
-        }
-    }
+fn last_rollback(state: &RegistryState, volume: VolumeId) -> Option<Epoch> {
+    state.rollback(volume).map(|rollback| rollback.epoch)
+}
+
+fn rolled_back_by_others(volume: &VolumeRecord) -> AdminError {
     let text = format!(
         "volume {} is being rolled back by others: try again",
         volume.name
     );
-    Err(refused(AdminErrorKind::Conflict, text))
+    refused(AdminErrorKind::Conflict, text)
+}
+
+/// Takes the snapshot of what the volume was; gives the rollback that was the last one before.
+/// Another rollback may take the name of this second first.
+async fn take_safety(
+    node: &Rc<Node>,
+    member: &Member,
+    volume: &VolumeRecord,
+) -> Result<(SnapshotName, Option<Epoch>), AdminError> {
+    for _ in 0..SAFETY_TRIES {
+        let now_ms = member.clock.unix_ms();
+        let state = member.registry.state();
+        let last = last_rollback(&state, volume.id);
+        let safety = SnapshotName {
+            volume: volume.name.clone(),
+            snapshot: safety_name(&state, volume.id, now_ms),
+        };
+        match snapshot::create(node, member, vec![safety.clone()], None).await {
+            Err(error) if error.kind == AdminErrorKind::Exists => catch_up(member).await?,
+            taken => return taken.map(|_| (safety, last)),
+        }
+    }
+    Err(rolled_back_by_others(volume))
 }
 
 /// Refuses before the safety snapshot is taken what the transaction would refuse after it.
