@@ -61,6 +61,8 @@ pub enum Plant {
     SkipTrim,
     /// A participant answers `taken` before its record is durable.
     TakenBeforeSync,
+    /// Pages get their new owner before the last changes of them are there.
+    FlipBeforeTail,
 }
 
 impl Plant {
@@ -94,6 +96,7 @@ impl Plant {
         Plant::SkipSlabSync,
         Plant::SkipTrim,
         Plant::TakenBeforeSync,
+        Plant::FlipBeforeTail,
     ];
 }
 

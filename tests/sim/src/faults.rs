@@ -201,6 +201,18 @@ pub(crate) async fn happen(world: Rc<World>, fault: Fault) {
     }
 }
 
+/// What other servers say comes late to one, what clients say does not: so it has executed more than
+/// they when a snapshot reaches it.
+pub(crate) async fn hear_late(world: Rc<World>, host: usize, lasts_ms: u64) {
+    let cut = |cut| {
+        let others = (0..SERVERS).filter(|other| *other != host);
+        others.for_each(|other| world.net.set_cut(other, host, cut));
+    };
+    cut(true);
+    sleep(Duration::from_millis(lasts_ms)).await;
+    cut(false);
+}
+
 /// The operator: starts servers that are down, and those again whose disk failed.
 pub(crate) async fn operate(world: Rc<World>, seed: u64) {
     let mut random = Random::new(seed, 3);

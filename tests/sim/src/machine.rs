@@ -82,6 +82,8 @@ pub(crate) struct Medium {
     pub damaged: bool,
     /// An operation failed: the store or registry has stopped until a restart.
     pub failed: bool,
+    /// One has failed at some time: requests of then may fail.
+    pub has_failed: bool,
 }
 
 pub(crate) type SharedMedium = Arc<Mutex<Medium>>;
@@ -361,7 +363,7 @@ impl SimState {
                 true => "fault: write EIO",
                 false => "fault: sync EIO",
             });
-            medium.failed = true;
+            (medium.failed, medium.has_failed) = (true, true);
             return Err(io::Error::from_raw_os_error(EIO));
         }
         if writes && medium.faults.full && file != REGISTRY {

@@ -73,4 +73,16 @@ pub(crate) const SEEDS: &[(u64, &str)] = &[
         984_543_000_880,
         "an era that no snapshot keeps, split on slow disks, kept old versions",
     ),
+    (
+        986_000_000_023,
+        "a client sent again what a page had before it came to the server that lost power",
+    ),
+    (
+        986_000_000_048,
+        "two rollbacks of one second took the same name for their safety snapshots",
+    ),
+    (
+        986_000_000_039,
+        "the second of two rollbacks at once hid the first from an owner: a page move never ended",
+    ),
 ];

@@ -304,10 +304,6 @@ async fn become_clean(world: &World, empty: bool) -> Option<String> {
     }
 }
 
-fn is_damaged(world: &World) -> bool {
-    (0..SERVERS).any(|host| lock(&world.medium(host)).damaged)
-}
-
 fn excused(world: &World, error: &ClientError) -> bool {
     let damaged = matches!(
         error,
@@ -316,7 +312,7 @@ fn excused(world: &World, error: &ClientError) -> bool {
             ..
         }
     );
-    damaged && is_damaged(world)
+    damaged && world.is_damaged()
 }
 
 /// Every block of every volume once more.
@@ -426,7 +422,7 @@ async fn delete_all(world: &World, user: &User) -> Vec<String> {
         loop {
             match space(user, number).await {
                 Ok(None) => break,
-                _ if is_damaged(world) => break,
+                _ if world.is_damaged() => break,
                 // Parts of snapshots that were aborted while their owner was away are swept.
                 Ok(Some(_)) if Instant::now() < until => sleep(Duration::from_secs(2)).await,
                 Ok(Some(text)) => return vec![text],
@@ -443,7 +439,7 @@ async fn delete_all(world: &World, user: &User) -> Vec<String> {
         }
     }
     match become_clean(world, true).await {
-        Some(_) if is_damaged(world) => Vec::new(),
+        Some(_) if world.is_damaged() => Vec::new(),
         Some(text) => vec![format!("space leaks: {text}")],
         None => Vec::new(),
     }

@@ -1,5 +1,6 @@
 //! What clients do: each has several lanes, and each lane does one operation after the other.
 
+use crate::faults;
 use crate::history::{BLOCK, NEVER, Snap, Tag, What, decode, fill};
 use crate::machine::Incarnation;
 use crate::net::address;
@@ -33,7 +34,6 @@ pub(crate) struct Load {
     pub finished: Cell<u64>,
     /// No fault was planned: every error is a violation.
     pub quiet: bool,
-    /// Disks were full, damaged, or failed: such errors are right.
     pub think_ms: u64,
     pub hot_blocks: u32,
     /// Snapshots that are being taken: meanwhile the lanes meet in few places.
@@ -237,10 +237,11 @@ impl Load {
         };
         trace::count(&format!("client error: {name}"));
         let right = match error {
-            ClientError::Io { reason, .. } => matches!(
-                reason,
-                IoErrorKind::NoSpace | IoErrorKind::Damaged | IoErrorKind::Deadline
-            ),
+            ClientError::Io { reason, .. } => match reason {
+                IoErrorKind::NoSpace | IoErrorKind::Deadline => true,
+                IoErrorKind::Damaged => self.world.is_damaged() || self.world.has_failed_disks(),
+                _ => false,
+            },
             ClientError::Refused(refusal) => refusal.kind == AdminErrorKind::Unavailable,
             ClientError::Unreachable { .. } => true,
             _ => false,
@@ -292,6 +293,11 @@ impl Load {
             })
             .collect();
         let request = AdminRequest::SnapshotCreateBy { targets, procedure };
+        if !self.quiet && random.one_in(2) {
+            let (host, lasts_ms) = (random.below(SERVERS as u64), random.between(1, 60));
+            let late = faults::hear_late(Rc::clone(&self.world), host as usize, lasts_ms);
+            tokio::task::spawn_local(late);
+        }
         self.cutting.set(self.cutting.get() + 1);
         let taken = user.client.admin(request).await;
         self.cutting.set(self.cutting.get() - 1);

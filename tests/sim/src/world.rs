@@ -204,6 +204,18 @@ impl World {
         Arc::clone(&self.slots.borrow()[host].medium)
     }
 
+    /// Whether a fault has damaged data: then a server may say so.
+    #[must_use]
+    pub(crate) fn is_damaged(&self) -> bool {
+        (0..SERVERS).any(|host| lock(&self.medium(host)).damaged)
+    }
+
+    /// Whether a store may have failed.
+    #[must_use]
+    pub(crate) fn has_failed_disks(&self) -> bool {
+        (0..SERVERS).any(|host| lock(&self.medium(host)).has_failed)
+    }
+
     fn poll_slot(&self, host: usize, cx: &mut std::task::Context<'_>) {
         let tasks = {
             let mut slots = self.slots.borrow_mut();

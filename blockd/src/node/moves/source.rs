@@ -25,6 +25,7 @@ use crate::limits::{
 };
 use crate::node::registry::UpdateError;
 use crate::node::{Member, fault};
+use crate::planted::{Plant, planted};
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::cell::Cell;
@@ -211,7 +212,10 @@ impl Copying<'_> {
         }
         let snapshots = self.member.owner().store.snapshots(self.volume);
         let known = snapshots.clone();
-        let tail = self.moving.take_dirty();
+        let tail = match planted(Plant::FlipBeforeTail) {
+            true => Default::default(),
+            false => self.moving.take_dirty(),
+        };
         let sealing = async {
             self.ship(tail, false).await?;
             self.order(MoveOrder::Seal { snapshots }).await
