@@ -47,7 +47,8 @@ impl<D: Disk> Engine<D> {
     /// Takes a snapshot of everything up to the end of an era that was split off.
     ///
     /// # Errors
-    /// As `take_snapshot`.
+    /// As `take_snapshot`; `LateSnapshot` if one of a later era was taken meanwhile, as a page move does
+    /// with a snapshot for which this server has no time.
     pub fn take_snapshot_at(
         &mut self,
         volume: VolumeId,
@@ -55,6 +56,11 @@ impl<D: Disk> Engine<D> {
         era: u32,
     ) -> Result<(), StoreError> {
         self.check_new_snapshot(volume, snapshot)?;
+        let known = self.tables.volumes.get(&volume.0);
+        let newest = known.and_then(|known| known.snapshots().last());
+        if newest.is_some_and(|(_, newest)| era <= *newest) {
+            return Err(StoreError::LateSnapshot { volume, snapshot });
+        }
         self.commit(&Change::TakeSnapshotAt(volume, snapshot, era), &[])
     }
 

@@ -109,6 +109,16 @@ pub enum StoreError {
         /// The snapshot that it does not have.
         snapshot: SnapshotId,
     },
+    /// A snapshot of what was written later was taken here first; nothing was changed.
+    #[error(
+        "volume {volume}: snapshot {snapshot} came late: a later one was taken first; try again"
+    )]
+    LateSnapshot {
+        /// The volume.
+        volume: VolumeId,
+        /// The snapshot that came late.
+        snapshot: SnapshotId,
+    },
     /// A snapshot with that number exists already.
     #[error("volume {volume}: snapshot {snapshot} exists already")]
     SnapshotExists {
