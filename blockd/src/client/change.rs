@@ -124,6 +124,7 @@ impl Volume {
         replaying: Option<u64>,
     ) -> Result<(), TryError> {
         let table = &opened.table;
+        span.progress.after_losses(self.replay_buffer().losses());
         span.progress.route(table);
         self.begin_span(opened, span, replaying).await?;
         let parts = span.progress.send();

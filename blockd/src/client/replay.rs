@@ -82,15 +82,6 @@ impl Entry {
         ranges
     }
 
-    /// What has to be sent again, none if it was executed by no owner that lost something. What was
-    /// never acknowledged may be anywhere.
-    fn lost(&self, lost: &BTreeSet<NodeNo>) -> Vec<Range<u64>> {
-        if self.acknowledged.is_none() {
-            return iter::once(self.offset_bytes..self.end()).collect();
-        }
-        self.executed(|node| lost.contains(&node))
-    }
-
     /// The change in a range of the volume.
     fn piece(&self, range: &Range<u64>) -> Change {
         let at = range.start - self.offset_bytes;
@@ -241,22 +232,24 @@ impl Replay {
     }
 
     /// What must be sent again, oldest first, with the numbers of the changes. What was written over since
-    /// by a change that is not lost is left alone: that went to another owner, after a move.
+    /// by a change that is not lost is left alone: that went to another owner, after a move. What was not
+    /// acknowledged is sent by its own request, which keeps the gates of its span meanwhile.
     pub(super) fn changes(&self) -> Vec<(u64, (u64, Change))> {
         let mut kept: Vec<(u64, Range<u64>)> = Vec::new();
         let mut changes = Vec::new();
         for (number, entry) in self.entries.iter().rev() {
-            let mut ranges = entry.lost(&self.lost);
-            if let Some(acknowledged) = entry.acknowledged {
-                let later = kept.iter().filter(|(issued, taken)| {
-                    *issued > acknowledged
-                        && entry.offset_bytes < taken.end
-                        && taken.start < entry.end()
-                });
-                ranges = later.fold(ranges, |ranges, (_, taken)| without(ranges, taken));
-                let kept_of = entry.executed(|node| !self.lost.contains(&node));
-                kept.extend(kept_of.into_iter().map(|range| (*number, range)));
-            }
+            let Some(acknowledged) = entry.acknowledged else {
+                continue;
+            };
+            let later = kept.iter().filter(|(issued, taken)| {
+                *issued > acknowledged
+                    && entry.offset_bytes < taken.end
+                    && taken.start < entry.end()
+            });
+            let lost = entry.executed(|node| self.lost.contains(&node));
+            let ranges = later.fold(lost, |ranges, (_, taken)| without(ranges, taken));
+            let kept_of = entry.executed(|node| !self.lost.contains(&node));
+            kept.extend(kept_of.into_iter().map(|range| (*number, range)));
             let pieces = ranges.iter().rev();
             let pieces = pieces.map(|range| (*number, (range.start, entry.piece(range))));
             changes.extend(pieces);
@@ -414,8 +407,11 @@ mod tests {
     fn a_changed_verifier_asks_for_a_replay_in_order() {
         let mut replay = Replay::default();
         replay.heard(NodeNo(1), 7);
-        replay.issued(0, write("a"));
-        replay.issued(0, write("b"));
+        for text in ["a", "b"] {
+            let number = replay.issued(0, write(text));
+            replay.acknowledged(number, parts(0, 1));
+        }
+        replay.issued(0, write("sent by its own request"));
         replay.heard(NodeNo(1), 7);
         replay.heard(NodeNo(2), 9);
         assert_eq!(replay.losses(), 0);

@@ -47,6 +47,8 @@ pub struct Progress {
     begun: BTreeSet<NodeNo>,
     /// Parts may have been executed: those that agreed must not be let go before the end.
     touched: bool,
+    /// Losses of owners that its requester knew of when parts were done.
+    losses: u64,
 }
 
 impl Progress {
@@ -57,6 +59,16 @@ impl Progress {
             parts: parts.map(|part| (part, false)).collect(),
             begun: BTreeSet::new(),
             touched: false,
+            losses: 0,
+        }
+    }
+
+    /// Owners have lost unflushed changes so often by now. All parts are sent again after a loss, as
+    /// those that were done may be among them.
+    pub fn after_losses(&mut self, losses: u64) {
+        let is_new = losses != std::mem::replace(&mut self.losses, losses);
+        for (_, done) in &mut self.parts {
+            *done &= !is_new;
         }
     }
 
@@ -246,6 +258,11 @@ mod tests {
         let newer = RoutingTable::new(VolumeId(1), Epoch(2), 12 << 20, 8192, runs).unwrap();
         progress.route(&newer);
         assert_eq!(progress.send().len(), 3, "a rollback may have come with it");
+        progress.done(0);
+        progress.after_losses(0);
+        assert_eq!(progress.send().len(), 2);
+        progress.after_losses(1);
+        assert_eq!(progress.send().len(), 3, "it may have been lost");
     }
 
     #[test]
