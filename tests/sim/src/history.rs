@@ -103,6 +103,11 @@ impl History {
         self.ops.borrow().len() - 1
     }
 
+    /// Whether somebody was told of a snapshot of this name, or asked for it.
+    pub(crate) fn is_snapshot(&self, name: &str) -> bool {
+        self.snaps.borrow().iter().any(|snap| snap.name == name)
+    }
+
     /// Notes its success.
     pub(crate) fn answer(&self, op: usize, shown: Option<Vec<Tag>>) {
         let now = self.now();

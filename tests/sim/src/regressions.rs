@@ -85,4 +85,16 @@ pub(crate) const SEEDS: &[(u64, &str)] = &[
         986_000_000_039,
         "the second of two rollbacks at once hid the first from an owner: a page move never ended",
     ),
+    (
+        346,
+        "a page move took a snapshot in front of an earlier one, and the store stopped",
+    ),
+    (
+        986_000_000_488,
+        "a page move took a snapshot in front of an earlier one, and the store stopped",
+    ),
+    (
+        987_000_000_415,
+        "a replay sent one half of a change that was under way, and a snapshot had it",
+    ),
 ];

@@ -26,6 +26,8 @@ pub(crate) struct Options {
     pub ops: u64,
     /// A bit for each kind of fault that may happen.
     pub mask: u32,
+    /// Moves pages in runs that roll back, too.
+    pub both: bool,
     pub log: bool,
 }
 
@@ -123,6 +125,7 @@ async fn whole(world: Rc<World>, options: Options) -> Vec<String> {
     let mut random = Random::new(options.seed, 4);
     prepare(&world, &mut random);
     (0..SERVERS).for_each(|host| world.start(host));
+    let besides = random.below(4);
     let load = Rc::new(Load {
         world: Rc::clone(&world),
         seed: options.seed,
@@ -133,8 +136,8 @@ async fn whole(world: Rc<World>, options: Options) -> Vec<String> {
         think_ms: [0, 4, 30][random.below(3) as usize],
         hot_blocks: [48, 256, 2048][random.below(3) as usize].max(256),
         cutting: Cell::new(0),
-        rollbacks: random.one_in(2),
-        moves: random.one_in(2),
+        rollbacks: besides == 1 || besides == 3 && options.both,
+        moves: besides == 2 || besides == 3 && options.both,
     });
     let lanes = random.between(1, 3);
     for number in 0..CLIENTS {
@@ -386,9 +389,7 @@ async fn delete_strangers(world: &World, user: &User) -> Result<(), String> {
         return Err("snapshots are not listed".to_owned());
     };
     for left in left {
-        let snaps = world.history.snaps.borrow();
-        let is_known = snaps.iter().any(|snap| snap.name == left.name);
-        drop(snaps);
+        let is_known = world.history.is_snapshot(&left.name);
         if !is_known && !left.name.starts_with("before-rollback-") {
             return Err(format!(
                 "{}@{} is there, and nobody took it",

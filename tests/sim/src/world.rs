@@ -24,6 +24,9 @@ pub(crate) const SERVERS: usize = 3;
 /// Client hosts.
 pub(crate) const CLIENTS: usize = 4;
 
+/// Servers that may own a page, each from a moment on.
+type Owners = Vec<(Moment, usize)>;
+
 /// One server's place.
 pub(crate) struct Slot {
     pub medium: SharedMedium,
@@ -43,8 +46,8 @@ pub(crate) struct World {
     pub slots: RefCell<Vec<Slot>>,
     pub users: LocalSet,
     pub stopping: Cell<bool>,
-    /// Which servers may own which page of which volume, each from a moment on.
-    pub owners: RefCell<BTreeMap<(usize, u32), Vec<(Moment, usize)>>>,
+    /// Which servers may own which page of which volume.
+    pub owners: RefCell<BTreeMap<(usize, u32), Owners>>,
 }
 
 impl World {
