@@ -97,4 +97,8 @@ pub(crate) const SEEDS: &[(u64, &str)] = &[
         987_000_000_415,
         "a replay sent one half of a change that was under way, and a snapshot had it",
     ),
+    (
+        990_000_001_763,
+        "a flush was held to a change that was not answered when it was called",
+    ),
 ];

@@ -152,7 +152,8 @@ impl<'a> Intervals<'a> {
         let may_cover = |at, (from, to)| op.answered < to && from < at;
         let lost = self.uncovered(op, block);
         let lost = lost.filter(|at| !self.own_flushes(op).any(|flush| may_cover(*at, flush)));
-        let made_good = lost.filter_map(|at| Some((at, self.flushed(op, at)?)));
+        // A flush answers for what was answered before it was called.
+        let made_good = lost.filter_map(|at| Some((at, self.flushed(op, at.max(op.answered))?)));
         let Some((from, (called, to))) = made_good.max() else {
             return;
         };
@@ -223,7 +224,8 @@ impl<'a> Intervals<'a> {
         }
         let replays = self
             .uncovered(op, block)
-            .map(|at| self.flushed(op, at).map_or(NEVER, |(_, answered)| answered));
+            .map(|at| self.flushed(op, at.max(op.answered)))
+            .map(|flush| flush.map_or(NEVER, |(_, answered)| answered));
         replays.max().unwrap_or(0).max(op.answered)
     }
 

@@ -175,6 +175,21 @@ mod tests {
     }
 
     #[test]
+    fn a_flush_does_not_answer_for_what_was_not_answered() {
+        let story = Story::default();
+        let new = story.call(1, What::Write, 0, 1);
+        story.lose_power();
+        story.flush(1);
+        story.read(0, &[0]);
+        story.0.answer(new, None);
+        story.read(0, &[new as Tag + 1]);
+        assert_eq!(story.violations(), 0);
+        story.flush(1);
+        story.read(0, &[0]);
+        assert_eq!(story.violations(), 1);
+    }
+
+    #[test]
     fn changes_that_were_lost_come_back_in_their_order() {
         let story = Story::default();
         let (old, new) = (story.write(1, 0, 1), story.write(1, 0, 1));
