@@ -294,6 +294,7 @@ impl Links {
             .filter(|index| self.links[*index].is_dead())
             .collect();
         if dead.is_empty() && told {
+            self.offer_again().await;
             dead.extend(self.links.iter().position(|link| link.socket.is_none()));
         }
         for index in dead {
@@ -305,6 +306,21 @@ impl Links {
                 ),
                 Err(error) => tracing::warn!("no new connection: {error}"),
             }
+        }
+    }
+
+    /// The kernel drops, without a word, a socket that it is given before it has seen that the one before is dead.
+    /// It tells of the death afterwards; a socket that it has taken it does not take again.
+    async fn offer_again(&self) {
+        if let [
+            Link {
+                socket: Some(socket),
+                ..
+            },
+        ] = self.links.as_slice()
+            && let Err(error) = self.give(socket).await
+        {
+            tracing::warn!("no new connection: {error}");
         }
     }
 
