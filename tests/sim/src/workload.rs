@@ -281,7 +281,7 @@ impl Load {
         });
         trace::say(|| {
             format!(
-                "client {} takes snapshot {name} of {volumes:?}",
+                "client {} takes snapshot {name} of {volumes:?} by {procedure:?}",
                 user.number
             )
         });
