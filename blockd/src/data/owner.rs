@@ -401,7 +401,7 @@ impl Owner {
         let cut = Rc::clone(&passed.1.state.cut);
         let mark = cut.mark();
         let volume = passed.1.state.id;
-        cut.stamp(|| (self.hlc.tick(), self.store.current_era(volume)));
+        cut.stamp(|| (self.hlc.tick(), self.store.last_era(volume)));
         drop(passed);
         if fua {
             self.store.flush().await?;

@@ -38,10 +38,15 @@ impl<D: Disk> Engine<D> {
         Ok(before)
     }
 
-    /// The era that writes go to; in a split volume, that of the last write or an empty one behind it.
-    pub fn current_era(&self, volume: VolumeId) -> u32 {
-        let found = self.tables.volumes.get(&volume.0);
-        found.map_or(0, |volume| volume.era)
+    /// The era of the last write. A change that changed nothing has none of its own: its moment lies
+    /// behind this one, and before whatever is written next.
+    pub fn last_era(&self, volume: VolumeId) -> u32 {
+        let era = self.current_era(volume);
+        let split = self.splits.get(&volume.0);
+        match split.is_some_and(|split| !split.used) {
+            true => era.saturating_sub(1),
+            false => era,
+        }
     }
 
     /// Takes a snapshot of everything up to the end of an era that was split off.
@@ -87,6 +92,12 @@ impl<D: Disk> Engine<D> {
             split.used = false;
         }
         Ok(true)
+    }
+
+    /// The era that writes go to: in a split volume that of the last one, or an empty one behind it.
+    pub(super) fn current_era(&self, volume: VolumeId) -> u32 {
+        let found = self.tables.volumes.get(&volume.0);
+        found.map_or(0, |volume| volume.era)
     }
 
     /// The current era of a split volume has a write, in this group.

@@ -231,8 +231,8 @@ impl PageStore {
 
     /// The era of the last write of a volume whose writes have their own.
     #[must_use]
-    pub fn current_era(&self, volume: VolumeId) -> u32 {
-        self.inner.engine.borrow().current_era(volume)
+    pub fn last_era(&self, volume: VolumeId) -> u32 {
+        self.inner.engine.borrow().last_era(volume)
     }
 
     /// Takes a snapshot of everything up to the end of an era that was split off.
