@@ -314,16 +314,18 @@ async fn register(
         return Ok(());
     }
     let state = member.registry.barrier().await.map_err(unavailable)?;
-    let known = store.snapshots(volume);
     for (at, id) in snapshots.iter().enumerate() {
-        if !is_live(&state, volume, *id) || known.contains(id) {
-            continue;
-        }
         let found = state.snapshot(volume, *id).map(|record| record.state);
         if found == Some(SnapshotState::Pending) {
             wait_for_own_part(member, volume, *id).await;
         }
-        if snapshots[at..].iter().any(|later| known.contains(later)) {
+        // Asked for behind every wait: this server takes snapshots itself meanwhile.
+        let known = store.snapshots(volume);
+        if !is_live(&state, volume, *id) || known.contains(id) {
+            continue;
+        }
+        // Also one that the sender had not taken when it made its list: that one is later, too.
+        if known.iter().any(|known| !snapshots[..at].contains(known)) {
             return Err(unavailable(format!(
                 "snapshot {id} came late to this server"
             )));
