@@ -6,6 +6,8 @@
 //! are served, but no new change begins. When the last one has ended the store does its part, by one
 //! record of its log. So a change, or a span of changes over several owners, is before a rollback
 //! everywhere or after it everywhere.
+//! A span that was overtaken, because an owner that it had yet to reach was rolled back before, is let
+//! go by the others and is done again as a whole.
 //!
 //! It need not be durable at once: what the log loses in a power failure is its end, so with it is
 //! gone all that came later, and it is done again before the volume is served.
@@ -17,11 +19,11 @@ use super::owner::{Owner, VolumeState};
 use super::page_store::{Parent, StoreError};
 use super::router::RoutingTable;
 use crate::id::{Epoch, SnapshotId};
-use crate::limits::LINEAGE_RETRY_MS;
+use crate::limits::{FORWARD_DEADLINE_MS, LINEAGE_RETRY_MS};
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 use std::time::Duration;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 /// What the registry says about one volume.
 #[derive(Clone, Debug)]
@@ -102,8 +104,7 @@ impl Owner {
         let Some((table, lineage)) = pending else {
             return true;
         };
-        let is_done = self.is_done(state, &table, lineage);
-        if !is_done && !state.cut.is_quiet() {
+        if self.waits_for_rollback(state) && !state.cut.is_quiet() {
             return false;
         }
         if let Err(error) = self.carry_out(state, &table, lineage) {
@@ -116,12 +117,23 @@ impl Owner {
         true
     }
 
-    fn is_done(&self, state: &VolumeState, table: &RoutingTable, lineage: Option<Lineage>) -> bool {
-        let Some(lineage) = lineage else { return true };
-        let rolled_back = self.store.rolled_back(state.id);
-        let wanted = lineage.rollback.map_or(Epoch(0), |(_, epoch)| epoch);
-        let is_parent = self.store.parent(state.id) == lineage.parent;
-        is_parent && wanted <= rolled_back && rolled_back <= table.epoch
+    /// Whether the store is still to be rolled back.
+    fn waits_for_rollback(&self, state: &VolumeState) -> bool {
+        let pending = state.lineage.pending.borrow();
+        let lineage = pending.as_ref().and_then(|(_, lineage)| *lineage);
+        let rollback = lineage.and_then(|lineage| lineage.rollback);
+        rollback.is_some_and(|(_, epoch)| self.store.rolled_back(state.id) < epoch)
+    }
+
+    /// Whether a span that goes on at `epoch` elsewhere keeps this server from a rollback that came
+    /// with that epoch. The rollback takes back what the span has done here, so the span may be let
+    /// go, and must: it cannot go on here before that.
+    pub async fn is_overtaken(&self, state: &VolumeState, epoch: Epoch) -> bool {
+        let has_heard =
+            |owner: &Self| epoch <= state.table().epoch || owner.waits_for_rollback(state);
+        let deadline = Instant::now() + Duration::from_millis(FORWARD_DEADLINE_MS / 10);
+        self.await_tables(deadline, has_heard).await;
+        state.table().epoch < epoch && self.waits_for_rollback(state)
     }
 
     fn carry_out(

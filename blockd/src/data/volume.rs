@@ -389,12 +389,23 @@ impl Volume {
             match self.advance(&mut span, &mut local, io).await {
                 Ok(()) => return Ok(()),
                 Err(error) => {
-                    if span.give_back() {
+                    if span.give_back() || self.is_overtaken(&error).await {
+                        span.progress.lost(group.owner.me);
                         local = None;
                     }
                     retry.after(&group.owner, &self.state, error).await?;
                 }
             }
+        }
+    }
+
+    /// Whether a rollback of which another owner tells waits here for the gate of this span.
+    async fn is_overtaken(&self, error: &ForwardError) -> bool {
+        match error {
+            ForwardError::Data(DataError::Stale(epoch)) => {
+                self.group.owner.is_overtaken(&self.state, *epoch).await
+            }
+            _ => false,
         }
     }
 

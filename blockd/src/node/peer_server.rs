@@ -282,7 +282,7 @@ async fn execute(node: &Node, member: &Rc<Member>, spans: &Spans, request: &Fram
             Ok((0, encode_extents(&extents)))
         }
         Kind::Write | Kind::Zero => {
-            let span = span_of(spans, request)?;
+            let span = span_of(member, spans, request).await?;
             change(member, request, span.as_deref()).await?;
             Ok((0, Payload::default()))
         }
@@ -416,14 +416,23 @@ fn end_late_span(spans: &Spans, key: (VolumeId, u64), gate: &Rc<Executing>) {
 }
 
 /// The gate of the span that this part belongs to. A span that is not known, because its deadline
-/// passed or its connection was another one, must be begun again.
-fn span_of(spans: &Spans, request: &Frame) -> Result<Option<Rc<Executing>>, DataError> {
+/// passed, its connection was another one, or a rollback overtook it, must be begun again.
+async fn span_of(
+    member: &Member,
+    spans: &Spans,
+    request: &Frame,
+) -> Result<Option<Rc<Executing>>, DataError> {
     if request.flags & flags::SPAN == 0 {
         return Ok(None);
     }
-    let spans = spans.borrow();
-    let gate = spans.get(&(request.volume, request.aux));
-    match gate {
+    let key = (request.volume, request.aux);
+    let state = member.owner().volume(request.volume);
+    if let Some(state) = state.filter(|state| state.table().epoch < request.epoch)
+        && member.owner().is_overtaken(&state, request.epoch).await
+    {
+        spans.borrow_mut().remove(&key);
+    }
+    match spans.borrow().get(&key) {
         Some(Some(gate)) => Ok(Some(Rc::clone(gate))),
         _ => Err(DataError::Held),
     }

@@ -101,4 +101,20 @@ pub(crate) const SEEDS: &[(u64, &str)] = &[
         990_000_001_763,
         "a flush was held to a change that was not answered when it was called",
     ),
+    (
+        11_447_001_290,
+        "a TRIM of a hole shared its era with the next write, and a snapshot by stamp had both",
+    ),
+    (
+        990_000_014_301,
+        "a page move placed an abandoned snapshot behind later ones that its sender had not taken yet",
+    ),
+    (
+        995_000_005_292,
+        "a page move placed an abandoned snapshot behind later ones that its sender had not taken yet",
+    ),
+    (
+        990_000_002_960,
+        "a rollback and a change over several pages waited for each other for a minute",
+    ),
 ];
