@@ -216,7 +216,7 @@ async fn start(
     )?;
     let node = Rc::new(Node {
         hlc,
-        verifier: verifier(&state.boot_id(), &identity.unique_id),
+        verifier: verifier(&state.boot_id(), store.losses(), &identity.unique_id),
         identity: RefCell::new(identity),
         store,
         peers,
@@ -254,12 +254,13 @@ pub(super) fn peers(
 }
 
 /// The write verifier (promise 3, after NFSv3 COMMIT): an acknowledged write is in the page cache
-/// or on disk, so it is lost only if the machine stops. The verifier is one of the machine's boot.
-fn verifier(boot: &str, unique_id: &str) -> u64 {
-    let boot = if planted(Plant::KeepVerifier) {
-        ""
-    } else {
-        boot
+/// or on disk, so it is lost only if the machine stops, or the disk loses what it had taken. The
+/// verifier is one of the machine's boot and of the losses that the store has found.
+fn verifier(boot: &str, losses: u32, unique_id: &str) -> u64 {
+    let boot = match losses {
+        _ if planted(Plant::KeepVerifier) => String::new(),
+        0 => boot.to_owned(),
+        _ => format!("{boot}{losses}"),
     };
     let crc = |text: &str| u64::from(crc32fast::hash(text.as_bytes()));
     crc(&format!("{boot}{unique_id}")) << 32 | crc(&format!("{unique_id}{boot}"))

@@ -117,4 +117,8 @@ pub(crate) const SEEDS: &[(u64, &str)] = &[
         990_000_002_960,
         "a rollback and a change over several pages waited for each other for a minute",
     ),
+    (
+        997_000_000_448,
+        "a killed server cut its log where the disk had lost a write, and no client heard of it",
+    ),
 ];

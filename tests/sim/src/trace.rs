@@ -194,6 +194,12 @@ fn executed(numbers: &BTreeMap<&'static str, u64>) {
         (number("volume"), number("page"), number("epoch")),
         number("node"),
     );
+    say(|| {
+        format!(
+            "node {node} changes volume {} page {} in epoch {}",
+            key.0, key.1, key.2
+        )
+    });
     let before = TRACE.with(|trace| trace.executed.borrow_mut().insert(key, node));
     if before.is_some_and(|before| before != node) {
         problem(format!(

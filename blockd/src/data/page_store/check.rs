@@ -337,7 +337,7 @@ impl<D: Disk + ?Sized> Check<'_, D> {
             return complete;
         }
         let end = chain.end.lsn;
-        match redo(self.disk, superblock, chain, tables) {
+        match redo(self.disk, superblock, &chain, tables) {
             Ok((head, _)) => {
                 self.summary.torn_tail = head.lsn < end;
                 free_unowned(tables, head.lsn);

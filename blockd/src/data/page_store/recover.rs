@@ -5,7 +5,11 @@
 //! Where the chain ends the rest of the ring is searched for records that prove the missing one was
 //! durable: then it is corruption and the store stays closed. Otherwise the end is a torn tail.
 //! Then the records are executed. Up to `proven` the data is not looked at: reads verify it; nor is
-//! that of pointers up to the lsn that a mark calls synced in the slab. Beyond, the first record whose data does not verify was never flushed, nor was anything after it: cut.
+//! that of pointers up to the lsn that a mark calls synced in the slab. Beyond, the first record whose
+//! data does not verify was never flushed, nor was anything after it: cut.
+//!
+//! What was cut may have been acknowledged: the superblock counts that before the log goes on, as who
+//! was answered must hear of it also when the machine did not stop, but the disk lost a write.
 
 use super::catalog::{self, Catalog};
 use super::engine::Engine;
@@ -36,6 +40,13 @@ fn read_error(file: DiskFile) -> impl Fn(std::io::Error) -> StoreError {
     move |error| StoreError::read(file, error)
 }
 
+fn failed(action: &'static str, error: std::io::Error) -> StoreError {
+    StoreError::Failed {
+        action,
+        source: Arc::new(error),
+    }
+}
+
 fn corrupt(what: &'static str, detail: impl Into<String>) -> StoreError {
     StoreError::Corrupt {
         what,
@@ -47,7 +58,7 @@ impl<D: Disk> Engine<D> {
     /// Opens the store on a device; formats an empty one, for which `new_id` must be random.
     pub fn open(disk: Arc<D>, options: StoreOptions, new_id: u64) -> Result<Engine<D>, StoreError> {
         check_options(&options)?;
-        let superblock = match Superblock::read(&*disk)? {
+        let mut superblock = match Superblock::read(&*disk)? {
             Some(found) => found,
             None => format(&*disk, &options, new_id)?,
         };
@@ -59,7 +70,8 @@ impl<D: Disk> Engine<D> {
         let chain = Chain::walk(&*disk, &superblock)?;
         chain.check(&superblock)?;
         let proven = chain.proven;
-        let (head, last_pointer) = redo(&*disk, &superblock, chain, &mut tables)?;
+        let (head, last_pointer) = redo(&*disk, &superblock, &chain, &mut tables)?;
+        chain.cut(&*disk, &mut superblock, head)?;
         free_unowned(&mut tables, head.lsn);
         let log = Log {
             size_bytes: superblock.log_bytes,
@@ -80,13 +92,15 @@ impl<D: Disk> Engine<D> {
         Ok(engine)
     }
 
+    /// How often an opening of the store has found changes missing that may have been acknowledged.
+    pub fn losses(&self) -> u32 {
+        self.upkeep.superblock.losses
+    }
+
     /// Makes durable what was recovered, before anything is served from it.
     fn settle(&mut self) -> Result<(), StoreError> {
         let disk = self.disk();
-        let failed = |e| StoreError::Failed {
-            action: "sync after recovery",
-            source: Arc::new(e),
-        };
+        let failed = |e| failed("sync after recovery", e);
         disk.sync(DiskFile::Slab)
             .and_then(|()| disk.sync(DiskFile::Log))
             .map_err(failed)?;
@@ -286,6 +300,8 @@ pub(super) struct Chain {
     pub(super) end: LogPoint,
     /// The highest lsn known durable.
     pub(super) proven: u64,
+    /// Positions in the log of later records that do not hang together with these.
+    behind: Vec<u64>,
 }
 
 impl Chain {
@@ -311,14 +327,47 @@ impl Chain {
             };
             records.push((pos, record));
         }
+        let mut behind = Vec::new();
         if !superblock.clean || !records.is_empty() {
-            proven = proven.max(search_proof(disk, superblock, end)?);
+            proven = proven.max(search_behind(disk, superblock, end, &mut behind)?);
         }
         Ok(Chain {
             records,
             end,
             proven,
+            behind,
         })
+    }
+
+    /// The log ends at `head`. What else there is of records is wiped, so that it is never taken for
+    /// the log's, and a loss is noted before.
+    fn cut<D: Disk + ?Sized>(
+        &self,
+        disk: &D,
+        superblock: &mut Superblock,
+        head: LogPoint,
+    ) -> Result<(), StoreError> {
+        let kept = self.records.partition_point(|(_, r)| r.lsn <= head.lsn);
+        let cut = &self.records[kept..];
+        // Of a write that was broken off and never answered no more is there than its record, and
+        // a pointer is logged only when its data is there.
+        let may_be_answered = !self.behind.is_empty()
+            || 1 < cut.len()
+            || cut.iter().any(|(_, record)| is_pointer(&record.change));
+        if may_be_answered {
+            superblock.sequence += 1;
+            superblock.losses += 1;
+            superblock.clean = false;
+            let written = superblock.write(disk);
+            written.map_err(|e| failed("note of a loss", e))?;
+        }
+        let wiped = cut.iter().map(|(pos, _)| *pos);
+        for pos in wiped.chain(self.behind.iter().copied()) {
+            let nothing = [IoSlice::new(&[0; RECORD_ALIGN])];
+            disk.write_at(DiskFile::Log, pos % superblock.log_bytes, &nothing)
+                .map_err(|e| failed("cut of the log", e))?;
+        }
+        Ok(())
     }
 
     /// Fails if a record is missing that was durable.
@@ -336,11 +385,12 @@ impl Chain {
     }
 }
 
-/// Highest lsn that any record beyond the end of the chain says is durable.
-fn search_proof<D: Disk + ?Sized>(
+/// Looks for records beyond the end of the chain; gives the highest lsn that one says is durable.
+fn search_behind<D: Disk + ?Sized>(
     disk: &D,
     superblock: &Superblock,
     end: LogPoint,
+    behind: &mut Vec<u64>,
 ) -> Result<u64, StoreError> {
     let mut proven = 0;
     let mut buf = vec![0; SCAN_BYTES];
@@ -359,6 +409,7 @@ fn search_proof<D: Disk + ?Sized>(
                 && end.lsn < record.lsn
             {
                 proven = proven.max(record.durable);
+                behind.push(at);
             }
         }
         pos += len as u64;
@@ -370,7 +421,7 @@ fn search_proof<D: Disk + ?Sized>(
 pub(super) fn redo<D: Disk + ?Sized>(
     disk: &D,
     superblock: &Superblock,
-    chain: Chain,
+    chain: &Chain,
     tables: &mut Tables,
 ) -> Result<(LogPoint, u64), StoreError> {
     let Chain {
@@ -386,8 +437,8 @@ pub(super) fn redo<D: Disk + ?Sized>(
     let last = records.last().map_or(0, |(_, record)| record.lsn);
     for (pos, record) in records {
         let data_pos = pos % superblock.log_bytes + record.head_bytes as u64;
-        let is_pointer = matches!(record.change, Change::Pointer { .. });
-        let is_sure = record.lsn <= proven || (is_pointer && record.lsn <= in_slab);
+        let is_pointer = is_pointer(&record.change);
+        let is_sure = record.lsn <= *proven || (is_pointer && record.lsn <= in_slab);
         if !is_sure && !verifies(disk, &record.change, data_pos)? {
             break;
         }
@@ -415,6 +466,10 @@ pub(super) fn redo<D: Disk + ?Sized>(
     }
     tables.forget_redo_before(&allocated);
     Ok((head, last_pointer))
+}
+
+fn is_pointer(change: &Change) -> bool {
+    matches!(change, Change::Pointer { .. })
 }
 
 /// True if the data of a record is there: behind it in the log, or in the slab for pointers.

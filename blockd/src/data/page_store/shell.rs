@@ -206,6 +206,12 @@ impl PageStore {
         self.inner.flush().await
     }
 
+    /// How often an opening of the store has found changes missing that may have been acknowledged.
+    #[must_use]
+    pub fn losses(&self) -> u32 {
+        self.inner.engine.borrow().losses()
+    }
+
     /// True when a flush would have nothing to do.
     #[must_use]
     pub fn is_clean(&self) -> bool {

@@ -18,7 +18,8 @@
 //!     84    4  CRC-32 of the catalog
 //!     88    8  bytes of the catalog (file a for even checkpoints, b for odd ones)
 //!     96    8  digest of all meta pages
-//!    104   56  reserved, 0
+//!    104    4  how often an opening has found records missing that may have been acknowledged
+//!    108   52  reserved, 0
 //! ```
 //! Four copies of 4 KiB: even sequences are in copies 0 and 1, odd ones in 2 and 3, so that the pair
 //! in force is never written. The newest valid copy counts.
@@ -50,6 +51,7 @@ pub(super) struct Superblock {
     pub(super) catalog_crc: u32,
     pub(super) catalog_bytes: u64,
     pub(super) meta_digest: u64,
+    pub(super) losses: u32,
 }
 
 /// One of the four copies.
@@ -89,6 +91,7 @@ impl Superblock {
         put(&mut buf, 60, &u32::from(self.clean).to_le_bytes());
         put(&mut buf, 80, &self.slots.to_le_bytes());
         put(&mut buf, 84, &self.catalog_crc.to_le_bytes());
+        put(&mut buf, 104, &self.losses.to_le_bytes());
         let crc = crc32fast::hash(&buf[16..USED_BYTES]);
         put(&mut buf, 12, &crc.to_le_bytes());
         buf
@@ -127,6 +130,7 @@ impl Superblock {
             catalog_crc: u32_at(buf, 84),
             catalog_bytes: u64_at(buf, 88),
             meta_digest: u64_at(buf, 96),
+            losses: u32_at(buf, 104),
         }))
     }
 
@@ -196,6 +200,7 @@ mod tests {
             catalog_crc: 5,
             catalog_bytes: 6,
             meta_digest: 7,
+            losses: 0,
         }
     }
 
@@ -209,6 +214,17 @@ mod tests {
         );
         let older = include_bytes!("../../../tests/golden/superblock-v1.bin");
         assert_eq!(Superblock::decode(older).unwrap(), Some(sample(2)));
+    }
+
+    #[test]
+    fn losses_have_bytes_that_were_reserved() {
+        let lossy = Superblock {
+            losses: 8,
+            ..sample(2)
+        };
+        let bytes = lossy.encode();
+        assert_eq!(bytes[104..108], [8, 0, 0, 0]);
+        assert_eq!(Superblock::decode(&bytes).unwrap(), Some(lossy));
     }
 
     #[test]
