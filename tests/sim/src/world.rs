@@ -152,11 +152,15 @@ impl World {
         let tasks = slot.tasks.take();
         slot.server = Rc::default();
         slot.down_since = Some(Instant::now());
-        lock(&slot.medium).die(death);
+        let mut medium = lock(&slot.medium);
+        medium.die(death);
+        let damaged = medium.damaged;
+        drop(medium);
         drop(slots);
         drop(tasks);
         self.net.die(host, death != Death::Process);
-        if let Death::Power(_) = death {
+        // A start cuts the log also where a disk has damaged what was not flushed.
+        if death != Death::Process || damaged {
             let at = self.history.now();
             self.history
                 .losses
