@@ -354,3 +354,29 @@ fn lose(dir: &Path, byte: u8) {
         .for_each(|b| *b = 0);
     std::fs::write(&slab, bytes).unwrap();
 }
+
+/// After a rollback and without snapshots a chunk that is written again has one version as soon as
+/// the background has had its turn (seed 999000002899 of the simulator).
+#[test]
+fn a_chunk_that_is_written_again_after_a_rollback_has_one_version() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let store = open(dir.path());
+        write(&store, at(0, 0, 16_384), 1).await;
+        store.take_snapshot(VOLUME, SnapshotId(1)).unwrap();
+        write(&store, at(1, 0, 4096), 1).await;
+        store.take_snapshot(VOLUME, SnapshotId(2)).unwrap();
+        store.roll_back(VOLUME, SnapshotId(1), Epoch(4)).unwrap();
+        for snapshot in [1, 2] {
+            let dropped = store.delete_snapshot(VOLUME, SnapshotId(snapshot));
+            dropped.await.unwrap();
+        }
+        write(&store, at(0, 0, 4096), 2).await;
+        write(&store, at(0, 0, 16_384), 3).await;
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(store.volume_usage(VOLUME).allocated_bytes, 16_384);
+        assert_eq!(read(&store, at(0, 0, 16_384), None).await, [3; 16_384]);
+    });
+}

@@ -121,4 +121,12 @@ pub(crate) const SEEDS: &[(u64, &str)] = &[
         997_000_000_448,
         "a killed server cut its log where the disk had lost a write, and no client heard of it",
     ),
+    (
+        999_000_002_899,
+        "a write after a rollback left a version below it that no view showed and nobody freed",
+    ),
+    (
+        999_000_004_887,
+        "a write after a rollback left a version below it that no view showed and nobody freed",
+    ),
 ];

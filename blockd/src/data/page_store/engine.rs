@@ -19,6 +19,7 @@ use super::version::{GROUP_CHUNKS, bits, resolve};
 use super::volume::{Volume, group_at, group_key};
 use crate::id::{CHUNK_BYTES, SUB_BLOCK_BYTES, SnapshotId, VolumeId};
 use crate::io::disk::{Disk, DiskFile};
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
@@ -93,6 +94,8 @@ pub struct Engine<D> {
     pub(super) buffers: Buffers,
     /// Volumes in which each write has its own era.
     pub(super) splits: FastMap<u64, Split>,
+    /// Groups in which a write has left a version of another branch below it; see `note_turned`.
+    pub(super) turned: BTreeSet<(VolumeId, u64)>,
     /// Bytes copied up in each volume since the start.
     pub(super) copied_up: FastMap<u64, u64>,
     /// Bytes that may be allocated before the file system is asked again.
@@ -117,6 +120,7 @@ impl<D: Disk> Engine<D> {
             closed: false,
             buffers: Buffers::default(),
             splits: FastMap::default(),
+            turned: BTreeSet::new(),
             copied_up: FastMap::default(),
             headroom: 0,
         }

@@ -177,6 +177,7 @@ impl PageStore {
                 .await?;
         }
         self.inner.after_change();
+        self.sweep_turned();
         Ok(())
     }
 
@@ -198,6 +199,7 @@ impl PageStore {
             .attempt(|engine, fetched| engine.zero(at, epoch, fetched))
             .await?;
         self.inner.after_change();
+        self.sweep_turned();
         Ok(())
     }
 
@@ -288,6 +290,14 @@ impl PageStore {
         let store = self.clone();
         let swept = spawn_local(async move { store.sweep_groups(volume, groups).await });
         swept.await.unwrap_or(Err(StoreError::Closed))
+    }
+
+    /// Sweeps what writes have left behind a rollback, in the background.
+    fn sweep_turned(&self) {
+        for (volume, group) in self.inner.engine.borrow_mut().take_turned() {
+            let store = self.clone();
+            spawn_local(async move { store.sweep_groups(volume, vec![group]).await });
+        }
     }
 
     /// Goes on after an error, gives the first.

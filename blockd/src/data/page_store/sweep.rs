@@ -13,9 +13,10 @@ use super::record::{Change, ChunkAt, DataKind, RECORD_BYTES_MAX};
 use super::tree::{self, Node};
 use super::version::{ALL, Group, Version};
 use super::volume::{Volume, group_at};
-use super::write::CopyUp;
+use super::write::{CopyUp, group_of};
 use crate::id::VolumeId;
 use crate::io::disk::Disk;
+use std::collections::BTreeSet;
 
 /// What is to be done about a version that no view sees directly.
 pub(super) enum Todo<'a> {
@@ -39,6 +40,27 @@ fn is_up(newer: &Version, older: &Version) -> bool {
 }
 
 impl<D: Disk> Engine<D> {
+    /// A write goes to this chunk. Behind a rollback it leaves the version of the branch from which
+    /// the head came, for views of that branch. If there are none any more, no deletion will come
+    /// that frees it: the group is to be swept.
+    pub(super) fn note_turned(&mut self, at: ChunkAt) {
+        let Some(volume) = self.tables.volumes.get(&at.volume.0) else {
+            return;
+        };
+        let Some(turn) = volume.turns.last() else {
+            return;
+        };
+        let newest = volume.chunk(at.page, at.chunk).first();
+        if newest.is_some_and(|newest| newest.era < turn.era) {
+            self.turned.insert((at.volume, group_of(at)));
+        }
+    }
+
+    /// The groups that writes have left to be swept.
+    pub fn take_turned(&mut self) -> BTreeSet<(VolumeId, u64)> {
+        std::mem::take(&mut self.turned)
+    }
+
     /// Does the next thing that is to be done in a group; `Done(false)` says that there was none.
     pub fn sweep_group(
         &mut self,

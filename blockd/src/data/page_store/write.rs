@@ -50,7 +50,7 @@ struct Piece {
     end: u32,
 }
 
-fn group_of(at: ChunkAt) -> u64 {
+pub(super) fn group_of(at: ChunkAt) -> u64 {
     group_key(at.page, at.chunk / GROUP_CHUNKS)
 }
 
@@ -328,6 +328,7 @@ impl<D: Disk> Engine<D> {
         let (first, end) = (start / SUB_BLOCK_BYTES, stop.div_ceil(SUB_BLOCK_BYTES));
         for piece in pieces(at, first, end) {
             self.end_era(at.volume, group_of(piece.at));
+            self.note_turned(piece.at);
             if piece.is_whole(&plan.edges) {
                 self.log_placed(piece.at, epoch, placement)?;
                 continue;
@@ -485,6 +486,7 @@ impl<D: Disk> Engine<D> {
             self.log_copy_ups(&plan)?;
         }
         self.end_era(piece.at.volume, group_of(piece.at));
+        self.note_turned(piece.at);
         self.log_content(piece.at, 0, piece.mask(), epoch, [0; SUBS], &[])?;
         Ok(Step::Done(()))
     }
