@@ -56,7 +56,7 @@ pub(crate) struct Snap {
     pub shown: BTreeMap<(usize, u32), Tag>,
 }
 
-/// A node has lost power, or died with a disk that had damaged data: what was not flushed may be gone.
+/// A node has lost power, or has cut its log over damaged data: what was not flushed may be gone.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Loss {
     pub node: usize,

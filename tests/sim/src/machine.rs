@@ -279,6 +279,18 @@ impl Medium {
         *self.random() = random;
     }
 
+    /// How often the page store has found its log cut, by the newest of the four superblocks (their
+    /// byte table is in `page_store/superblock.rs`).
+    pub(crate) fn cuts(&self) -> u32 {
+        let count = |copy: u64| {
+            let mut bytes = [0; 4];
+            let file = &self.files[DiskFile::Super as usize];
+            read(&file.current, copy * PAGE_BYTES + 104, &mut bytes);
+            u32::from_le_bytes(bytes)
+        };
+        (0..4).map(count).max().unwrap_or_default()
+    }
+
     /// Inverts a bit of the slab, also of what is synced. False if the slab is empty.
     pub(crate) fn rot(&mut self) -> bool {
         let pages: Vec<u64> = self.files[DiskFile::Slab as usize]

@@ -172,6 +172,7 @@ async fn whole(world: Rc<World>, options: Options) -> Vec<String> {
         Ok(found) => found,
         Err(_) => vec!["the run does not come to its end".to_owned()],
     };
+    world.note_cuts();
     let owners = world.owners.borrow();
     found.extend(check::all(&world.history, &|volume, block| {
         let page = block / VOLUMES[volume].2;

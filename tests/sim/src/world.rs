@@ -38,6 +38,9 @@ pub(crate) struct Slot {
     refused: Rc<RefCell<Option<String>>>,
     paused_until: Option<Instant>,
     down_since: Option<Instant>,
+    /// Times that its log was found cut, and whether it has lost power since the last one.
+    cuts: u32,
+    lost_power: bool,
 }
 
 pub(crate) struct World {
@@ -72,6 +75,8 @@ impl World {
                 refused: Rc::default(),
                 paused_until: None,
                 down_since: None,
+                cuts: 0,
+                lost_power: false,
             }
         });
         Rc::new(Self {
@@ -141,6 +146,33 @@ impl World {
         self.reap(host);
     }
 
+    /// Notes the cuts of the last starts; before the history is judged.
+    pub(crate) fn note_cuts(&self) {
+        let mut slots = self.slots.borrow_mut();
+        let all = slots.iter_mut().enumerate();
+        all.for_each(|(host, slot)| self.note_cut(host, slot));
+    }
+
+    /// If the last start has cut the log, what was not flushed may be gone since then. That needs a
+    /// cause: power was lost, or the disk has damaged data.
+    fn note_cut(&self, host: usize, slot: &mut Slot) {
+        let medium = lock(&slot.medium);
+        if medium.cuts() <= slot.cuts {
+            return;
+        }
+        slot.cuts = medium.cuts();
+        trace::count("state: log cut at a start");
+        if !slot.lost_power && !medium.damaged {
+            trace::problem(format!("server {host} cut its log without a cause"));
+        }
+        slot.lost_power = false;
+        let starts = self.history.starts.borrow();
+        let last = starts.iter().rev().find(|(started, _)| *started == host);
+        let at = last.map_or(0, |(_, at)| *at);
+        let loss = Loss { node: host, at };
+        self.history.losses.borrow_mut().push(loss);
+    }
+
     /// Buries a server that has died.
     fn reap(&self, host: usize) {
         let mut slots = self.slots.borrow_mut();
@@ -152,15 +184,13 @@ impl World {
         let tasks = slot.tasks.take();
         slot.server = Rc::default();
         slot.down_since = Some(Instant::now());
-        let mut medium = lock(&slot.medium);
-        medium.die(death);
-        let damaged = medium.damaged;
-        drop(medium);
+        self.note_cut(host, slot);
+        slot.lost_power |= death != Death::Process;
+        lock(&slot.medium).die(death);
         drop(slots);
         drop(tasks);
         self.net.die(host, death != Death::Process);
-        // A start cuts the log also where a disk has damaged what was not flushed.
-        if death != Death::Process || damaged {
+        if let Death::Power(_) = death {
             let at = self.history.now();
             self.history
                 .losses
