@@ -94,7 +94,7 @@ pub struct Engine<D> {
     pub(super) buffers: Buffers,
     /// Volumes in which each write has its own era.
     pub(super) splits: FastMap<u64, Split>,
-    /// Groups in which a write has left a version of another branch below it; see `note_turned`.
+    /// Groups that may have versions of another branch that nobody frees; see `note_turned`.
     pub(super) turned: BTreeSet<(VolumeId, u64)>,
     /// Bytes copied up in each volume since the start.
     pub(super) copied_up: FastMap<u64, u64>,

@@ -558,6 +558,7 @@ impl PageStore {
             .attempt(|engine, _| engine.adopt_page(volume, page, epoch))
             .await?;
         self.inner.after_change();
+        self.sweep_turned();
         Ok(())
     }
 

@@ -374,7 +374,20 @@ impl<D: Disk> Engine<D> {
         page: PageNo,
         epoch: Epoch,
     ) -> Result<Step<()>, StoreError> {
+        self.note_adopted(volume, page);
         self.for_groups(volume, page, |at| Change::Adopt(at, epoch.0))
+    }
+
+    /// The sender of a page may have had versions of a branch that no view shows any more, and that
+    /// it had not swept yet: they are to be swept here.
+    fn note_adopted(&mut self, volume: VolumeId, page: PageNo) {
+        let found = self.tables.volumes.get(&volume.0);
+        let Some(found) = found.filter(|found| !found.turns.is_empty()) else {
+            return;
+        };
+        let keys = (0..PAGE_GROUPS).map(|group| group_key(page, group));
+        let keys = keys.filter(|key| found.groups.contains_key(key));
+        self.turned.extend(keys.map(|key| (volume, key)));
     }
 
     fn for_groups(
