@@ -165,7 +165,8 @@ impl World {
         if !slot.lost_power && !medium.damaged {
             trace::problem(format!("server {host} cut its log without a cause"));
         }
-        slot.lost_power = false;
+        // A start that ended before it had cut all is followed by one that finds the rest.
+        slot.lost_power &= slot.server.borrow().is_none();
         let starts = self.history.starts.borrow();
         let last = starts.iter().rev().find(|(started, _)| *started == host);
         let at = last.map_or(0, |(_, at)| *at);
@@ -181,10 +182,10 @@ impl World {
             return;
         };
         trace::say(|| format!("server {host} dies: {death:?}"));
+        self.note_cut(host, slot);
         let tasks = slot.tasks.take();
         slot.server = Rc::default();
         slot.down_since = Some(Instant::now());
-        self.note_cut(host, slot);
         slot.lost_power |= death != Death::Process;
         lock(&slot.medium).die(death);
         drop(slots);
