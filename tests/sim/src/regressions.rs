@@ -129,4 +129,8 @@ pub(crate) const SEEDS: &[(u64, &str)] = &[
         999_000_004_887,
         "a write after a rollback left a version below it that no view showed and nobody freed",
     ),
+    (
+        1_003_000_001_610,
+        "a start that died while it cut the log was taken for a cut without a cause",
+    ),
 ];
