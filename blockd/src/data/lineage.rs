@@ -9,8 +9,8 @@
 //! A span that was overtaken, because an owner that it had yet to reach was rolled back before, is let
 //! go by the others and is done again as a whole.
 //!
-//! It need not be durable at once: what the log loses in a power failure is its end, so with it is
-//! gone all that came later, and it is done again before the volume is served.
+//! It is durable before anybody is told that it is done: a server that lost it, and whose copy of the
+//! registry is older, would serve what was before.
 
 use super::cut::Width;
 use super::error::DataError;

@@ -89,6 +89,9 @@ pub(super) async fn answer(
 ) -> Result<(u16, Payload), DataError> {
     let volume = request.volume;
     settled(member, volume, request.epoch).await?;
+    // A rollback that was answered is never taken back: after a loss of power a store that is ahead
+    // of its copy of the registry serves nothing until that has been told.
+    member.owner().store.flush().await?;
     flatten_if_asked(member, volume);
     let status = LineageStatus {
         copied_up_bytes: member.owner().store.volume_usage(volume).copied_up_bytes,

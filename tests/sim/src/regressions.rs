@@ -133,4 +133,8 @@ pub(crate) const SEEDS: &[(u64, &str)] = &[
         1_003_000_001_610,
         "a start that died while it cut the log was taken for a cut without a cause",
     ),
+    (
+        1_003_000_005_157,
+        "a rollback was answered before it was durable, and after a loss of power what was before was served",
+    ),
 ];
