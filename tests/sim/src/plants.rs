@@ -30,12 +30,12 @@ pub(crate) const CAUGHT: &[(Plant, u64, u32)] = &[
     (Plant::FlushOneOwner, 10, ALL_FAULTS),
     (Plant::KeepPending, 8, ALL_FAULTS),
     (Plant::CutValidRecords, 2, ALL_FAULTS),
-    (Plant::TakenBeforeSync, 33, ALL_FAULTS),
+    (Plant::TakenBeforeSync, 106, ALL_FAULTS),
     (Plant::SkipSlabSync, 2, ALL_FAULTS),
     (Plant::ReuseFreedAtOnce, 8, ALL_FAULTS),
     (Plant::KeepVerifier, 9, ALL_FAULTS),
     (Plant::ReplayBackwards, 20, ALL_FAULTS),
-    (Plant::HoldForever, 146, ALL_FAULTS),
+    (Plant::HoldForever, 414, ALL_FAULTS),
     (Plant::EarlyCut, 40, ALL_FAULTS),
     (Plant::SkipEpochCheck, 6, ALL_FAULTS),
     (Plant::FlipBeforeTail, 130, ALL_FAULTS),
@@ -44,7 +44,7 @@ pub(crate) const CAUGHT: &[(Plant, u64, u32)] = &[
     (Plant::SlabBeforeLog, 100_848, DEATHS),
 ];
 /// A change of the program changes all runs: so many seeds from the named one on are tried.
-const TRIES: u64 = 200;
+const TRIES: u64 = 600;
 
 /// Every name that can be planted.
 pub(crate) fn names() -> impl Iterator<Item = (String, Plant)> {
