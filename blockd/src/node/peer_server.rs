@@ -426,8 +426,7 @@ async fn span_of(
         return Ok(None);
     }
     let key = (request.volume, request.aux);
-    let state = member.owner().volume(request.volume);
-    if let Some(state) = state.filter(|state| state.table().epoch < request.epoch)
+    if let Some(state) = member.owner().volume(request.volume)
         && member.owner().is_overtaken(&state, request.epoch).await
     {
         spans.borrow_mut().remove(&key);

@@ -385,8 +385,7 @@ impl<D: Disk> Engine<D> {
         let Some(found) = found.filter(|found| !found.turns.is_empty()) else {
             return;
         };
-        let keys = (0..PAGE_GROUPS).map(|group| group_key(page, group));
-        let keys = keys.filter(|key| found.groups.contains_key(key));
+        let keys = groups_of(found, page);
         self.turned.extend(keys.map(|key| (volume, key)));
     }
 
@@ -401,8 +400,7 @@ impl<D: Disk> Engine<D> {
         let Some(found) = found else {
             return Ok(Step::Done(()));
         };
-        let keys = (0..PAGE_GROUPS).map(|group| group_key(page, group));
-        let keys: Vec<u64> = keys.filter(|key| found.groups.contains_key(key)).collect();
+        let keys: Vec<u64> = groups_of(found, page).collect();
         if !self.has_room(64 * keys.len() as u64) {
             return Ok(Step::Full);
         }
@@ -424,6 +422,12 @@ impl<D: Disk> Engine<D> {
         self.commit(&Change::DropVolume(volume), &[])?;
         Ok(Step::Done(()))
     }
+}
+
+/// Keys of the groups of a page that are there.
+fn groups_of(volume: &Volume, page: PageNo) -> impl Iterator<Item = u64> {
+    let keys = (0..PAGE_GROUPS).map(move |group| group_key(page, group));
+    keys.filter(|key| volume.groups.contains_key(key))
 }
 
 /// The checksums of received data by sub-block, if they are those that its sender verified.
