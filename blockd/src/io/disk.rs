@@ -3,7 +3,7 @@
 //! Invariant for every implementation: a write is visible to later reads at once, and is on stable
 //! storage only after a later `sync` of its file has returned.
 
-use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags};
+use rustix::fs::{Advice, FallocateFlags, FlockOperation, Mode, OFlags};
 use rustix::io::{Errno, ReadWriteFlags};
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -68,6 +68,9 @@ pub trait Disk: Send + Sync {
     }
     /// Writes all parts one after the other from `pos` on.
     fn write_at(&self, file: DiskFile, pos: u64, parts: &[IoSlice<'_>]) -> io::Result<()>;
+    /// Says that the range will be written in pieces that are no whole blocks: what the device has of
+    /// it is wanted in memory. Waits for nothing.
+    fn will_write(&self, _file: DiskFile, _pos: u64, _len: u64) {}
     /// Makes all earlier writes to the file durable.
     fn sync(&self, file: DiskFile) -> io::Result<()>;
     /// Makes the range read as zeros and gives its space back to the file system.
@@ -259,6 +262,12 @@ impl Disk for FileDisk {
         Ok(())
     }
 
+    fn will_write(&self, file: DiskFile, pos: u64, len: u64) {
+        let len = std::num::NonZeroU64::new(len);
+        // Only a hint.
+        let _ = rustix::fs::fadvise(self.file(file), pos, len, Advice::WillNeed);
+    }
+
     fn sync(&self, file: DiskFile) -> io::Result<()> {
         self.file(file).sync_data()
     }
@@ -294,6 +303,10 @@ impl<D: Disk + ?Sized> Disk for std::sync::Arc<D> {
     fn write_at(&self, file: DiskFile, pos: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
         (**self).write_at(file, pos, parts)
     }
+    fn will_write(&self, file: DiskFile, pos: u64, len: u64) {
+        (**self).will_write(file, pos, len);
+    }
+
     fn sync(&self, file: DiskFile) -> io::Result<()> {
         (**self).sync(file)
     }

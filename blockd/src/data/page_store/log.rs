@@ -14,6 +14,8 @@ use std::io::{self, IoSlice};
 pub(super) const RESERVE_MARKS: u64 = 16 << 10;
 /// Bytes that only marks and snapshots may use: a snapshot cannot wait.
 pub(super) const RESERVE_SNAPSHOTS: u64 = 48 << 10;
+/// The disk hears this far ahead, and a step further, where records will be written.
+const AHEAD_BYTES: u64 = 512 << 10;
 
 /// A place in the log from which recovery can go on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -100,12 +102,24 @@ impl Log {
             *part = IoSlice::new(bytes);
         }
         disk.write_at(DiskFile::Log, file_pos, &parts[..=data.len()])?;
+        let before = self.head.pos;
         self.head = LogPoint {
             pos: self.head.pos + sizes(change).1 as u64,
             lsn,
             crc,
         };
         self.carried = self.durable;
+        self.look_ahead(disk, before);
         Ok(file_pos + head_len as u64)
+    }
+
+    /// Records are not whole blocks of the file system, which would read the block that the next one
+    /// touches first while the reactor waits.
+    fn look_ahead<D: Disk>(&self, disk: &D, before: u64) {
+        let step = self.head.pos / AHEAD_BYTES;
+        if step != before / AHEAD_BYTES {
+            let pos = (step + 2) * AHEAD_BYTES % self.size_bytes;
+            disk.will_write(DiskFile::Log, pos, AHEAD_BYTES);
+        }
     }
 }
