@@ -63,12 +63,18 @@ pub const SCHEDULE_RULES_MAX: usize = 8;
 pub const SCHEDULE_KEEP_MAX: u32 = 1000;
 /// Pages that change their owner together, at the most: thin ones cost nothing.
 pub const MOVE_BATCH_PAGES: u32 = 1 << 16;
-/// Bytes of data after which a batch of moving pages ends: a second or so of copying, so that a
-/// batch that must be copied again, or the memory of what changed in it, is little.
-pub const MOVE_BATCH_BYTES: u64 = 128 << 20;
+/// Bytes of data after which a batch of moving pages ends: those of a second at the move's rate, so
+/// that a batch that must be copied again is little; but enough that its few steps through the
+/// registry are a small part of its time.
+pub const MOVE_BATCH_MIN_BYTES: u64 = 32 << 20;
+pub const MOVE_BATCH_MAX_BYTES: u64 = 512 << 20;
 /// Bytes of data in one message of moving pages, and messages that wait for an answer.
-pub const MOVE_FRAME_BYTES: usize = 512 << 10;
-pub const MOVE_FRAMES_IN_FLIGHT: usize = 4;
+pub const MOVE_FRAME_BYTES: usize = 128 << 10;
+pub const MOVE_FRAMES_IN_FLIGHT: usize = 24;
+/// Chunks of moving pages that are read ahead of the message that is being filled.
+pub const MOVE_READS_AHEAD: usize = 4;
+/// Bytes of moving pages after which the new owner is told to make them durable.
+pub const MOVE_UNSETTLED_BYTES: usize = 64 << 20;
 /// Chunks that may be left to copy when changes are held: 16 MiB.
 pub const MOVE_TAIL_CHUNKS: usize = 256;
 /// Milliseconds for which changes are held before the flip is proposed.
@@ -81,9 +87,11 @@ pub const MOVE_SNAPSHOT_WAIT_MS: u64 = 100;
 pub const MOVE_RATE_MIN_BYTES: u64 = 1 << 20;
 /// Milliseconds over which the load of servers is sampled before they are evened out.
 pub const LOAD_SAMPLE_MS: u64 = 1_000;
-/// Milliseconds between two looks at the moves, and before a step that failed is tried again.
+/// Milliseconds between two looks at the moves, before a step that failed is tried again, and before
+/// one that something else overtook is.
 pub const MOVE_TICK_MS: u64 = 500;
 pub const MOVE_RETRY_MS: u64 = 1_000;
+pub const MOVE_AGAIN_MS: u64 = 50;
 /// Milliseconds after which a drained node's volume whose move failed is planned again.
 pub const DRAIN_RETRY_MS: u64 = 10_000;
 

@@ -23,7 +23,7 @@ const LOOK: Duration = Duration::from_millis(200);
 #[derive(Debug, Args)]
 pub(crate) struct MoveOptions {
     /// Copy so much a second at the most
-    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = parse_volume_size)]
+    #[arg(long, value_name = "SIZE", default_value = "100MiB", value_parser = parse_volume_size)]
     rate: u64,
     /// Return at once; `move list` and `node drain --list` show how far it is
     #[arg(long)]

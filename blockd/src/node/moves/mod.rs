@@ -30,7 +30,7 @@ use crate::io::environment::Environment;
 use crate::io::hlc::Hlc;
 use crate::io::link::Peers;
 use crate::io::state_dir::StateDir;
-use crate::limits::{MOVE_RETRY_MS, MOVE_TICK_MS};
+use crate::limits::{MOVE_AGAIN_MS, MOVE_RETRY_MS, MOVE_TICK_MS};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
@@ -292,21 +292,22 @@ fn look(member: &Rc<Member>, verifier: u64) {
     for volume in volumes {
         let member = Rc::clone(member);
         tokio::task::spawn_local(async move {
-            let taken = match take_steps(&member, verifier, volume).await {
+            let taken = take_steps(&member, verifier, volume).await;
+            let pause_ms = match &taken {
+                Ok(()) => 0,
                 Err(Trouble::Overtaken(why)) => {
                     tracing::info!(%volume, why, "a page move went another way");
-                    Ok(())
+                    MOVE_AGAIN_MS
                 }
-                taken => taken,
+                Err(error) => {
+                    tracing::warn!(%volume, %error, "a step of a page move failed");
+                    MOVE_RETRY_MS
+                }
             };
-            if let Err(error) = &taken {
-                tracing::warn!(%volume, %error, "a step of a page move failed");
-            }
-            let failed = taken.is_err();
-            member.moves.note(volume, taken.err());
-            if failed {
-                sleep(Duration::from_millis(MOVE_RETRY_MS)).await;
-            }
+            let trouble = taken.err();
+            let trouble = trouble.filter(|error| !matches!(error, Trouble::Overtaken(_)));
+            member.moves.note(volume, trouble);
+            sleep(Duration::from_millis(pause_ms)).await;
             member.moves.busy.borrow_mut().remove(&volume);
         });
     }

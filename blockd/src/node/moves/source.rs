@@ -20,17 +20,20 @@ use crate::data::page_store::Exported;
 use crate::id::{Epoch, NodeNo, PageNo, VolumeId};
 use crate::io::wire::Frame;
 use crate::limits::{
-    MOVE_BATCH_BYTES, MOVE_BATCH_PAGES, MOVE_FRAME_BYTES, MOVE_FRAMES_IN_FLIGHT, MOVE_HOLD_MAX_MS,
-    MOVE_TAIL_CHUNKS, MOVE_TURNS_MAX,
+    MOVE_BATCH_MAX_BYTES, MOVE_BATCH_MIN_BYTES, MOVE_BATCH_PAGES, MOVE_FRAME_BYTES,
+    MOVE_FRAMES_IN_FLIGHT, MOVE_HOLD_MAX_MS, MOVE_READS_AHEAD, MOVE_TAIL_CHUNKS, MOVE_TURNS_MAX,
+    MOVE_UNSETTLED_BYTES,
 };
 use crate::node::registry::UpdateError;
 use crate::node::{Member, fault};
 use crate::planted::{Plant, planted};
 use bytes::Bytes;
-use futures_util::stream::{FuturesUnordered, StreamExt};
+use futures_util::stream::{self, FuturesUnordered, StreamExt};
 use std::cell::Cell;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::time::Duration;
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 /// A batch that is being copied.
@@ -56,7 +59,16 @@ pub(super) async fn move_batch(
 ) -> Result<(), Trouble> {
     let _turn = member.moves.turn.acquire().await;
     let state = member.owner().volume(volume).ok_or(DataError::Gone)?;
-    let batch = sized(member, volume, next);
+    let registry = member.registry.state();
+    let newest = registry.volume(volume).map(|volume| volume.epoch);
+    if newest != Some(state.table().epoch) {
+        let text = "this server does not go by the newest routing table of the volume yet";
+        return Err(Trouble::Later(text.to_owned()));
+    }
+    let rate_bytes = registry
+        .page_move(volume)
+        .map_or(0, |record| record.rate_bytes);
+    let batch = sized(member, volume, next, rate_bytes);
     member
         .moves
         .mark(volume, Some(batch.first_page..batch.end()))
@@ -91,15 +103,16 @@ pub(super) async fn move_batch(
     copied
 }
 
-/// As many of the pages as one batch is to have, by their number and their data.
-fn sized(member: &Member, volume: VolumeId, next: MoveBatch) -> MoveBatch {
+/// As many of the pages as one batch is to have, by their number, their data and the rate.
+fn sized(member: &Member, volume: VolumeId, next: MoveBatch, rate_bytes: u64) -> MoveBatch {
+    let most_bytes = rate_bytes.clamp(MOVE_BATCH_MIN_BYTES, MOVE_BATCH_MAX_BYTES);
     let held = member.owner().store.shown_pages(volume);
     let most = next.page_count.min(MOVE_BATCH_PAGES);
     let mut bytes = 0;
     let range = PageNo(next.first_page)..PageNo(next.first_page.saturating_add(most));
     for (page, page_bytes) in held.range(range) {
         bytes += page_bytes;
-        if bytes > MOVE_BATCH_BYTES {
+        if bytes > most_bytes {
             let page_count = (page.0 - next.first_page).max(1);
             return MoveBatch { page_count, ..next };
         }
@@ -221,7 +234,7 @@ impl Copying<'_> {
             self.order(MoveOrder::Seal { snapshots }).await
         };
         // What was sent is not given up: a message that is still under way could overtake a later one.
-        let mut sealing = std::pin::pin!(sealing);
+        let mut sealing = pin!(sealing);
         let in_time = tokio::select! {
             sealed = &mut sealing => sealed.map(|()| true)?,
             () = sleep_until(deadline) => {
@@ -290,40 +303,39 @@ impl Copying<'_> {
         chunks: impl IntoIterator<Item = ChunkNo>,
         at_pace: bool,
     ) -> Result<(), Trouble> {
-        let mut sending = FuturesUnordered::new();
-        let mut parcel = Parcel::default();
-        for at in chunks {
-            let mut exported = self.export(at, None).await?;
+        let mut sending = Sending::default();
+        let (mut parcel, mut unsettled) = (Parcel::default(), 0);
+        let ahead = stream::iter(chunks).map(|at| async move { (at, self.export(at, None).await) });
+        let mut ahead = pin!(ahead.buffered(MOVE_READS_AHEAD));
+        while let Some((at, exported)) = sending.beside(ahead.next()).await? {
+            let mut exported = exported?;
+            sending.beside(yield_now()).await?;
             if !parcel.takes(&exported) {
-                sending.push(self.send(std::mem::take(&mut parcel)));
+                sending.add(self.send(std::mem::take(&mut parcel))).await?;
             }
             while let Some(next) = exported.next {
                 // A long chain goes piece by piece, none before the one in front of it.
                 parcel.add(exported);
-                sending.push(self.send(std::mem::take(&mut parcel)));
-                while let Some(sent) = sending.next().await {
-                    sent?;
-                }
+                sending.add(self.send(std::mem::take(&mut parcel))).await?;
+                sending.finish().await?;
                 exported = self.export(at, Some(next)).await?;
             }
             parcel.add(exported);
             if parcel.bytes >= MOVE_FRAME_BYTES {
+                unsettled += parcel.bytes;
                 if at_pace {
-                    self.pace.wait(parcel.bytes).await;
+                    sending.beside(self.pace.wait(parcel.bytes)).await?;
                 }
-                sending.push(self.send(std::mem::take(&mut parcel)));
+                sending.add(self.send(std::mem::take(&mut parcel))).await?;
             }
-            if sending.len() >= MOVE_FRAMES_IN_FLIGHT
-                && let Some(sent) = sending.next().await
-            {
-                sent?;
+            if at_pace && unsettled >= MOVE_UNSETTLED_BYTES {
+                // The new owner's device works meanwhile, and little is left for the seal.
+                sending.add(self.order(MoveOrder::Settle)).await?;
+                unsettled = 0;
             }
         }
-        sending.push(self.send(parcel));
-        while let Some(sent) = sending.next().await {
-            sent?;
-        }
-        Ok(())
+        sending.add(self.send(parcel)).await?;
+        sending.finish().await
     }
 
     async fn export(&self, at: ChunkNo, from: Option<u32>) -> Result<Exported, Trouble> {
@@ -375,6 +387,45 @@ impl Copying<'_> {
     }
 }
 
+/// Messages that wait for an answer.
+#[derive(Default)]
+struct Sending<'a>(FuturesUnordered<Pin<Box<dyn Future<Output = Result<(), Trouble>> + 'a>>>);
+
+impl<'a> Sending<'a> {
+    /// Sends one more; waits while there are too many.
+    async fn add(
+        &mut self,
+        message: impl Future<Output = Result<(), Trouble>> + 'a,
+    ) -> Result<(), Trouble> {
+        self.0.push(Box::pin(message));
+        while self.0.len() > MOVE_FRAMES_IN_FLIGHT
+            && let Some(sent) = self.0.next().await
+        {
+            sent?;
+        }
+        Ok(())
+    }
+
+    /// Waits for something while the messages go on.
+    async fn beside<T>(&mut self, wanted: impl Future<Output = T>) -> Result<T, Trouble> {
+        let mut wanted = pin!(wanted);
+        loop {
+            tokio::select! {
+                biased;
+                Some(sent) = self.0.next() => sent?,
+                found = &mut wanted => return Ok(found),
+            }
+        }
+    }
+
+    async fn finish(&mut self) -> Result<(), Trouble> {
+        while let Some(sent) = self.0.next().await {
+            sent?;
+        }
+        Ok(())
+    }
+}
+
 /// Chunks that travel in one message.
 #[derive(Default)]
 struct Parcel {
@@ -405,6 +456,8 @@ struct Pace {
 }
 
 impl Pace {
+    const BURST: Duration = Duration::from_millis(2);
+
     fn new(rate_bytes: u64) -> Self {
         Self {
             rate_bytes: rate_bytes.max(1),
@@ -417,7 +470,10 @@ impl Pace {
         let cost = Duration::from_secs_f64(bytes as f64 / self.rate_bytes as f64);
         let due = self.due.get().max(now);
         self.due.set(due + cost);
-        sleep_until(due).await;
+        // A timer is exact to a millisecond: what is due sooner does not wait for it.
+        if due.duration_since(now) > Self::BURST {
+            sleep_until(due).await;
+        }
     }
 }
 

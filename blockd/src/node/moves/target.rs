@@ -20,6 +20,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::sync::Notify;
+use tokio::task::yield_now;
 use tokio::time::sleep;
 
 /// A batch that moves to this server.
@@ -293,6 +294,8 @@ async fn take_in(member: &Member, request: &Frame) -> Result<(), DataError> {
         rest = behind;
         let store = &member.owner().store;
         store.take_in(volume, &head.snapshots, chunk, own).await?;
+        // The clients' requests come first.
+        yield_now().await;
     }
     drop(taking_in);
     Ok(())
