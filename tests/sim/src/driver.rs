@@ -36,9 +36,6 @@ struct Args {
     /// Kinds of faults that may happen, as a number with a bit for each.
     #[arg(long, default_value_t = ALL_FAULTS)]
     faults: u32,
-    /// Moves pages also in runs that roll back: one of some thousands shows that 4 KiB are not freed.
-    #[arg(long)]
-    both: bool,
     /// Plants a fault in the program: the run must fail.
     #[arg(long)]
     plant: Option<String>,
@@ -119,7 +116,6 @@ fn one(template: &[Medium], args: &Args, seed: u64, path: &std::path::Path) -> E
         seed,
         ops: args.ops,
         mask: args.faults,
-        both: args.both,
         log: true,
     };
     let outcome = attempt(template, options);
@@ -175,7 +171,6 @@ fn many(template: &[Medium], args: &Args, first: u64) -> Totals {
                             seed,
                             ops: args.ops,
                             mask: args.faults,
-                            both: args.both,
                             log: false,
                         }
                     }

@@ -137,4 +137,8 @@ pub(crate) const SEEDS: &[(u64, &str)] = &[
         1_003_000_005_157,
         "a rollback was answered before it was durable, and after a loss of power what was before was served",
     ),
+    (
+        20_005_188,
+        "a server whose store had failed began the same page move again and again without a pause",
+    ),
 ];

@@ -26,8 +26,6 @@ pub(crate) struct Options {
     pub ops: u64,
     /// A bit for each kind of fault that may happen.
     pub mask: u32,
-    /// Moves pages in runs that roll back, too.
-    pub both: bool,
     pub log: bool,
 }
 
@@ -136,8 +134,8 @@ async fn whole(world: Rc<World>, options: Options) -> Vec<String> {
         think_ms: [0, 4, 30][random.below(3) as usize],
         hot_blocks: [48, 256, 2048][random.below(3) as usize].max(256),
         cutting: Cell::new(0),
-        rollbacks: besides == 1 || besides == 3 && options.both,
-        moves: besides == 2 || besides == 3 && options.both,
+        rollbacks: besides & 1 != 0,
+        moves: besides & 2 != 0,
     });
     let lanes = random.between(1, 3);
     for number in 0..CLIENTS {
