@@ -1,6 +1,6 @@
 //! The page store: pages of many volumes, with snapshots, in one directory of one server.
 //!
-//! Read in this order: `types` and `shell` (what callers see), `version`, `line`, `volume` and `tables` (what
+//! Read in this order: `types` and `shell` (what callers see; `moving` and `runner` are parts of `shell`), `version`, `line`, `volume` and `tables` (what
 //! is stored), `record` and `log` (how a change is made), `engine`, `read`, `layers`, `place`, `write`, `tree`,
 //! `sweep`, `lineage`, `transfer` (requests), `maintain` (syncs, applying, checkpoints), `recover` (opening);
 //! `audit`, `check`, `scrub` (whether all is well), `image` (what a store that is not in use holds).
@@ -28,10 +28,12 @@ mod lineage;
 mod log;
 mod maintain;
 mod meta;
+mod moving;
 mod place;
 mod read;
 mod record;
 mod recover;
+mod runner;
 mod scrub;
 mod shell;
 mod slots;

@@ -4,13 +4,12 @@
 //! in the log. Two worker threads run the two lanes of jobs, two more the cold reads. One local
 //! task takes the outcomes. Nothing runs while the store is idle.
 
-use super::engine::{ColdRead, Engine, Fetched, Step};
+use super::engine::{Engine, Step};
 use super::error::StoreError;
-use super::history::History;
-use super::lanes::{Lanes, Outcome};
+use super::lanes::Lanes;
 use super::place::Placement;
-use super::scrub::{BadChunk, ChunkBuffer, Scrubbed, StoredChunk};
-use super::transfer::{Exported, MovedChunk};
+use super::runner::{Runner, StoreEngine, take_outcomes};
+use super::scrub::{Scrubbed, StoredChunk};
 use super::types::{
     PART_BYTES, PageAt, Parent, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage,
 };
@@ -20,11 +19,10 @@ use crate::io::disk::{Disk, FileDisk};
 use crate::planted::{Plant, planted};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::path::Path;
-use std::rc::{Rc, Weak};
+use std::rc::Rc;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
@@ -40,28 +38,12 @@ const SWEEP_TURN: usize = 16;
 const USAGE_TURN: usize = 64;
 /// Times that a scrub looks at a chunk that changes under it.
 const SCRUB_TRIES: usize = 8;
-/// Rounds of upkeep to wait for when there is no space.
-const SPACE_ROUNDS: u32 = 8;
 
 /// An open page store. Cheap to clone; for one thread. Must be opened and used within a tokio
 /// `LocalSet` (or local runtime) with time enabled.
 #[derive(Clone)]
 pub struct PageStore {
-    inner: Rc<Inner>,
-}
-
-type StoreEngine = Engine<Arc<dyn Disk>>;
-
-struct Inner {
-    engine: RefCell<StoreEngine>,
-    device: Device,
-    lanes: RefCell<Option<Lanes>>,
-    /// Some job has ended.
-    progress: Notify,
-    /// Lsn that flushes wait for.
-    flush_wanted: Cell<u64>,
-    timer_armed: Cell<bool>,
-    sync_interval: Duration,
+    pub(super) runner: Rc<Runner>,
 }
 
 impl PageStore {
@@ -97,7 +79,7 @@ impl PageStore {
         let (sender, receiver) = mpsc::unbounded_channel();
         let lanes = Lanes::start(&disk, device, &sender)
             .map_err(|error| failed("start worker threads", error))?;
-        let inner = Rc::new(Inner {
+        let runner = Rc::new(Runner {
             engine: RefCell::new(engine),
             device: device.clone(),
             lanes: RefCell::new(Some(lanes)),
@@ -106,15 +88,15 @@ impl PageStore {
             timer_armed: Cell::new(false),
             sync_interval,
         });
-        spawn_local(take_outcomes(Rc::downgrade(&inner), receiver));
-        let store = PageStore { inner };
+        spawn_local(take_outcomes(Rc::downgrade(&runner), receiver));
+        let store = PageStore { runner };
         store.resume();
         Ok(store)
     }
 
     /// Finishes deletions that a crash interrupted.
     fn resume(&self) {
-        let (groups, volumes) = self.inner.engine.borrow().unfinished();
+        let (groups, volumes) = self.runner.engine.borrow().unfinished();
         if groups.is_empty() && volumes.is_empty() {
             return;
         }
@@ -141,11 +123,11 @@ impl PageStore {
     ) -> Result<Vec<ReadPart>, StoreError> {
         let mut fetched = Vec::new();
         loop {
-            let step = self.inner.engine.borrow().read(at, snapshot, &fetched)?;
+            let step = self.runner.engine.borrow().read(at, snapshot, &fetched)?;
             match step {
                 Step::Done(parts) => return Ok(parts),
-                Step::Cold(reads) => fetched.extend(self.inner.fetch(reads).await?),
-                Step::Full => self.inner.wait_for_space().await?,
+                Step::Cold(reads) => fetched.extend(self.runner.fetch(reads).await?),
+                Step::Full => self.runner.wait_for_space().await?,
                 Step::More => tokio::task::yield_now().await,
             }
         }
@@ -168,15 +150,15 @@ impl PageStore {
                 .get(from..from + part.len_bytes as usize)
                 .unwrap_or(&[]);
             let mut placing = Placing {
-                inner: &self.inner,
+                runner: &self.runner,
                 placement: Placement::default(),
             };
             let placement = &mut placing.placement;
-            self.inner
+            self.runner
                 .attempt(|engine, fetched| engine.write(part, bytes, epoch, placement, fetched))
                 .await?;
         }
-        self.inner.after_change();
+        self.runner.after_change();
         self.sweep_turned();
         Ok(())
     }
@@ -195,52 +177,52 @@ impl PageStore {
             }
             return Ok(());
         }
-        self.inner
+        self.runner
             .attempt(|engine, fetched| engine.zero(at, epoch, fetched))
             .await?;
-        self.inner.after_change();
+        self.runner.after_change();
         self.sweep_turned();
         Ok(())
     }
 
     /// Everything acknowledged before the call is durable when it returns.
     pub async fn flush(&self) -> Result<(), StoreError> {
-        self.inner.flush().await
+        self.runner.flush().await
     }
 
     /// How often an opening of the store has found changes missing that may have been acknowledged.
     #[must_use]
     pub fn losses(&self) -> u32 {
-        self.inner.engine.borrow().losses()
+        self.runner.engine.borrow().losses()
     }
 
     /// True when a flush would have nothing to do.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        self.inner.engine.borrow().is_clean()
+        self.runner.engine.borrow().is_clean()
     }
 
     /// Takes a snapshot now: the point in time is this call. Flush afterwards to make it durable.
     pub fn take_snapshot(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<(), StoreError> {
-        self.inner
+        self.runner
             .engine
             .borrow_mut()
             .take_snapshot(volume, snapshot)?;
-        self.inner.after_change();
+        self.runner.after_change();
         Ok(())
     }
 
     /// From now on each write of the volume has its own era; see [`Engine::split_eras`].
     pub fn split_eras(&self, volume: VolumeId) -> Result<u32, StoreError> {
-        let before = self.inner.engine.borrow_mut().split_eras(volume)?;
-        self.inner.after_change();
+        let before = self.runner.engine.borrow_mut().split_eras(volume)?;
+        self.runner.after_change();
         Ok(before)
     }
 
     /// The era of the last write of a volume whose writes have their own.
     #[must_use]
     pub fn last_era(&self, volume: VolumeId) -> u32 {
-        self.inner.engine.borrow().last_era(volume)
+        self.runner.engine.borrow().last_era(volume)
     }
 
     /// Takes a snapshot of everything up to the end of an era that was split off.
@@ -250,10 +232,10 @@ impl PageStore {
         snapshot: SnapshotId,
         era: u32,
     ) -> Result<(), StoreError> {
-        let mut engine = self.inner.engine.borrow_mut();
+        let mut engine = self.runner.engine.borrow_mut();
         engine.take_snapshot_at(volume, snapshot, era)?;
         drop(engine);
-        self.inner.after_change();
+        self.runner.after_change();
         Ok(())
     }
 
@@ -262,7 +244,7 @@ impl PageStore {
         &self,
         volume: VolumeId,
     ) -> impl Future<Output = Result<(), StoreError>> + use<> {
-        let groups = self.inner.engine.borrow_mut().join_eras(volume);
+        let groups = self.runner.engine.borrow_mut().join_eras(volume);
         let store = self.clone();
         async move { store.sweep(volume, groups).await }
     }
@@ -274,10 +256,10 @@ impl PageStore {
         snapshot: SnapshotId,
     ) -> Result<(), StoreError> {
         let groups = self
-            .inner
+            .runner
             .attempt(|engine, _| engine.drop_snapshot(volume, snapshot))
             .await?;
-        self.inner.after_change();
+        self.runner.after_change();
         if planted(Plant::LeakSnapshot) {
             return Ok(());
         }
@@ -293,8 +275,8 @@ impl PageStore {
     }
 
     /// Sweeps what writes have left behind a rollback, in the background.
-    fn sweep_turned(&self) {
-        for (volume, group) in self.inner.engine.borrow_mut().take_turned() {
+    pub(super) fn sweep_turned(&self) {
+        for (volume, group) in self.runner.engine.borrow_mut().take_turned() {
             let store = self.clone();
             spawn_local(async move { store.sweep_groups(volume, vec![group]).await });
         }
@@ -306,7 +288,7 @@ impl PageStore {
         for (turn, key) in groups.into_iter().enumerate() {
             loop {
                 match self
-                    .inner
+                    .runner
                     .attempt(|engine, fetched| engine.sweep_group(volume, key, fetched))
                     .await
                 {
@@ -325,7 +307,7 @@ impl PageStore {
                 tokio::task::yield_now().await;
             }
         }
-        self.inner.after_change();
+        self.runner.after_change();
         if !left.is_empty() {
             self.sweep_later(volume, left);
         }
@@ -334,11 +316,11 @@ impl PageStore {
 
     /// What a full disk kept from being freed is freed when it has space again.
     fn sweep_later(&self, volume: VolumeId, groups: Vec<u64>) {
-        let weak = Rc::downgrade(&self.inner);
+        let weak = Rc::downgrade(&self.runner);
         spawn_local(async move {
             tokio::time::sleep(SWEEP_PAUSE).await;
-            if let Some(inner) = weak.upgrade() {
-                drop(PageStore { inner }.sweep(volume, groups).await);
+            if let Some(runner) = weak.upgrade() {
+                drop(PageStore { runner }.sweep(volume, groups).await);
             }
         });
     }
@@ -350,10 +332,10 @@ impl PageStore {
         snapshot: SnapshotId,
         epoch: Epoch,
     ) -> Result<(), StoreError> {
-        let mut engine = self.inner.engine.borrow_mut();
+        let mut engine = self.runner.engine.borrow_mut();
         let groups = engine.roll_back(volume, snapshot, epoch.0)?;
         drop(engine);
-        self.inner.after_change();
+        self.runner.after_change();
         if !groups.is_empty() {
             let store = self.clone();
             spawn_local(async move {
@@ -368,57 +350,57 @@ impl PageStore {
     /// Routing epoch of the last rollback of a volume; 0 if there was none.
     #[must_use]
     pub fn rolled_back(&self, volume: VolumeId) -> Epoch {
-        Epoch(self.inner.engine.borrow().rolled_back(volume))
+        Epoch(self.runner.engine.borrow().rolled_back(volume))
     }
 
     /// Makes a volume, which has nothing of its own yet, a clone of a snapshot; nothing if it is.
     pub fn clone_volume(&self, volume: VolumeId, parent: Parent) -> Result<(), StoreError> {
-        let mut engine = self.inner.engine.borrow_mut();
+        let mut engine = self.runner.engine.borrow_mut();
         engine.clone_volume(volume, parent)?;
         drop(engine);
-        self.inner.after_change();
+        self.runner.after_change();
         Ok(())
     }
 
     /// What a volume is a clone of.
     #[must_use]
     pub fn parent(&self, volume: VolumeId) -> Option<Parent> {
-        self.inner.engine.borrow().parent(volume)
+        self.runner.engine.borrow().parent(volume)
     }
 
     /// Ends the dependence of a clone on its parent; all that it needs must have been copied up.
     pub fn detach(&self, volume: VolumeId) -> Result<(), StoreError> {
-        self.inner.engine.borrow_mut().detach(volume)?;
-        self.inner.after_change();
+        self.runner.engine.borrow_mut().detach(volume)?;
+        self.runner.after_change();
         Ok(())
     }
 
     /// Clones in this store of a volume, or of one snapshot of it, in order.
     #[must_use]
     pub fn clones(&self, volume: VolumeId, snapshot: Option<SnapshotId>) -> Vec<VolumeId> {
-        self.inner.engine.borrow().clones(volume, snapshot)
+        self.runner.engine.borrow().clones(volume, snapshot)
     }
 
     /// Pages of which the parent of a clone holds data, in order.
     pub fn parent_pages(&self, volume: VolumeId) -> Result<Vec<PageNo>, StoreError> {
-        self.inner.engine.borrow().parent_pages(volume)
+        self.runner.engine.borrow().parent_pages(volume)
     }
 
     /// Copies up what a clone has of a page in its parent only, so that neither the clone nor a
     /// snapshot of it needs the parent's page any more; the bytes copied.
     pub async fn copy_up(&self, volume: VolumeId, page: PageNo) -> Result<u64, StoreError> {
-        let groups = self.inner.engine.borrow().parent_groups(volume, page);
+        let groups = self.runner.engine.borrow().parent_groups(volume, page);
         let mut copied = 0;
         for key in groups {
             loop {
                 let step = self
-                    .inner
+                    .runner
                     .attempt(|engine, fetched| engine.copy_up_group(volume, key, fetched));
                 match step.await? {
                     None => break,
                     Some(bytes) => copied += bytes,
                 }
-                self.inner.after_change();
+                self.runner.after_change();
                 tokio::task::yield_now().await;
             }
         }
@@ -428,13 +410,13 @@ impl PageStore {
     /// Snapshots of a volume, oldest first.
     #[must_use]
     pub fn snapshots(&self, volume: VolumeId) -> Vec<SnapshotId> {
-        self.inner.engine.borrow().snapshots(volume)
+        self.runner.engine.borrow().snapshots(volume)
     }
 
     /// Deletes a volume with all its snapshots and frees its space.
     pub async fn delete_volume(&self, volume: VolumeId) -> Result<(), StoreError> {
         let groups = self
-            .inner
+            .runner
             .attempt(|engine, _| engine.drop_volume(volume))
             .await?;
         let store = self.clone();
@@ -444,143 +426,21 @@ impl PageStore {
 
     async fn drop_groups(&self, volume: VolumeId, groups: Vec<u64>) -> Result<(), StoreError> {
         for (turn, key) in groups.into_iter().enumerate() {
-            self.inner
+            self.runner
                 .attempt(|engine, _| engine.drop_group(volume, key))
                 .await?;
             if turn % SWEEP_TURN == SWEEP_TURN - 1 {
                 tokio::task::yield_now().await;
             }
         }
-        self.inner.after_change();
-        Ok(())
-    }
-
-    /// Pages that hold versions, with the bytes of their data.
-    #[must_use]
-    pub fn held_pages(&self, volume: VolumeId) -> BTreeMap<PageNo, u64> {
-        self.inner.engine.borrow().held_pages(volume)
-    }
-
-    /// See [`Engine::shown_pages`].
-    #[must_use]
-    pub fn shown_pages(&self, volume: VolumeId) -> BTreeMap<PageNo, u64> {
-        self.inner.engine.borrow().shown_pages(volume)
-    }
-
-    /// See [`Engine::history`].
-    #[must_use]
-    pub fn history(&self, volume: VolumeId) -> History {
-        self.inner.engine.borrow().history(volume)
-    }
-
-    /// Gives a volume of which nothing is held here the history of another store.
-    pub async fn adopt_history(
-        &self,
-        volume: VolumeId,
-        history: &History,
-    ) -> Result<(), StoreError> {
-        self.inner
-            .attempt(|engine, _| engine.adopt_history(volume, history))
-            .await?;
-        self.inner.after_change();
-        Ok(())
-    }
-
-    /// See [`Engine::page_chunks`].
-    #[must_use]
-    pub fn page_chunks(&self, volume: VolumeId, page: PageNo) -> BTreeSet<u16> {
-        self.inner.engine.borrow().page_chunks(volume, page)
-    }
-
-    /// See [`Engine::export_chunk`].
-    pub async fn export_chunk(
-        &self,
-        volume: VolumeId,
-        at: (PageNo, u16),
-        from: Option<u32>,
-    ) -> Result<Exported, StoreError> {
-        let export = |engine: &mut Engine<_>, fetched: &[Fetched]| {
-            engine.export_chunk(volume, at, from, fetched)
-        };
-        self.inner.attempt(export).await
-    }
-
-    /// Takes in a piece of a chunk; `order` are the sender's snapshots, oldest first. The page
-    /// must not be served meanwhile.
-    pub async fn take_in(
-        &self,
-        volume: VolumeId,
-        order: &[SnapshotId],
-        moved: &MovedChunk,
-        mut data: &[u8],
-    ) -> Result<(), StoreError> {
-        let at @ (page, chunk) = (moved.page, moved.chunk);
-        if moved.is_first {
-            let dropped =
-                |engine: &mut Engine<_>, _: &[Fetched]| engine.drop_chunk(volume, page, chunk);
-            self.inner.attempt(dropped).await?;
-        }
-        for version in &moved.versions {
-            let (bytes, rest) = data.split_at(version.data_bytes().min(data.len()));
-            data = rest;
-            self.inner
-                .attempt(|engine, _| engine.take_in(volume, at, order, version, bytes))
-                .await?;
-        }
-        self.inner.after_change();
-        Ok(())
-    }
-
-    /// Frees a page with all its versions, if `wanted` still says so at that moment.
-    pub async fn drop_page(
-        &self,
-        volume: VolumeId,
-        page: PageNo,
-        wanted: impl Fn() -> bool,
-    ) -> Result<(), StoreError> {
-        let dropped = |engine: &mut Engine<_>, _: &[Fetched]| match wanted() {
-            true => engine.drop_page(volume, page),
-            false => Ok(Step::Done(())),
-        };
-        self.inner.attempt(dropped).await?;
-        self.inner.after_change();
-        Ok(())
-    }
-
-    /// Says that a page belongs to this server since an epoch, for a scan of all stores.
-    pub async fn adopt_page(
-        &self,
-        volume: VolumeId,
-        page: PageNo,
-        epoch: Epoch,
-    ) -> Result<(), StoreError> {
-        self.inner
-            .attempt(|engine, _| engine.adopt_page(volume, page, epoch))
-            .await?;
-        self.inner.after_change();
-        self.sweep_turned();
-        Ok(())
-    }
-
-    /// Forgets a volume of which nothing is held but names of snapshots, if `wanted` still says so.
-    pub async fn forget_empty_volume(
-        &self,
-        volume: VolumeId,
-        wanted: impl Fn() -> bool,
-    ) -> Result<(), StoreError> {
-        let forgot = |engine: &mut Engine<_>, _: &[Fetched]| match wanted() {
-            true => engine.forget_empty_volume(volume),
-            false => Ok(Step::Done(())),
-        };
-        self.inner.attempt(forgot).await?;
-        self.inner.after_change();
+        self.runner.after_change();
         Ok(())
     }
 
     /// Volumes that have data or snapshots here, in order.
     #[must_use]
     pub fn volumes(&self) -> Vec<VolumeId> {
-        self.inner.engine.borrow().volumes()
+        self.runner.engine.borrow().volumes()
     }
 
     /// Runs of allocated and unallocated bytes, exact to 4 KiB, neighbours merged.
@@ -589,7 +449,7 @@ impl PageStore {
         at: PageAt,
         snapshot: Option<SnapshotId>,
     ) -> Result<Vec<(u32, bool)>, StoreError> {
-        self.inner.engine.borrow().extents(at, snapshot)
+        self.runner.engine.borrow().extents(at, snapshot)
     }
 
     /// In which layer each block was written, and whether it changed since a snapshot; see
@@ -600,13 +460,13 @@ impl PageStore {
         snapshot: Option<SnapshotId>,
         since: Option<SnapshotId>,
     ) -> Result<Vec<LayerRun>, StoreError> {
-        self.inner.engine.borrow().layers(at, snapshot, since)
+        self.runner.engine.borrow().layers(at, snapshot, since)
     }
 
     /// Space of a volume.
     #[must_use]
     pub fn volume_usage(&self, volume: VolumeId) -> VolumeUsage {
-        self.inner.engine.borrow().volume_usage(volume)
+        self.runner.engine.borrow().volume_usage(volume)
     }
 
     /// Space of one snapshot of a volume (`None`: of each), in the order of their eras. Looks at the
@@ -616,9 +476,9 @@ impl PageStore {
         volume: VolumeId,
         snapshot: Option<SnapshotId>,
     ) -> Result<Vec<(SnapshotId, SnapshotUsage)>, StoreError> {
-        let mut scan = self.inner.engine.borrow().begin_usages(volume, snapshot)?;
+        let mut scan = self.runner.engine.borrow().begin_usages(volume, snapshot)?;
         while self
-            .inner
+            .runner
             .engine
             .borrow()
             .count_usages(&mut scan, USAGE_TURN)
@@ -631,7 +491,7 @@ impl PageStore {
     /// Totals of the store.
     #[must_use]
     pub fn usage(&self) -> StoreUsage {
-        self.inner.engine.borrow().usage()
+        self.runner.engine.borrow().usage()
     }
 
     /// Pages of which a snapshot (`None`: the head) holds data, in order.
@@ -640,13 +500,13 @@ impl PageStore {
         volume: VolumeId,
         snapshot: Option<SnapshotId>,
     ) -> Result<Vec<PageNo>, StoreError> {
-        self.inner.engine.borrow().snapshot_pages(volume, snapshot)
+        self.runner.engine.borrow().snapshot_pages(volume, snapshot)
     }
 
     /// Highest epoch that wrote to each page held, in order: enough to rebuild a routing table.
     #[must_use]
     pub fn page_epochs(&self, volume: VolumeId) -> Vec<(PageNo, Epoch)> {
-        self.inner.engine.borrow().page_epochs(volume)
+        self.runner.engine.borrow().page_epochs(volume)
     }
 
     /// Verifies the next versions of a volume on the device, about so many bytes. Blocks nobody: the
@@ -657,15 +517,15 @@ impl PageStore {
         from: ScrubPosition,
         bytes_max: u64,
     ) -> Result<Scrubbed, StoreError> {
-        let inner = &self.inner;
-        let (mut batch, next) = inner.engine.borrow().scrub_batch(volume, from, bytes_max);
+        let runner = &self.runner;
+        let (mut batch, next) = runner.engine.borrow().scrub_batch(volume, from, bytes_max);
         let bytes = batch.iter().map(StoredChunk::len_bytes).sum();
         let mut damaged = Vec::new();
         let mut suspects: Vec<StoredChunk> = Vec::new();
         for _ in 0..SCRUB_TRIES {
-            let bad = inner.verify(std::mem::take(&mut batch)).await?;
+            let bad = runner.verify(std::mem::take(&mut batch)).await?;
             for bad in bad {
-                let judged = inner.engine.borrow().judge(&bad);
+                let judged = runner.engine.borrow().judge(&bad);
                 match judged {
                     Err(moved) => batch.push(moved),
                     Ok(ranges) if suspects.contains(bad.chunk()) => damaged.extend(ranges),
@@ -690,187 +550,32 @@ impl PageStore {
     /// Makes everything durable, writes a checkpoint and stops the worker threads. Writes fail with
     /// `Closed` from the call on; reads go on while handles live.
     pub async fn close(&self) -> Result<(), StoreError> {
-        let inner = &self.inner;
-        inner.engine.borrow_mut().stop_writes();
-        inner.flush().await?;
+        let runner = &self.runner;
+        runner.engine.borrow_mut().stop_writes();
+        runner.flush().await?;
         let is_idle = |engine: &StoreEngine| engine.is_applied() && !engine.is_checkpointing();
-        while !is_idle(&inner.engine.borrow()) {
-            inner.engine.borrow_mut().request_apply();
-            inner.wait_for_progress().await?;
+        while !is_idle(&runner.engine.borrow()) {
+            runner.engine.borrow_mut().request_apply();
+            runner.wait_for_progress().await?;
         }
-        inner.engine.borrow_mut().begin_close()?;
-        while inner.engine.borrow().is_checkpointing() {
-            inner.wait_for_progress().await?;
+        runner.engine.borrow_mut().begin_close()?;
+        while runner.engine.borrow().is_checkpointing() {
+            runner.wait_for_progress().await?;
         }
-        drop(inner.lanes.borrow_mut().take());
+        drop(runner.lanes.borrow_mut().take());
         Ok(())
     }
 }
 
 /// A write in the making: if it is dropped before it is logged, its slots are free again.
 struct Placing<'a> {
-    inner: &'a Inner,
+    runner: &'a Runner,
     placement: Placement,
 }
 
 impl Drop for Placing<'_> {
     fn drop(&mut self) {
-        let mut engine = self.inner.engine.borrow_mut();
+        let mut engine = self.runner.engine.borrow_mut();
         engine.give_up(&mut self.placement);
-    }
-}
-
-/// Takes what the worker threads have done until the store is gone.
-async fn take_outcomes(inner: Weak<Inner>, mut outcomes: mpsc::UnboundedReceiver<Outcome>) {
-    while let Some(outcome) = outcomes.recv().await {
-        let Some(inner) = inner.upgrade() else { return };
-        if let Err(error) = inner.engine.borrow_mut().finish(outcome) {
-            tracing::error!(%error, "the page store has stopped");
-        }
-        inner.kick();
-        inner.progress.notify_waiters();
-    }
-}
-
-impl Inner {
-    /// Those of the chunks that do not verify.
-    async fn verify(&self, chunks: Vec<StoredChunk>) -> Result<Vec<BadChunk>, StoreError> {
-        let disk = self.engine.borrow().disk();
-        let work = move || {
-            let mut buffer = ChunkBuffer::default();
-            let bad = chunks
-                .iter()
-                .filter_map(|chunk| chunk.verify(&*disk, &mut buffer));
-            bad.collect()
-        };
-        self.device.run(work).await.map_err(|_| StoreError::Closed)
-    }
-
-    /// Starts whatever can be started. An error is latched in the engine and met by the next request.
-    fn kick(&self) {
-        let lanes = self.lanes.borrow();
-        let Some(lanes) = lanes.as_ref() else { return };
-        let mut engine = self.engine.borrow_mut();
-        if let Ok(Some(job)) = engine.next_maintenance() {
-            lanes.send(job);
-        }
-        let wanted = engine.durable_lsn() < self.flush_wanted.get();
-        if let Ok(Some(job)) = engine.next_sync(wanted) {
-            lanes.send(job);
-        }
-    }
-
-    fn after_change(self: &Rc<Self>) {
-        self.kick();
-        if self.timer_armed.replace(true) {
-            return;
-        }
-        let (weak, interval) = (Rc::downgrade(self), self.sync_interval);
-        spawn_local(async move {
-            tokio::time::sleep(interval).await;
-            let Some(inner) = weak.upgrade() else { return };
-            inner.timer_armed.set(false);
-            let mut engine = inner.engine.borrow_mut();
-            inner.flush_wanted.set(engine.last_lsn());
-            engine.request_apply();
-            drop(engine);
-            inner.kick();
-        });
-    }
-
-    async fn wait_for_progress(&self) -> Result<(), StoreError> {
-        let progress = self.progress.notified();
-        self.kick();
-        self.check_running()?;
-        progress.await;
-        Ok(())
-    }
-
-    /// Fails if no progress is to be expected.
-    fn check_running(&self) -> Result<(), StoreError> {
-        let engine = self.engine.borrow();
-        match engine.failure() {
-            Some(error) => Err(error),
-            None if engine.is_stalled() => Err(StoreError::NoSpace),
-            None => Ok(()),
-        }
-    }
-
-    async fn wait_for_space(&self) -> Result<(), StoreError> {
-        let stalled = self.check_running();
-        {
-            let mut engine = self.engine.borrow_mut();
-            if stalled.is_err() {
-                engine.request_apply();
-            } else if !engine.is_checkpointing() {
-                engine.request_checkpoint();
-            }
-        }
-        stalled?;
-        self.wait_for_progress().await
-    }
-
-    async fn flush(&self) -> Result<(), StoreError> {
-        let (target, failure) = {
-            let engine = self.engine.borrow();
-            (engine.last_lsn(), engine.failure())
-        };
-        if let Some(error) = failure {
-            return Err(error);
-        }
-        self.flush_wanted.set(self.flush_wanted.get().max(target));
-        while self.engine.borrow().durable_lsn() < target {
-            let progress = self.progress.notified();
-            self.kick();
-            if let Some(error) = self.engine.borrow().failure() {
-                return Err(error);
-            }
-            progress.await;
-        }
-        Ok(())
-    }
-
-    async fn fetch(&self, reads: Vec<ColdRead>) -> Result<Vec<Fetched>, StoreError> {
-        let pending = {
-            let lanes = self.lanes.borrow();
-            let lanes = lanes.as_ref().ok_or(StoreError::Closed)?;
-            reads
-                .into_iter()
-                .map(|read| lanes.fetch(read))
-                .collect::<Vec<_>>()
-        };
-        let mut fetched = Vec::with_capacity(pending.len());
-        for one in pending {
-            fetched.push(one.await.map_err(|_| StoreError::Closed)??);
-        }
-        Ok(fetched)
-    }
-
-    /// Makes a request until it is done.
-    async fn attempt<T>(
-        &self,
-        mut request: impl FnMut(&mut StoreEngine, &[Fetched]) -> Result<Step<T>, StoreError>,
-    ) -> Result<T, StoreError> {
-        let mut fetched = Vec::new();
-        let mut rounds = 0;
-        loop {
-            let step = request(&mut self.engine.borrow_mut(), &fetched);
-            match step {
-                Ok(Step::Done(answer)) => return Ok(answer),
-                Ok(Step::Cold(reads)) => fetched.extend(self.fetch(reads).await?),
-                Ok(Step::Full) => self.wait_for_space().await?,
-                Ok(Step::More) => tokio::task::yield_now().await,
-                Err(StoreError::NoSpace) if rounds < SPACE_ROUNDS && self.frees_are_pending() => {
-                    rounds += 1;
-                    self.engine.borrow_mut().request_apply();
-                    self.wait_for_progress().await?;
-                }
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    fn frees_are_pending(&self) -> bool {
-        0 < self.engine.borrow().pending_frees()
     }
 }
