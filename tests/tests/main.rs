@@ -78,6 +78,8 @@ mod settings;
 mod slow_disk;
 #[path = "system/snapshot_kills.rs"]
 mod snapshot_kills;
+#[path = "system/snapshot_steps.rs"]
+mod snapshot_steps;
 #[path = "system/snapshot_verbs.rs"]
 mod snapshot_verbs;
 #[path = "system/snapshots.rs"]

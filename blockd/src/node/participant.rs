@@ -9,7 +9,7 @@
 //! else runs. So what is parked is exactly what was executed behind the mark, and no part is made
 //! for a ticket that has expired.
 
-use super::Member;
+use super::{Member, fault};
 use crate::admin::HoldInfo;
 use crate::control::snapshot::{
     Answer, Gate, Order, Output, Participant, ParticipantEvent, Procedure, Run,
@@ -67,8 +67,15 @@ impl Participants {
         let carried_out = tokio::task::spawn_local(async move {
             let moved = ParticipantEvent::EpochChanged(state.table().epoch);
             this.carry_out(&state, moved).await;
+            if matches!(order, Order::Take { .. } | Order::TakeAt { .. }) {
+                fault::point("snapshot-taking");
+            }
             let event = ParticipantEvent::Order(ticket, order);
-            this.carry_out(&state, event).await
+            let answer = this.carry_out(&state, event).await;
+            if answer == Some(Answer::Taken) {
+                fault::point("snapshot-took");
+            }
+            answer
         });
         let answer = carried_out.await.unwrap_or(Some(Answer::Failed));
         // A repeated order has no answer before the first one has.

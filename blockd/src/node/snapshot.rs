@@ -3,7 +3,7 @@
 
 use super::admin::{catch_up, find_snapshot, no_volume, refused};
 use super::peer_server::SnapshotUsages;
-use super::{Member, Node};
+use super::{Member, Node, fault};
 use crate::admin::{
     AdminError, AdminErrorKind, AdminReply, SnapshotDetails, SnapshotInfo, SnapshotName,
 };
@@ -154,6 +154,7 @@ async fn coordinate(
     let now_ms = || u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     let mut running = FuturesUnordered::<LocalBoxFuture<'_, Option<CoordinatorEvent>>>::new();
     let mut actions: VecDeque<Action> = machine.step(now_ms(), CoordinatorEvent::Started).into();
+    let mut answers = Answers::default();
     loop {
         while let Some(action) = actions.pop_front() {
             match action {
@@ -181,7 +182,34 @@ async fn coordinate(
             Either::Right(_) => Some(CoordinatorEvent::Tick),
         };
         if let Some(event) = event {
+            answers.count(&event);
             actions.extend(machine.step(now_ms(), event));
+        }
+    }
+}
+
+/// What the coordinator has heard so far: behind each answer it may die in a test (S003-35).
+#[derive(Default)]
+struct Answers {
+    ready: u32,
+    taken: u32,
+}
+
+impl Answers {
+    fn count(&mut self, event: &CoordinatorEvent) {
+        match event {
+            CoordinatorEvent::Answer(_, Answer::Ready { .. } | Answer::ReadyAt { .. }) => {
+                self.ready += 1;
+                fault::point(&format!("snapshot-ready-{}", self.ready));
+            }
+            CoordinatorEvent::Answer(_, Answer::Taken) => {
+                self.taken += 1;
+                fault::point(&format!("snapshot-taken-{}", self.taken));
+            }
+            CoordinatorEvent::CommitDone(CommitResult::Committed) => {
+                fault::point("snapshot-committed");
+            }
+            _ => {}
         }
     }
 }

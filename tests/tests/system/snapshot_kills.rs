@@ -92,7 +92,7 @@ fn kill_during(procedure: Procedure, start: fn(&Cluster, [&'static str; 2]) -> L
     assert_eq!(cluster.holds_at(1), HoldsInfo::default());
 }
 
-fn start_snapshot(
+pub(crate) fn start_snapshot(
     cluster: &Cluster,
     coordinator: usize,
     name: &str,
@@ -114,7 +114,7 @@ fn start_snapshot(
 }
 
 /// Names of the snapshots; both volumes have the same ones, because they are taken together.
-fn listed(cluster: &Cluster) -> Vec<String> {
+pub(crate) fn listed(cluster: &Cluster) -> Vec<String> {
     let names = |volume| -> Vec<String> {
         cluster
             .snapshots(volume)
@@ -128,7 +128,7 @@ fn listed(cluster: &Cluster) -> Vec<String> {
 }
 
 /// One write to a page of each server through each server ends soon.
-fn writes_go_through(cluster: &Cluster, seed: u64) {
+pub(crate) fn writes_go_through(cluster: &Cluster, seed: u64) {
     for server in 0..3 {
         let mut connection = cluster.nbd(server, "v");
         for page in 40..43 {
