@@ -8,6 +8,7 @@ Usage: scripts/bench.sh [--quick] [--json FILE] [--rounds N] [--seconds N] [--on
                         [--parts A,B] [--dir DIR]
        scripts/bench.sh nbd [--rows A,B] [--rounds N] [--seconds N] [--size-mib N] [--dir DIR]
        scripts/bench.sh moves [--rounds N] [--size-mib N] [--dir DIR]
+       scripts/bench.sh grow [--rounds N] [--seconds N] [--size-mib N] [--dir DIR]
        scripts/bench.sh mount [--quick] [--rows A,B] [--only A,B] [--rounds N] [--many N] [--json FILE]
 
 Installs what is missing, builds release and compares over unix sockets with fio's nbd engine:
@@ -33,6 +34,9 @@ in turn (5 rounds of 2 s). --rows takes only the rows whose names contain one of
 With `moves` it measures page moves between two servers: their speed against a copy on the same disk,
 and the p99 of a client's writes during them against that beside them.
 
+With `grow` (as root) it lets a group grow from one server to four under writes, each held to a part of
+a core by a control group, and prints the requests a second with each number of servers.
+
 With `mount` (as root) it measures our own ext4 as a mount of a volume on one local server, against the
 kernel's ext4 on a loop file, fuse2fs and, for streams, NBD: small files, streams, fsyncs, a tree, a directory of --many
 entries (rows small, streams, fsyncs, tree, large).
@@ -49,10 +53,11 @@ done
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH="$HOME/.cargo/bin:$PATH:/usr/sbin:/sbin"
 "$root/scripts/deps.sh" build bench >&2
-if [ "${1:-}" = moves ]; then
+if [ "${1:-}" = moves ] || [ "${1:-}" = grow ]; then
+    part=$1
     shift
     cargo build --release --locked --quiet --manifest-path "$root/Cargo.toml" -p blockd
-    exec python3 -B "$root/scripts/bench_moves.py" --bin "${CARGO_TARGET_DIR:-$root/target}/release" \
+    exec python3 -B "$root/scripts/bench_$part.py" --bin "${CARGO_TARGET_DIR:-$root/target}/release" \
         --root "$root" "$@"
 fi
 if [ "${1:-}" = nbd ]; then

@@ -122,6 +122,8 @@ def clones(fio, server, settings):
         for number in range(TIMES):
             server.control("volume", "delete", f"{name}-clone{number}", "--force")
         server.control("volume", "delete", name, "--force")
+    for verb in ("clone", "rollback"):
+        result[f"{verb}_growth"] = result[f"full_{verb}_ms"] / result[f"less_{verb}_ms"]
     return result
 
 

@@ -154,13 +154,15 @@ def times(fio, server, settings):
 def procedures(fio, server, settings):
     """SNAPSHOTS snapshots of one and of three thin volumes of 1 TiB by each procedure, while the
     first one is written in blocks of 4 KiB at queue depth 32: at PACED_IOPS, which leaves the cores
-    some idle time, and by `barrier` also as fast as the servers go, when every step waits for a core."""
+    some idle time, and by `barrier` also as fast as the servers go, when every step waits for a core.
+    `nothing` is a command that takes no snapshot: what a process that starts costs the writes beside it."""
     volumes = ["wide", "wide2", "wide3"]
     for volume in volumes:
         server.control("volume", "create", volume, "--size", str(BIG_BYTES))
     result = {"notes": []}
     runs = [(name, count, PACED_IOPS) for name in ("barrier", "hold", "stamp") for count in (1, 3)]
-    for procedure, count, iops in runs + [("barrier", 1, None)]:
+    runs += [("nothing", 1, PACED_IOPS), ("nothing", 1, None), ("barrier", 1, None)]
+    for procedure, count, iops in runs:
         measured = by_procedure(fio, server, procedure, volumes[:count], iops)
         load = "paced" if iops else "flat_out"
         result.update({f"{procedure}{count}_{load}_{key}": v for key, v in measured.items()})
@@ -172,6 +174,9 @@ def procedures(fio, server, settings):
         )
     for volume in volumes:
         server.control("volume", "delete", volume, "--force")
+    for run in ("barrier1_paced", "barrier3_paced", "stamp1_paced", "barrier1_flat_out"):
+        nothing = "nothing1_flat_out" if run.endswith("flat_out") else "nothing1_paced"
+        result[f"{run}_own_ms"] = result[f"{run}_added_ms"] - result[f"{nothing}_added_ms"]
     return result
 
 
@@ -191,8 +196,10 @@ def by_procedure(fio, server, procedure, volumes, iops):
         for number in range(SNAPSHOTS):
             names = [f"{volume}@{run}-{number}" for volume in volumes]
             command = ["snapshot", "create", *names, "--procedure", procedure]
+            if procedure == "nothing":
+                command = ["version"]
             start = time.time()
-            took.append(server.control(*command)["took_ms"])
+            took.append(server.control(*command).get("took_ms", 0))
             windows.append((start * 1000, time.time() * 1000))
             time.sleep(0.2)
     finally:
