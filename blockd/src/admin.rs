@@ -460,8 +460,8 @@ pub struct HoldInfo {
     /// For people: what for, and what it does.
     pub reason: String,
     pub age_ms: u64,
-    /// Milliseconds until it ends by itself.
-    pub left_ms: u64,
+    /// Milliseconds until it ends by itself; `None`: it lasts until its owner ends it.
+    pub left_ms: Option<u64>,
     /// Requests that wait to begin, and those that are executed and wait to be answered.
     pub waiting: u32,
     pub parked: u32,

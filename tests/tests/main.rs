@@ -30,6 +30,8 @@ mod files_view;
 mod full_disk;
 #[path = "system/hostile_clients.rs"]
 mod hostile_clients;
+#[path = "system/holds.rs"]
+mod holds;
 #[path = "system/hostile_peers.rs"]
 mod hostile_peers;
 #[path = "system/kernel.rs"]

@@ -50,8 +50,8 @@ pub struct Lineage {
 #[derive(Default)]
 pub(super) struct LineageGate {
     pending: RefCell<Option<(RoutingTable, Option<Lineage>)>>,
-    /// A task waits for its turn.
-    waits: Cell<bool>,
+    /// Since when a task waits for its turn, and changes for it.
+    waits: Cell<Option<Instant>>,
     offline: RefCell<Option<Rc<str>>>,
 }
 
@@ -70,7 +70,29 @@ impl LineageGate {
     }
 }
 
+/// Changes that wait until the store is what a routing epoch wants it to be. They have no
+/// deadline: it ends with the changes that began before.
+#[derive(Clone, Copy, Debug)]
+pub struct LineageHold {
+    pub epoch: Epoch,
+    pub rollback: Option<SnapshotId>,
+    pub since: Instant,
+}
+
 impl VolumeState {
+    /// What keeps changes waiting for the store, if anything does.
+    #[must_use]
+    pub fn lineage_hold(&self) -> Option<LineageHold> {
+        let since = self.lineage.waits.get()?;
+        let pending = self.lineage.pending.borrow();
+        let (table, lineage) = pending.as_ref()?;
+        Some(LineageHold {
+            epoch: table.epoch,
+            rollback: lineage.and_then(|lineage| Some(lineage.rollback?.0)),
+            since,
+        })
+    }
+
     /// Whether the store has done everything that came with the newest routing table heard of.
     #[must_use]
     pub fn is_settled(&self) -> bool {
@@ -93,7 +115,8 @@ impl Owner {
             return;
         }
         state.cut.turn(true);
-        if !state.lineage.waits.replace(true) {
+        if state.lineage.waits.get().is_none() {
+            state.lineage.waits.set(Some(Instant::now()));
             tokio::task::spawn_local(settle_later(Rc::downgrade(self), Rc::clone(state)));
         }
     }
@@ -177,7 +200,7 @@ async fn settle_later(owner: Weak<Owner>, state: Rc<VolumeState>) {
             .volume(state.id)
             .is_some_and(|known| Rc::ptr_eq(&known, &state));
         if !is_known || owner.settle(&state) {
-            state.lineage.waits.set(false);
+            state.lineage.waits.set(None);
             return;
         }
         drop(owner);

@@ -55,7 +55,7 @@ impl Server {
             return Vec::new();
         };
         let holds = member.participant.holds(&member).into_iter();
-        let overdue = holds.filter(|hold| hold.left_ms == 0);
+        let overdue = holds.filter(|hold| hold.left_ms == Some(0));
         overdue.map(|hold| (hold.volume, hold.ticket)).collect()
     }
 }

@@ -1,12 +1,14 @@
 //! Rollbacks, clones and flattening on a server that owns pages: what its store must be, and the copying up.
 
 use super::Member;
+use crate::admin::HoldInfo;
 use crate::control::registry::routes::{self, owners};
 use crate::control::registry::{MoveRecord, RegistryState, VolumeRecord};
 use crate::data::error::DataError;
-use crate::data::lineage::Lineage;
+use crate::data::lineage::{Lineage, LineageHold};
+use crate::data::owner::VolumeState;
 use crate::data::page_store::{Parent, StoreError};
-use crate::id::{Epoch, NodeNo, VolumeId};
+use crate::id::{Epoch, NodeNo, TicketId, VolumeId};
 use crate::io::link::{decode_control, encode_control};
 use crate::io::wire::{Frame, Kind, Payload};
 use crate::limits::{FLATTEN_BYTES_PER_S, LINEAGE_CONFIRM_MS};
@@ -58,6 +60,36 @@ pub(super) fn of(state: &RegistryState, me: NodeNo, volume: &VolumeRecord) -> Op
         .filter(|rollback| owns && rollback.owners.contains(&me));
     let rollback = rollback.map(|rollback| (rollback.snapshot, rollback.epoch));
     (owns || gets).then_some(Lineage { parent, rollback })
+}
+
+/// What waits on this server until stores are what the registry wants them to be.
+pub(super) fn holds(member: &Member) -> Vec<HoldInfo> {
+    let state = member.registry.state();
+    let held = state.volumes().filter_map(|record| {
+        let volume = member.owner().volume(record.id)?;
+        let hold = volume.lineage_hold()?;
+        Some(hold_info(member, &volume, &hold))
+    });
+    held.collect()
+}
+
+/// The run that ends it is the routing epoch with which it came.
+fn hold_info(member: &Member, state: &VolumeState, hold: &LineageHold) -> HoldInfo {
+    let what = hold.rollback.map_or_else(
+        || format!("table {} of the volume", hold.epoch),
+        |snapshot| format!("rollback to snapshot {snapshot}"),
+    );
+    HoldInfo {
+        volume: state.id,
+        server: member.number(),
+        ticket: TicketId(hold.epoch.0.into()),
+        coordinator: member.number(),
+        reason: format!("{what}: changes wait until those that began before have ended"),
+        age_ms: u64::try_from(hold.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+        left_ms: None,
+        waiting: state.cut.waiting(),
+        parked: state.cut.parked(),
+    }
 }
 
 /// Waits until this server has done everything that came with the routing table of the epoch.

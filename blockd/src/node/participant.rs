@@ -311,7 +311,7 @@ impl Participants {
             coordinator: run.coordinator,
             reason: format!("snapshot {} by {}: {what}", run.snapshot, run.procedure),
             age_ms: now_ms.saturating_sub(run.begun_ms),
-            left_ms: run.deadline_ms.saturating_sub(now_ms),
+            left_ms: Some(run.deadline_ms.saturating_sub(now_ms)),
             waiting: state.cut.waiting(),
             parked: state.cut.parked(),
         }

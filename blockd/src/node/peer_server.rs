@@ -313,6 +313,7 @@ async fn execute(node: &Node, member: &Rc<Member>, spans: &Spans, request: &Fram
             let mut holds = member.participant.holds(member);
             holds.extend(member.moves.holds(member));
             Ok((0, encode_control(&holds)))
+            holds.extend(lineage::holds(member));
         }
         Kind::Load => Ok((0, encode_control(&owner.requests()))),
         Kind::MoveTrouble => Ok((0, encode_control(&member.moves.trouble(volume)))),

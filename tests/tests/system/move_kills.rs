@@ -10,12 +10,12 @@ use serde_json::Value;
 use std::thread::{sleep, spawn};
 use std::time::{Duration, Instant};
 
-fn moves(cluster: &Cluster, volume: &str) -> Value {
+pub(crate) fn moves(cluster: &Cluster, volume: &str) -> Value {
     let listed = cluster.blockctl(&format!("move list {volume} --json"));
     serde_json::from_str::<Value>(&listed).unwrap()[0].clone()
 }
 
-fn wait_phase(cluster: &Cluster, volume: &str, wanted: &str) -> Value {
+pub(crate) fn wait_phase(cluster: &Cluster, volume: &str, wanted: &str) -> Value {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let now = moves(cluster, volume);

@@ -28,7 +28,8 @@ pub(crate) fn holds_text(holds: &HoldsInfo) -> String {
             hold.server.to_string(),
             format!("{:016x} of server {}", hold.ticket.0, hold.coordinator),
             format!("{} ms", hold.age_ms),
-            format!("{} ms", hold.left_ms),
+            hold.left_ms
+                .map_or_else(|| "-".to_owned(), |ms| format!("{ms} ms")),
             hold.waiting.to_string(),
             hold.parked.to_string(),
             hold.reason.clone(),
@@ -63,7 +64,7 @@ mod tests {
             coordinator: NodeNo(1),
             reason: "snapshot 4 by hold: changes wait".to_owned(),
             age_ms: 7,
-            left_ms: 493,
+            left_ms: Some(493),
             waiting: 5,
             parked: 0,
         };

@@ -182,7 +182,7 @@ impl Moves {
             age_ms: ms(now.duration_since(held.since)),
             left_ms: held
                 .deadline
-                .map_or(0, |deadline| ms(deadline.saturating_duration_since(now))),
+                .map(|deadline| ms(deadline.saturating_duration_since(now))),
             waiting: member
                 .owner()
                 .volume(*volume)
