@@ -413,6 +413,8 @@ pub struct RollbackInfo {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotDetails {
     pub info: SnapshotInfo,
+    /// What it holds and the head does not share; `None` if an owner cannot be reached.
+    pub used_bytes: Option<u64>,
     pub protected: bool,
     pub offline: bool,
     /// Volumes that were cloned from it and need it.

@@ -137,6 +137,7 @@ fn a_snapshot_costs_what_changes_and_deleting_it_frees_exactly_that() {
             (usage.referenced_bytes, usage.unique_bytes),
             (1 << 20, 4096 + 65_536)
         );
+        assert_eq!(usage.used_bytes, usage.unique_bytes, "there is no other");
         assert!(
             read(&store, at(0, 0, 1 << 20), Some(SnapshotId(1)))
                 .await
@@ -157,6 +158,35 @@ fn a_snapshot_costs_what_changes_and_deleting_it_frees_exactly_that() {
         assert_eq!(store.snapshot_pages(VOLUME, None).unwrap(), [PageNo(0)]);
         store.delete_volume(VOLUME).await.unwrap();
         assert_eq!((store.volumes(), store.usage().slots_used), (Vec::new(), 0));
+    });
+}
+
+/// What two snapshots share, and the head has no more, each of them uses and neither has alone.
+#[test]
+fn used_is_what_the_head_does_not_share() {
+    const CHUNK: u32 = 65_536;
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let store = open(dir.path());
+        write(&store, at(0, 0, 4 * CHUNK), 1).await;
+        store.take_snapshot(VOLUME, SnapshotId(1)).unwrap();
+        write(&store, at(0, 0, CHUNK), 2).await;
+        store.take_snapshot(VOLUME, SnapshotId(2)).unwrap();
+        write(&store, at(0, 0, 2 * CHUNK), 3).await;
+        let zeroed = at(0, 2 * CHUNK, CHUNK);
+        store.zero(zeroed, false, Epoch(3)).await.unwrap();
+        let chunks = async |snapshot: Option<SnapshotId>| -> Vec<(u64, u64)> {
+            let usages = store.snapshot_usages(VOLUME, snapshot).await.unwrap();
+            let chunks = |bytes: u64| bytes / u64::from(CHUNK);
+            let of = usages.iter().map(|(_, usage)| usage);
+            of.map(|u| (chunks(u.used_bytes), chunks(u.unique_bytes)))
+                .collect()
+        };
+        assert_eq!(chunks(None).await, [(3, 1), (3, 1)]);
+        assert_eq!(chunks(Some(SnapshotId(1))).await, [(3, 1)]);
+        store.roll_back(VOLUME, SnapshotId(1), Epoch(4)).unwrap();
+        let used: Vec<u64> = chunks(None).await.iter().map(|(used, _)| *used).collect();
+        assert_eq!(used, [0, 1], "the head is the first one");
     });
 }
 

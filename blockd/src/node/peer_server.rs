@@ -8,6 +8,7 @@ use super::{Member, Node, admin, lineage, moves, scrub};
 use crate::data::cut::Executing;
 use crate::data::error::DataError;
 use crate::data::owner::Target;
+use crate::data::page_store::{PageAt, SnapshotUsage};
 use crate::id::{SnapshotId, Stamp, VolumeId};
 use crate::io::framed::{FrameStream, serve};
 use crate::io::link::{Hello, Welcome, decode_control, encode_control};
@@ -312,8 +313,8 @@ async fn execute(node: &Node, member: &Rc<Member>, spans: &Spans, request: &Fram
         Kind::Holds => {
             let mut holds = member.participant.holds(member);
             holds.extend(member.moves.holds(member));
-            Ok((0, encode_control(&holds)))
             holds.extend(lineage::holds(member));
+            Ok((0, encode_control(&holds)))
         }
         Kind::Load => Ok((0, encode_control(&owner.requests()))),
         Kind::MoveTrouble => Ok((0, encode_control(&member.moves.trouble(volume)))),
@@ -464,7 +465,7 @@ async fn drop_pages(member: &Member, request: &Frame) -> Executed {
             std::cmp::Ordering::Equal => request.offset_bytes.min(page_bytes),
             std::cmp::Ordering::Greater => 0,
         };
-        let at = crate::data::page_store::PageAt {
+        let at = PageAt {
             volume,
             page,
             offset_bytes,
@@ -482,15 +483,15 @@ fn unavailable(error: super::registry::RegistryError) -> DataError {
     DataError::Unavailable(error.to_string())
 }
 
-/// Every snapshot of a volume with the bytes that it shows, and those that only it holds.
-pub(crate) type SnapshotUsages = Vec<(SnapshotId, u64, u64)>;
+/// Every snapshot of a volume with the bytes that it shows, those that only it holds, and those that
+/// the head does not share.
+pub(crate) type SnapshotUsages = Vec<(SnapshotId, [u64; 3])>;
 
 async fn snapshot_usages(member: &Member, volume: VolumeId) -> Result<SnapshotUsages, DataError> {
     let usages = member.owner().store.snapshot_usages(volume, None).await?;
     let usages = usages.into_iter();
-    Ok(usages
-        .map(|(id, usage)| (id, usage.referenced_bytes, usage.unique_bytes))
-        .collect())
+    let bytes = |of: SnapshotUsage| [of.referenced_bytes, of.unique_bytes, of.used_bytes];
+    Ok(usages.map(|(id, usage)| (id, bytes(usage))).collect())
 }
 
 async fn usage(

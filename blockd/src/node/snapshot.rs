@@ -324,17 +324,13 @@ pub(super) async fn details(
         let usage = |node: &NodeNo| {
             let usages = usages.get(&(record.volume, *node))?.as_ref()?;
             let found = usages.iter().find(|(id, ..)| *id == record.id);
-            Some(found.map_or((0, 0), |(_, shown, unique)| (*shown, *unique)))
+            Some(found.map_or([0; 3], |(_, bytes)| *bytes))
         };
-        let usage: Option<Vec<(u64, u64)>> = record.owners.iter().map(usage).collect();
-        let sum = |of: fn(&(u64, u64)) -> u64| Some(usage.as_ref()?.iter().map(of).sum());
+        let usage: Option<Vec<[u64; 3]>> = record.owners.iter().map(usage).collect();
+        let sum = |of: usize| Some(usage.as_ref()?.iter().map(|bytes| bytes[of]).sum());
         Some(SnapshotDetails {
-            info: info_with(
-                &state,
-                record,
-                sum(|(shown, _)| *shown),
-                sum(|(_, own)| *own),
-            )?,
+            info: info_with(&state, record, sum(0), sum(1))?,
+            used_bytes: sum(2),
             protected: state.is_protected(record.volume, record.id),
             offline: state.is_offline(record.volume, Some(record.id)),
             clones: state.clones(record.volume, Some(record.id)),

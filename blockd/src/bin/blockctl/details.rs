@@ -57,11 +57,17 @@ pub(crate) fn volume_text(volume: &VolumeDetails, now_ms: u64) -> String {
 pub(crate) fn snapshot_json(snapshot: &SnapshotDetails) -> Value {
     let SnapshotDetails {
         info,
+        used_bytes,
         protected,
         offline,
         clones,
     } = snapshot;
-    let more = json!({"protected": protected, "offline": offline, "clones": clones});
+    let more = json!({
+        "used_bytes": used_bytes,
+        "protected": protected,
+        "offline": offline,
+        "clones": clones,
+    });
     beside(json!(info), more)
 }
 
@@ -71,6 +77,7 @@ pub(crate) fn snapshots_text(snapshots: &[SnapshotDetails], now_ms: u64) -> Stri
         vec![
             format!("{}@{}", info.volume, info.name),
             human_bytes(info.size_bytes),
+            bytes_or_unknown(snapshot.used_bytes),
             bytes_or_unknown(info.referenced_bytes),
             bytes_or_unknown(info.unique_bytes),
             ago(info.created_unix_ms, now_ms),
@@ -85,6 +92,7 @@ pub(crate) fn snapshots_text(snapshots: &[SnapshotDetails], now_ms: u64) -> Stri
     let header = [
         "SNAPSHOT",
         "SIZE",
+        "USED",
         "REFERENCED",
         "UNIQUE",
         "CREATED",
@@ -92,7 +100,7 @@ pub(crate) fn snapshots_text(snapshots: &[SnapshotDetails], now_ms: u64) -> Stri
         "OFF-LINE",
         "CLONES",
     ];
-    table(&header, &[1, 2, 3], rows)
+    table(&header, &[1, 2, 3, 4], rows)
 }
 
 pub(crate) fn rollback_text(rollback: &RollbackInfo) -> String {
@@ -119,4 +127,46 @@ pub(crate) fn rollback_text(rollback: &RollbackInfo) -> String {
         text += &format!("\nnode {nodes} did not answer; it follows before it serves the volume");
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use blockd::admin::SnapshotInfo;
+    use blockd::id::SnapshotId;
+
+    fn snapshot(used_bytes: Option<u64>) -> SnapshotDetails {
+        SnapshotDetails {
+            info: SnapshotInfo {
+                volume: "demo".to_owned(),
+                name: "monday".to_owned(),
+                id: SnapshotId(1),
+                size_bytes: 4 << 30,
+                created_unix_ms: 0,
+                referenced_bytes: Some(3 << 20),
+                unique_bytes: used_bytes.map(|_| 1 << 20),
+            },
+            used_bytes,
+            protected: true,
+            offline: false,
+            clones: vec!["test".to_owned(), "more".to_owned()],
+        }
+    }
+
+    /// A snapshot is listed with what it uses, references and has alone, and with its age.
+    #[test]
+    fn snapshots_are_listed_with_their_space_and_age() {
+        let day_ms = 24 * 3600 * 1000;
+        let text = snapshots_text(&[snapshot(Some(2 << 20)), snapshot(None)], 2 * day_ms);
+        let expected = [
+            "SNAPSHOT      SIZE   USED  REFERENCED  UNIQUE  CREATED  PROTECTED  OFF-LINE  CLONES",
+            "demo@monday  4 GiB  2 MiB       3 MiB   1 MiB  2 d ago  yes        -         test,more",
+            "demo@monday  4 GiB      ?       3 MiB       ?  2 d ago  yes        -         test,more",
+        ];
+        assert_eq!(text.lines().collect::<Vec<_>>(), expected);
+        assert_eq!(snapshot_json(&snapshot(None))["used_bytes"], Value::Null);
+        let json = snapshot_json(&snapshot(Some(5)));
+        assert_eq!(json["used_bytes"], 5);
+        assert_eq!(json["unique_bytes"], 1 << 20);
+    }
 }

@@ -142,6 +142,8 @@ pub struct SnapshotUsage {
     pub referenced_bytes: u64,
     /// Data bytes that deleting it would free.
     pub unique_bytes: u64,
+    /// Data bytes that it holds and the head does not share: with other snapshots, or alone.
+    pub used_bytes: u64,
 }
 
 /// Totals of the store.

@@ -7,11 +7,12 @@ use super::record::ChunkAt;
 use super::tables::Redo;
 use super::tree;
 use super::types::{SnapshotUsage, StoreUsage, VolumeUsage};
-use super::version::{ALL, GROUP_CHUNKS, Group, Version};
+use super::version::{ALL, GROUP_CHUNKS, Group, Version, resolve};
 use super::volume::{Volume, group_at};
 use crate::id::{Epoch, PageNo, SUB_BLOCK_BYTES, SnapshotId, VolumeId};
 use crate::io::disk::Disk;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 /// Memory of a hash table entry besides key and value.
 const ENTRY_OVERHEAD_BYTES: usize = 2;
@@ -68,7 +69,8 @@ impl<D: Disk> Engine<D> {
             volume,
             keys: view.map_or_else(Vec::new, |(found, _)| self.group_keys(found)),
             usages: vec![SnapshotUsage::default(); wanted.len()],
-            steps: vec![(0, 0); wanted.len() + 1],
+            shown: Steps::new(wanted.len()),
+            used: Steps::new(wanted.len()),
             wanted,
         })
     }
@@ -91,6 +93,7 @@ impl<D: Disk> Engine<D> {
                 let usage = self.usage_of_group(found, scan.volume, *era, *key);
                 scan.usages[index].referenced_bytes += usage.referenced_bytes;
                 scan.usages[index].unique_bytes += usage.unique_bytes;
+                scan.usages[index].used_bytes += usage.used_bytes;
             }
         }
         !keys.is_empty()
@@ -119,6 +122,7 @@ impl<D: Disk> Engine<D> {
                 usage.referenced_bytes += sub_bytes(shown(line, versions).count_ones());
             }
             usage.unique_bytes += sub_bytes(unique_subs(found, versions, era));
+            usage.used_bytes += sub_bytes(used_subs(found, versions, era));
         }
         usage
     }
@@ -205,8 +209,33 @@ pub struct UsageScan {
     /// Groups that are left.
     keys: Vec<u64>,
     usages: Vec<SnapshotUsage>,
-    /// Bytes by which what snapshots reference grows, and shrinks, from the one before to this one.
-    steps: Vec<(u64, u64)>,
+    /// What snapshots reference, and what of it the head does not share.
+    shown: Steps,
+    used: Steps,
+}
+
+/// Bytes by which a count grows, and shrinks, from the snapshot before to this one.
+#[derive(Debug)]
+struct Steps(Vec<(u64, u64)>);
+
+impl Steps {
+    fn new(snapshots: usize) -> Self {
+        Self(vec![(0, 0); snapshots + 1])
+    }
+
+    /// Counts these sub-blocks for each of the snapshots.
+    fn add(&mut self, seeing: &Range<usize>, subs: u16) {
+        self.0[seeing.start].0 += sub_bytes(subs.count_ones());
+        self.0[seeing.end].1 += sub_bytes(subs.count_ones());
+    }
+
+    /// The count of each snapshot.
+    fn counts(&self) -> impl Iterator<Item = u64> {
+        self.0.iter().scan(0, |count, (more, less)| {
+            *count = *count + more - less;
+            Some(*count)
+        })
+    }
 }
 
 impl UsageScan {
@@ -215,6 +244,7 @@ impl UsageScan {
     fn add_in_a_row(&mut self, versions: &[Version]) {
         let before = |era| self.wanted.partition_point(|(_, last)| *last < era);
         let mut shown = 0;
+        let mut replaced = replaced(versions);
         for (index, version) in versions.iter().enumerate().rev() {
             shown = version.data() | (shown & !version.present);
             let newer = index.checked_sub(1).map(|newer| &versions[newer]);
@@ -223,8 +253,8 @@ impl UsageScan {
                 newer.map_or(u32::MAX, |newer| newer.era),
             );
             let seeing = from..before(end).max(from);
-            self.steps[seeing.start].0 += sub_bytes(shown.count_ones());
-            self.steps[seeing.end].1 += sub_bytes(shown.count_ones());
+            self.shown.add(&seeing, shown);
+            self.used.add(&seeing, shown & replaced.pop().unwrap_or(0));
             if let (1, Some(newer)) = (seeing.len(), newer) {
                 let own = version.data() & newer.present;
                 self.usages[seeing.start].unique_bytes += sub_bytes(own.count_ones());
@@ -235,15 +265,37 @@ impl UsageScan {
     /// The snapshots in the order of their eras.
     #[must_use]
     pub fn finish(self) -> Vec<(SnapshotId, SnapshotUsage)> {
-        let mut shown_bytes = 0;
-        let counted = self.wanted.into_iter().zip(self.usages).zip(self.steps);
-        let counted = counted.map(|(((id, _), mut usage), (more, less))| {
-            shown_bytes = shown_bytes + more - less;
+        let in_a_row = self.shown.counts().zip(self.used.counts());
+        let counted = self.wanted.iter().zip(self.usages).zip(in_a_row);
+        let counted = counted.map(|(((id, _), mut usage), (shown_bytes, used_bytes))| {
             usage.referenced_bytes += shown_bytes;
-            (id, usage)
+            usage.used_bytes += used_bytes;
+            (*id, usage)
         });
         counted.collect()
     }
+}
+
+/// For each version, newest first, the sub-blocks that newer ones have of their own.
+fn replaced(versions: &[Version]) -> Vec<u16> {
+    let newer = versions.iter().scan(0, |newer, version| {
+        let replaced = *newer;
+        *newer |= version.present;
+        Some(replaced)
+    });
+    newer.collect()
+}
+
+/// Data sub-blocks that this snapshot reads from the volume's own versions, and the head does not.
+fn used_subs(volume: &Volume, versions: &[Version], era: u32) -> u32 {
+    let seen_by = |era| resolve(volume.line(era).of(versions), ALL);
+    let (seen, head) = (seen_by(era), seen_by(u32::MAX));
+    let is_used = |sub: &usize| {
+        let era = |found: Option<&Version>| found.map(|version| version.era);
+        let has_data = seen[*sub].is_some_and(|version| version.data() & 1 << sub != 0);
+        has_data && era(seen[*sub]) != era(head[*sub])
+    };
+    (0..seen.len()).filter(is_used).map(|_| 1).sum()
 }
 
 /// Data sub-blocks that a view of a chunk shows, of those that the versions decide.
