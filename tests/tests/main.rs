@@ -68,6 +68,8 @@ mod procedures;
 mod recoveries;
 #[path = "system/resizes.rs"]
 mod resizes;
+#[path = "system/readme.rs"]
+mod readme;
 #[path = "system/restart.rs"]
 mod restart;
 #[path = "system/routing.rs"]
