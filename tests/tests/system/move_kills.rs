@@ -73,7 +73,7 @@ fn a_death_at_any_step_is_recovered() {
         );
         let allocated = cluster.show("v").allocated_bytes.unwrap();
         assert_eq!(allocated, 17 * MIB, "{step}");
-        check_one_owner(&cluster, "v", allocated);
+        check_one_owner(&mut cluster, "v", allocated);
     }
 }
 
@@ -109,7 +109,7 @@ fn deaths_at_random_moments_lose_nothing() {
     let registers = clients.finish();
     check_everywhere(&cluster, "v", &registers);
     let allocated = cluster.show("v").allocated_bytes.unwrap();
-    check_one_owner(&cluster, "v", allocated);
+    check_one_owner(&mut cluster, "v", allocated);
 }
 
 /// S003-13: a group grows from one server to two to three under clients, which never notice; then a
