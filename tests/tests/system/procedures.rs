@@ -1,7 +1,7 @@
 //! A counter over two volumes, under fio and page moves, during many group snapshots by each procedure
 //! (S003-25, S003-34).
 
-use super::chains::{PAGE, PAGE_BLOCKS};
+use super::chains::{PAGE, PAGE_BLOCKS, Place, Writer, write_chain};
 use blockd::control::snapshot::Procedure;
 use blockd_tests::{Chain, Cluster, Progress, Tag, binary, try_run};
 use std::process::{Child, Command, Stdio};
@@ -220,6 +220,67 @@ fn never_is_b_ahead_of_a(procedure: Procedure, ways: Vec<[Way; 2]>) {
     counters
         .into_iter()
         .for_each(|counter| counter.thread.join().unwrap());
+}
+
+/// S003-25, S003-29: a group of three volumes, each with another owner and written through another server: a
+/// counter that goes from A over B to C is in order in every snapshot of the group, by each procedure.
+#[test]
+fn a_counter_over_three_volumes_is_in_order_in_every_snapshot() {
+    let cluster = Cluster::three();
+    let volumes = ["a", "b", "c"];
+    for (volume, owner) in volumes.into_iter().zip(1..) {
+        cluster.create_on(volume, PAGES * PAGE, PAGE_BLOCKS, &[owner]);
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    let places = |block: u64, server: fn(usize) -> usize| {
+        let place = |(step, volume)| Place {
+            volume,
+            offset: offset(block),
+            server: server(step),
+        };
+        volumes.into_iter().enumerate().map(place).collect()
+    };
+    let ways: [fn(usize) -> usize; 3] = [|step| step, |step| (step + 1) % 3, |_| 0];
+    let start = |(block, way)| write_chain(&cluster, places(block, way), &stop);
+    let writers: Vec<Writer> = (0..).zip(ways).map(start).collect();
+    let by_stamp = &writers[2..];
+    for procedure in [Procedure::Barrier, Procedure::Hold, Procedure::Stamp] {
+        // U-07: stamps are carried over one server.
+        let judged = match procedure {
+            Procedure::Stamp => by_stamp,
+            _ => &writers,
+        };
+        (0..rounds()).for_each(|round| check_group(&cluster, procedure, round, judged));
+    }
+    assert!(writers.iter().all(Writer::is_running));
+    stop.store(true, Ordering::Relaxed);
+    let written = writers.iter().map(|writer| writer.progress.acknowledged());
+    eprintln!("three volumes: {} dependent writes", written.sum::<u64>());
+    writers.into_iter().for_each(Writer::join);
+}
+
+/// One snapshot of the three volumes, which holds the first writes of each chain and no others.
+fn check_group(cluster: &Cluster, procedure: Procedure, round: u64, writers: &[Writer]) {
+    let server = usize::try_from(round % 3).unwrap();
+    let before: Vec<u64> = writers.iter().map(|w| w.progress.acknowledged()).collect();
+    let targets = ["a@s", "b@s", "c@s"];
+    cluster.snapshot_by(server, &targets, procedure).unwrap();
+    let after: Vec<u64> = writers.iter().map(|w| w.progress.issued()).collect();
+    let mut views = targets.map(|name| cluster.nbd((server + 1) % 3, name));
+    for (number, writer) in writers.iter().enumerate() {
+        let at = writer.places[0].offset;
+        let values = views.each_mut().map(|view| {
+            let data = view.read(at, 4096).unwrap();
+            Tag::read(&data).unwrap()
+        });
+        let chain = Chain { places: 3 };
+        let checked = chain.check(&values, before[number], after[number]);
+        checked.unwrap_or_else(|error| panic!("{procedure}, round {round}: {error}"));
+    }
+    drop(views);
+    targets
+        .iter()
+        .for_each(|name| cluster.delete_snapshot(name));
 }
 
 /// All ways from one volume to the other that there are: two servers, two connections of one
