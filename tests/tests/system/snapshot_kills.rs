@@ -4,9 +4,13 @@ use super::chains::{Load, PAGE, PAGE_BLOCKS};
 use blockd::admin::HoldsInfo;
 use blockd::control::snapshot::{Answer, Order, Preparation, Procedure};
 use blockd::id::{NodeNo, SnapshotId};
+use blockd::io::wire::{Frame, Kind, Status};
+use blockd::limits::SNAPSHOT_HOLD_MAX_MS;
 use blockd_tests::{Cluster, Peer, Random};
 use std::collections::BTreeMap;
-use std::thread::sleep;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
 const ROUNDS: usize = 16;
@@ -90,6 +94,87 @@ fn kill_during(procedure: Procedure, start: fn(&Cluster, [&'static str; 2]) -> L
     );
     cluster.snapshot_at(0, &["v@last", "w@last"]).unwrap();
     assert_eq!(cluster.holds_at(1), HoldsInfo::default());
+}
+
+/// What a hold may add to a request besides its bound: that much is another hold, which nothing could
+/// excuse. A loaded machine needs less for the timer and the way back.
+const SLACK: Duration = Duration::from_millis(SNAPSHOT_HOLD_MAX_MS);
+
+/// S003-28, U-08: the coordinator dies when the others are ready and have been told nothing more, under the
+/// bound that a server has if nobody says otherwise: no client waits longer than that.
+#[test]
+fn no_client_waits_longer_than_the_default_bound() {
+    let mut cluster = Cluster::three();
+    let volume = cluster.create_on("v", 64 * PAGE, PAGE_BLOCKS, &[]);
+    cluster.create_on("w", 64 * PAGE, PAGE_BLOCKS, &[]);
+    let writers = [1, 2].map(|server| EagerWriter::start(&cluster, server));
+    // An open span on the coordinator keeps it from being ready, and so from saying take.
+    let coordinator = Peer::connect(&cluster, 0);
+    let mut begin = Frame::request(Kind::SpanBegin, volume.id);
+    (begin.aux, begin.epoch) = (5, volume.epoch);
+    assert_eq!(coordinator.status(begin), Status::Ok);
+    let taking = start_snapshot(&cluster, 0, "s", Procedure::Hold);
+    wait_holding(&cluster, &[NodeNo(2), NodeNo(3)]);
+    cluster.servers[0].signal(rustix::process::Signal::KILL);
+    drop(coordinator);
+    cluster.servers[0].kill();
+    assert!(!taking.join().unwrap(), "taken by a dead coordinator");
+    let longest = writers.map(EagerWriter::finish);
+    eprintln!("snapshot kills: the longest waits {longest:?}");
+    let bound = Duration::from_millis(SNAPSHOT_HOLD_MAX_MS) + SLACK;
+    assert!(longest.iter().all(|took| *took < bound), "{longest:?}");
+    let holds = cluster.holds_at(1).holds;
+    assert!(holds.is_empty(), "{holds:?}");
+}
+
+/// Waits until each of these servers keeps a write of `v` waiting.
+fn wait_holding(cluster: &Cluster, servers: &[NodeNo]) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let holds = cluster.holds_at(1).holds;
+        let holding = |server: &NodeNo| {
+            let mut of_server = holds.iter().filter(|(_, hold)| hold.server == *server);
+            of_server.any(|(volume, hold)| volume == "v" && 0 < hold.waiting)
+        };
+        if servers.iter().all(holding) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{holds:?}");
+    }
+}
+
+/// Writes to pages of a server through it, one request after another.
+struct EagerWriter {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Duration>,
+}
+
+impl EagerWriter {
+    fn start(cluster: &Cluster, server: usize) -> Self {
+        let route = cluster.route(server, "v");
+        let number = u16::from(cluster.servers[server].number);
+        let run = route.runs.iter().find(|run| run.owner.0 == number);
+        let at = u64::from(run.unwrap().first_page) * PAGE;
+        let mut connection = cluster.nbd(server, "v");
+        let stop = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&stop);
+        let thread = spawn(move || {
+            let mut longest = Duration::ZERO;
+            while !ended.load(Ordering::Relaxed) {
+                let started = Instant::now();
+                connection.write(at, &[1; 512]).unwrap();
+                longest = longest.max(started.elapsed());
+            }
+            longest
+        });
+        Self { stop, thread }
+    }
+
+    /// Ends after the write that is being held; the longest time that one took.
+    fn finish(self) -> Duration {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
 }
 
 pub(crate) fn start_snapshot(
@@ -186,7 +271,6 @@ fn a_hold_is_listed_until_its_deadline() {
 #[test]
 fn a_coordinator_that_falls_silent_holds_nobody() {
     use blockd::io::link::{Hello, Link, decode_control, encode_control};
-    use blockd::io::wire::{Frame, Kind};
     let cluster = Cluster::three();
     let volume = cluster.create_on("v", 64 * PAGE, PAGE_BLOCKS, &[]);
     cluster.create_on("w", PAGE, PAGE_BLOCKS, &[]);
