@@ -1,12 +1,13 @@
 //! What a participant does between the orders of a coordinator, seen by its clients.
 
 use super::chains::{PAGE, PAGE_BLOCKS};
-use blockd::admin::{AdminRequest, HoldsInfo, SnapshotName, VolumeInfo};
+use blockd::admin::{AdminRequest, HoldInfo, HoldsInfo, SnapshotName, VolumeInfo};
 use blockd::control::snapshot::{Answer, Order, Preparation, Procedure};
 use blockd::id::{NodeNo, PageNo, SnapshotId, Stamp};
-use blockd::io::wire::{Frame, Kind, Status};
+use blockd::io::wire::{Frame, Kind, Status, flags};
 use blockd_tests::{Cluster, NbdConnection, Peer};
-use std::thread::sleep;
+use bytes::Bytes;
+use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
 /// How long these tickets last: much longer than a write takes on a busy machine.
@@ -18,7 +19,11 @@ const SNAPSHOT: SnapshotId = SnapshotId(1000);
 const COUNT_BITS: u32 = 16;
 
 fn prepare(volume: &VolumeInfo, procedure: Procedure) -> Order {
-    let hold_max_ms = u64::try_from(HOLD.as_millis()).unwrap();
+    prepare_for(HOLD, volume, procedure)
+}
+
+fn prepare_for(hold: Duration, volume: &VolumeInfo, procedure: Procedure) -> Order {
+    let hold_max_ms = u64::try_from(hold.as_millis()).unwrap();
     Order::PrepareBy(Preparation {
         procedure,
         coordinator: NodeNo(1),
@@ -77,6 +82,126 @@ fn what_waits_between_ready_and_take() {
         assert!(wrote < HOLD + AT_ONCE, "{procedure}: {wrote:?}");
         sleep(HOLD);
     }
+}
+
+/// Two requests of one server at the time of a snapshot: a span that arrived before `prepare` and is not
+/// executed yet, and writes of one block each that arrive after it.
+struct Arrivals<'a> {
+    cluster: &'a Cluster,
+    volume: &'a VolumeInfo,
+    peer: Peer<'a>,
+    at: u64,
+}
+
+impl<'a> Arrivals<'a> {
+    fn span(&self, kind: Kind) -> Frame {
+        let mut frame = Frame::request(kind, self.volume.id);
+        (frame.aux, frame.epoch) = (5, self.volume.epoch);
+        frame
+    }
+
+    fn before(cluster: &'a Cluster, volume: &'a VolumeInfo) -> Self {
+        let (peer, at) = (Peer::connect(cluster, 1), page_of(cluster, "v", 2));
+        let arrivals = Self {
+            cluster,
+            volume,
+            peer,
+            at,
+        };
+        let began = arrivals.peer.status(arrivals.span(Kind::SpanBegin));
+        assert_eq!(began, Status::Ok);
+        arrivals
+    }
+
+    /// The first block of the page is changed by the span, which ends.
+    fn execute(&self) {
+        let mut part = self.span(Kind::Write);
+        part.flags = flags::SPAN;
+        part.page = PageNo(u32::try_from(self.at / PAGE).unwrap());
+        (part.len_bytes, part.payload) = (512, Bytes::from(vec![7; 512]).into());
+        assert_eq!(self.peer.status(part), Status::Ok);
+        assert_eq!(self.peer.status(self.span(Kind::SpanEnd)), Status::Ok);
+    }
+
+    /// Writes to the other blocks, each through its own connection, that come after `prepare`.
+    fn after(&self) -> Vec<JoinHandle<()>> {
+        let write = |block: u64| {
+            let (mut writer, at) = (self.cluster.nbd(0, "v"), self.at + block * 4096);
+            spawn(move || writer.write(at, &[7; 4096]).unwrap())
+        };
+        (1..=LATER).map(write).collect()
+    }
+
+    /// The hold of this server, once it is as wanted.
+    fn hold(&self, is_wanted: impl Fn(&HoldInfo) -> bool) -> HoldInfo {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let holds = self.cluster.holds_at(1).holds;
+            if let Some((_, hold)) = holds.iter().find(|(_, hold)| is_wanted(hold)) {
+                return hold.clone();
+            }
+            assert!(Instant::now() < deadline, "{holds:?}");
+        }
+    }
+}
+
+/// Writes that come after `prepare`.
+const LATER: u64 = 3;
+
+/// S003-36, 37: what arrived before `prepare` and is not executed yet is executed before `ready`, and is in
+/// the snapshot. By `hold`, what arrives after it waits, is counted in `io holds` and in the answer, and
+/// is not in the snapshot; by `barrier` it is executed before the log is marked, and is in it. None of
+/// these is acknowledged between ready and take.
+#[test]
+fn what_arrived_before_prepare_is_in_and_what_waits_is_counted() {
+    let cluster = Cluster::three();
+    let volume = cluster.create_on("v", 64 * PAGE, PAGE_BLOCKS, &[]);
+    for (ticket, procedure) in [(1, Procedure::Hold), (2, Procedure::Barrier)] {
+        let is_held = procedure == Procedure::Hold;
+        let arrivals = Arrivals::before(&cluster, &volume);
+        let coordinator = Peer::connect(&cluster, 1);
+        let (ready, writers) = std::thread::scope(|scope| {
+            let (peer, id) = (&coordinator, volume.id);
+            let order = prepare_for(5 * HOLD, &volume, procedure);
+            let preparing = scope.spawn(move || peer.order(id, ticket, order));
+            arrivals.hold(|hold| hold.ticket.0 == ticket);
+            let mut writers = arrivals.after();
+            match is_held {
+                true => drop(arrivals.hold(|hold| u64::from(hold.waiting) == LATER)),
+                false => writers.drain(..).for_each(|writer| writer.join().unwrap()),
+            }
+            assert!(!preparing.is_finished(), "ready while a span is open");
+            arrivals.execute();
+            (preparing.join().unwrap(), writers)
+        });
+        let Answer::Ready { held, incarnation } = ready else {
+            panic!("{procedure}: {ready:?}");
+        };
+        let counted = if is_held { LATER } else { 0 };
+        assert_eq!(u64::from(held), counted, "{procedure}");
+        assert!(writers.iter().all(|writer| !writer.is_finished()));
+        let take = Order::Take { incarnation };
+        assert_eq!(coordinator.order(volume.id, ticket, take), Answer::Taken);
+        writers
+            .into_iter()
+            .for_each(|writer| writer.join().unwrap());
+        let shows = |block: u64| in_snapshot(&coordinator, &volume, arrivals.at + block * 4096);
+        let shown: Vec<bool> = (0..=LATER).map(shows).collect();
+        assert_eq!(shown, [true, !is_held, !is_held, !is_held], "{procedure}");
+        forget(&coordinator, &volume, arrivals.at);
+    }
+}
+
+/// Drops the part of the snapshot and makes zeros of what it had.
+fn forget(peer: &Peer, volume: &VolumeInfo, at: u64) {
+    let mut dropped = Frame::request(Kind::SnapshotDrop, volume.id);
+    (dropped.snapshot, dropped.epoch) = (SNAPSHOT, volume.epoch);
+    assert_eq!(peer.status(dropped), Status::Ok);
+    let mut zero = Frame::request(Kind::Zero, volume.id);
+    zero.epoch = volume.epoch;
+    zero.page = PageNo(u32::try_from(at / PAGE).unwrap());
+    zero.len_bytes = u32::try_from(PAGE).unwrap();
+    assert_eq!(peer.status(zero), Status::Ok);
 }
 
 /// What waits on all servers while the coordinator's own part of `v` is not ready: a request over
