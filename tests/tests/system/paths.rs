@@ -1,7 +1,9 @@
 //! The ways that requests take between client and servers, seen from the network between them.
 
 use super::chains::{Load, PAGE, PAGE_BLOCKS};
+use super::move_kills::wait_phase;
 use blockd::admin::{AdminReply, AdminRequest};
+use blockd::client::Client;
 use blockd::id::{Epoch, NodeNo};
 use blockd::io::wire::Status;
 use blockd_tests::{Cluster, Delay, MIB, Network, Passed, Random, run};
@@ -135,20 +137,10 @@ fn a_direct_client_goes_straight_to_the_holder() {
 #[test]
 fn an_old_table_costs_another_try_and_no_wrong_answer() {
     let cluster = Cluster::three();
-    let AdminReply::Cluster(status) = cluster.admin(AdminRequest::ClusterStatus).unwrap() else {
-        panic!()
-    };
-    let behind = (1..=3_u16)
-        .find(|node| status.leader != Some(NodeNo(*node)))
-        .unwrap();
+    let behind = follower(&cluster);
     let holder = (1..=3_u16).find(|node| *node != behind).unwrap();
     let slow = Arc::new(AtomicBool::new(false));
-    let is_slow = Arc::clone(&slow);
-    let delay: Delay = Arc::new(move |from, to| {
-        let late = is_slow.load(Ordering::Relaxed) && u16::from(to) == behind && from.0 != 0;
-        Duration::from_millis(if late { 400 } else { 0 })
-    });
-    let network = Network::between(&cluster, &delay);
+    let network = Network::between(&cluster, &late_for(behind, &slow));
     let id = cluster.create("v", 12 * MIB).id;
     let far = page_of(&cluster, "v", holder);
     let mut client = cluster.nbd(usize::from(behind) - 1, "v");
@@ -182,6 +174,86 @@ fn an_old_table_costs_another_try_and_no_wrong_answer() {
     let one_hop = |frame: &Passed| (frame.from.0, frame.to) == (behind, holder);
     assert!(passed.iter().all(one_hop), "{passed:?}");
     assert_eq!(passed.last().unwrap().status, Status::Ok);
+}
+
+/// S003-18: pages have moved, and the server that is asked has not heard of it: it asks the old owner, hears
+/// that its table is stale, and asks the new one. These two hops are all, by count; nobody forwards for
+/// it. If it has heard of it in time, as on a slow machine, there is one, and they move again.
+#[test]
+fn a_moved_page_is_found_in_two_hops() {
+    let cluster = Cluster::three();
+    let behind = follower(&cluster);
+    let mut owners = [1, 2].map(|step| (behind - 1 + step) % 3 + 1);
+    let slow = Arc::new(AtomicBool::new(false));
+    let network = Network::between(&cluster, &late_for(behind, &slow));
+    let id = cluster.create_on("v", 8 * MIB, 8192, &[owners[0]]).id;
+    let mut client = cluster.nbd(usize::from(behind) - 1, "v");
+    client.write(4096, &[6; 4096]).unwrap();
+    slow.store(true, Ordering::Relaxed);
+    for _ in 0..5 {
+        move_and_wait(&cluster, owners);
+        network.forget();
+        assert_eq!(client.read(4096, 4096).unwrap(), [6; 4096]);
+        let [from, to] = owners;
+        let passed = network.passed(id);
+        let hops = answered(&passed);
+        if hops == [(behind, from, Status::Stale), (behind, to, Status::Ok)] {
+            return;
+        }
+        assert_eq!(hops, [(behind, to, Status::Ok)], "{passed:?}");
+        wait_phase(&cluster, "v", "done");
+        owners.reverse();
+    }
+    panic!("the table was never old");
+}
+
+/// Each request that passed, with the status of its answer, when one is sent after the other.
+fn answered(passed: &[Passed]) -> Vec<(u16, u16, Status)> {
+    let pairs = passed.chunks(2).map(|pair| match pair {
+        [request, answer] if !request.reply && answer.reply => {
+            (request.from.0, u16::from(request.to), answer.status)
+        }
+        other => panic!("{other:?}"),
+    });
+    pairs.collect()
+}
+
+/// Moves all pages, and waits until their former owner knows of it.
+fn move_and_wait(cluster: &Cluster, [from, to]: [u16; 2]) {
+    let at_old = cluster.client_of(&[usize::from(from) - 1]);
+    cluster.blockctl(&format!("page move v all --to {to} --no-wait"));
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while owner_now(cluster, &at_old) != NodeNo(to) {
+        assert!(Instant::now() < deadline, "the pages do not move");
+    }
+}
+
+/// A server that does not lead the registry.
+fn follower(cluster: &Cluster) -> u16 {
+    let AdminReply::Cluster(status) = cluster.admin(AdminRequest::ClusterStatus).unwrap() else {
+        panic!()
+    };
+    let mut all = 1..=3;
+    all.find(|node| status.leader != Some(NodeNo(*node)))
+        .unwrap()
+}
+
+/// While `slow`, what other servers say to this one comes late; what it says, and its answers, do not.
+fn late_for(behind: u16, slow: &Arc<AtomicBool>) -> Delay {
+    let slow = Arc::clone(slow);
+    Arc::new(move |from, to| {
+        let late = slow.load(Ordering::Relaxed) && u16::from(to) == behind && from.0 != 0;
+        Duration::from_millis(if late { 400 } else { 0 })
+    })
+}
+
+/// The owner of the first page, as this client's server shows it.
+fn owner_now(cluster: &Cluster, client: &Client) -> NodeNo {
+    let volume = "v".to_owned();
+    match cluster.block(client.admin(AdminRequest::RouteShow { volume })) {
+        Ok(AdminReply::Route(route)) => route.runs[0].owner,
+        other => panic!("{other:?}"),
+    }
 }
 
 /// S003-16: 40 ms lie between server 1 and the other two. Snapshots under dependent writes are still
