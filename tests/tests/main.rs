@@ -26,6 +26,8 @@ mod exports;
 mod family_moves;
 #[path = "system/files_view.rs"]
 mod files_view;
+#[path = "system/flushes.rs"]
+mod flushes;
 #[path = "system/full_disk.rs"]
 mod full_disk;
 #[path = "system/hostile_clients.rs"]

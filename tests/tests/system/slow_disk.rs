@@ -5,20 +5,23 @@ use blockd::admin::{AdminRequest, SnapshotName};
 use blockd::control::snapshot::Procedure;
 use blockd_tests::{Cluster, Tag, run};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{sleep, spawn};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// For how long no sync ends.
 const DELAY: Duration = Duration::from_secs(2);
 
-/// Preloaded into the server: no fdatasync of the page store ends while the file is there. The registry
-/// has a majority without this server.
+/// Preloaded into the server: no fdatasync of the page store ends while the gate is there, and another file
+/// says that one waits. The registry has a majority without this server. Its machine has the boot id that
+/// a file gives.
 const SHIM: &str = r#"
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <fcntl.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,26 +32,79 @@ int fdatasync(int fd) {
     char name[64], path[4096] = {0};
     snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
     if (readlink(name, path, sizeof path - 1) > 0 && !strstr(path, "registry"))
-        while (gate && access(gate, F_OK) == 0) usleep(5000);
+        while (gate && access(gate, F_OK) == 0) {
+            close(creat(getenv("SLOW_DISK_WAITS"), 0600));
+            usleep(5000);
+        }
     return real(fd);
+}
+int open64(const char *path, int flags, ...) {
+    int (*real)(const char *, int, ...) = dlsym(RTLD_NEXT, "open64");
+    const char *boot_id = getenv("BOOT_ID");
+    va_list rest;
+    va_start(rest, flags);
+    mode_t mode = va_arg(rest, mode_t);
+    va_end(rest);
+    if (boot_id && !strcmp(path, "/proc/sys/kernel/random/boot_id"))
+        path = boot_id;
+    return real(path, flags, mode);
 }
 "#;
 
-/// The third server with the shim; its gate.
-fn slow(cluster: &mut Cluster) -> PathBuf {
+/// The third server with the shim.
+pub(crate) struct SlowServer {
+    gate: PathBuf,
+    waits: PathBuf,
+    boot_id: PathBuf,
+}
+
+impl SlowServer {
+    /// From now on no sync ends.
+    pub(crate) fn stop(&self) {
+        fs::write(&self.gate, "").unwrap();
+    }
+
+    /// Waits until a sync has begun that does not end.
+    pub(crate) fn wait_stopped(&self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !self.waits.exists() {
+            assert!(Instant::now() < deadline, "nothing is synced");
+            sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub(crate) fn go_on(&self) {
+        fs::remove_file(&self.gate).unwrap();
+    }
+
+    /// At its next start the server believes that its machine was off: what was not synced may be gone.
+    pub(crate) fn lose_power(&self) {
+        fs::write(&self.boot_id, "second").unwrap();
+    }
+}
+
+pub(crate) fn slow(cluster: &mut Cluster) -> SlowServer {
     let (source, shim) = (cluster.path("slow.c"), cluster.path("slow.so"));
     fs::write(&source, SHIM).unwrap();
     let [source, shim] = [source, shim].map(|path| path.to_str().unwrap().to_owned());
     run(60, "cc", ["-shared", "-fPIC", "-o", &shim, &source, "-ldl"]);
-    let gate = cluster.path("gate");
+    let server = SlowServer {
+        gate: cluster.path("gate"),
+        waits: cluster.path("waits"),
+        boot_id: cluster.path("boot-id"),
+    };
+    fs::write(&server.boot_id, "first").unwrap();
+    let variable = |name: &str, path: &Path| (name.to_owned(), path.to_str().unwrap().to_owned());
     cluster.servers[2].kill();
     cluster.servers[2].environment = vec![
         ("LD_PRELOAD".to_owned(), shim),
-        ("SLOW_DISK".to_owned(), gate.to_str().unwrap().to_owned()),
+        variable("SLOW_DISK", &server.gate),
+        variable("SLOW_DISK_WAITS", &server.waits),
+        variable("BOOT_ID", &server.boot_id),
     ];
     cluster.servers[2].start();
     cluster.wait_writable();
-    gate
+    server
 }
 
 /// S003-44: the server's `taken` waits for its disk, and so does the snapshot; writes go on, those that are
@@ -56,7 +112,7 @@ fn slow(cluster: &mut Cluster) -> PathBuf {
 #[test]
 fn a_disk_that_does_not_answer_delays_the_snapshot_and_nothing_else() {
     let mut cluster = cluster();
-    let gate = slow(&mut cluster);
+    let disk = slow(&mut cluster);
     let stop = Arc::new(AtomicBool::new(false));
     let ways = [[Way::Nbd(0), Way::Nbd(0)], [Way::Nbd(2), Way::Nbd(2)]];
     let counters = (0..).zip(ways);
@@ -66,7 +122,7 @@ fn a_disk_that_does_not_answer_delays_the_snapshot_and_nothing_else() {
         let issued = || counters.iter().map(|c| c.progress.issued());
         let acknowledged = || counters.iter().map(|c| c.progress.acknowledged());
         let before: Vec<u64> = acknowledged().collect();
-        fs::write(&gate, "").unwrap();
+        disk.stop();
         let (client, handle) = (cluster.client_of(&[0]), cluster.handle());
         let targets = ["a", "b"].map(|volume| SnapshotName {
             volume: volume.to_owned(),
@@ -87,7 +143,7 @@ fn a_disk_that_does_not_answer_delays_the_snapshot_and_nothing_else() {
                 "{procedure}: writes waited for the disk"
             );
         }
-        fs::remove_file(&gate).unwrap();
+        disk.go_on();
         taking.join().unwrap().unwrap();
         let after: Vec<u64> = issued().collect();
         let mut views = ["a@s", "b@s"].map(|name| cluster.nbd(1, name));
