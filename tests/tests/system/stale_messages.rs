@@ -34,6 +34,7 @@ fn a_lower_epoch_is_refused_by_the_receiver() {
             Kind::Read,
             Kind::Write,
             Kind::Zero,
+            Kind::Flush,
             Kind::Extents,
             Kind::SpanBegin,
             Kind::VolumeDrop,
