@@ -30,10 +30,10 @@ mod files_view;
 mod flushes;
 #[path = "system/full_disk.rs"]
 mod full_disk;
-#[path = "system/hostile_clients.rs"]
-mod hostile_clients;
 #[path = "system/holds.rs"]
 mod holds;
+#[path = "system/hostile_clients.rs"]
+mod hostile_clients;
 #[path = "system/hostile_peers.rs"]
 mod hostile_peers;
 #[path = "system/kernel.rs"]
@@ -46,6 +46,8 @@ mod lineage;
 mod lost_owners;
 #[path = "system/move_kills.rs"]
 mod move_kills;
+#[path = "system/move_rates.rs"]
+mod move_rates;
 #[path = "system/moves.rs"]
 mod moves;
 #[path = "system/nbd_clients.rs"]
@@ -66,12 +68,12 @@ mod own_ext4;
 mod paths;
 #[path = "system/procedures.rs"]
 mod procedures;
+#[path = "system/readme.rs"]
+mod readme;
 #[path = "system/recoveries.rs"]
 mod recoveries;
 #[path = "system/resizes.rs"]
 mod resizes;
-#[path = "system/readme.rs"]
-mod readme;
 #[path = "system/restart.rs"]
 mod restart;
 #[path = "system/routing.rs"]
