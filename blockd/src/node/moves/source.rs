@@ -387,9 +387,11 @@ impl Copying<'_> {
     }
 }
 
+type Message<'a> = Pin<Box<dyn Future<Output = Result<(), Trouble>> + 'a>>;
+
 /// Messages that wait for an answer.
 #[derive(Default)]
-struct Sending<'a>(FuturesUnordered<Pin<Box<dyn Future<Output = Result<(), Trouble>> + 'a>>>);
+struct Sending<'a>(FuturesUnordered<Message<'a>>);
 
 impl<'a> Sending<'a> {
     /// Sends one more; waits while there are too many.
