@@ -63,6 +63,10 @@ pub enum Plant {
     TakenBeforeSync,
     /// Pages get their new owner before the last changes of them are there.
     FlipBeforeTail,
+    /// An entry server acknowledges a write over several pages after the first of them.
+    EntryHalfSpan,
+    /// A flush of an entry server forgets what write verifier the other owners had.
+    EntryForgetsVerifier,
 }
 
 impl Plant {
@@ -97,6 +101,8 @@ impl Plant {
         Plant::SkipTrim,
         Plant::TakenBeforeSync,
         Plant::FlipBeforeTail,
+        Plant::EntryHalfSpan,
+        Plant::EntryForgetsVerifier,
     ];
 }
 

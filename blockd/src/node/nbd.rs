@@ -1,7 +1,7 @@
 //! Volumes and snapshots as NBD exports `VOL` and `VOL@SNAP` (S003-08 to S003-11).
 
 use super::admin::check_online;
-use super::{Member, Node};
+use super::{Member, Node, Server};
 use crate::control::registry::{
     RegistryState, SnapshotRecord, SnapshotState, VolumeRecord, split_volume_name,
 };
@@ -82,6 +82,18 @@ impl Exports for NbdExports {
         let export = open_in(&member, name)?.ok_or_else(unknown)?;
         export.volume.learn_verifiers().await;
         Ok(export)
+    }
+}
+
+impl Server {
+    /// Opens a volume or snapshot as an NBD client of this server has it.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub async fn open(&self, name: &str) -> Result<Volume, OpenError> {
+        let exports = NbdExports(Rc::clone(&self.node));
+        let export = exports.open(name, &Peer::default()).await?;
+        Ok(export.volume)
     }
 }
 

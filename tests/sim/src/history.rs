@@ -71,14 +71,29 @@ pub(crate) struct History {
     pub losses: RefCell<Vec<Loss>>,
     /// When each server was started.
     pub starts: RefCell<Vec<(usize, Moment)>>,
+    /// Clients that go through one server: which, and how often it had been started by then.
+    pub entries: RefCell<BTreeMap<usize, (usize, usize)>>,
     moment: Cell<Moment>,
 }
+
+/// The first number of a client that goes through one server.
+const ENTRIES: usize = 100;
 
 impl History {
     /// The next moment.
     pub(crate) fn now(&self) -> Moment {
         self.moment.set(self.moment.get() + 1);
         self.moment.get()
+    }
+
+    /// A new client that goes through this server; gives its number.
+    pub(crate) fn enter(&self, host: usize) -> usize {
+        let starts = self.starts.borrow();
+        let runs = starts.iter().filter(|(started, _)| *started == host);
+        let mut entries = self.entries.borrow_mut();
+        let client = ENTRIES + entries.len();
+        entries.insert(client, (host, runs.count()));
+        client
     }
 
     /// Notes an operation before anything of it is sent; gives its number.

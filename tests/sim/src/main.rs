@@ -4,7 +4,9 @@
 mod check;
 mod child;
 mod driver;
+mod entry;
 mod faults;
+mod handle;
 mod history;
 mod machine;
 mod net;

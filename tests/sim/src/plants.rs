@@ -42,6 +42,8 @@ pub(crate) const CAUGHT: &[(Plant, u64, u32)] = &[
     (Plant::ReadBehindMark, 291, ALL_FAULTS),
     (Plant::KeepOldConnection, 703, RESETS),
     (Plant::SlabBeforeLog, 100_848, DEATHS),
+    (Plant::EntryHalfSpan, 1, ALL_FAULTS),
+    (Plant::EntryForgetsVerifier, 32, ALL_FAULTS),
 ];
 /// A change of the program changes all runs: so many seeds from the named one on are tried.
 const TRIES: u64 = 600;

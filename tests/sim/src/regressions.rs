@@ -141,4 +141,12 @@ pub(crate) const SEEDS: &[(u64, &str)] = &[
         20_005_188,
         "a server whose store had failed began the same page move again and again without a pause",
     ),
+    (
+        2_200_000_000_115,
+        "of two flushes at once on one NBD connection only one told that writes were lost, the other one was answered",
+    ),
+    (
+        2_300_000_000_261,
+        "what a dead server would have answered was taken for an answer",
+    ),
 ];

@@ -1,6 +1,7 @@
 //! One run: start, work under faults, stop the faults, everything must become clean, check.
 
 use crate::check;
+use crate::entry::Entry;
 use crate::faults::{self, Kind};
 use crate::history::{NEVER, What};
 use crate::machine::{Death, Incarnation, Medium, lock};
@@ -138,10 +139,13 @@ async fn whole(world: Rc<World>, options: Options) -> Vec<String> {
         moves: besides & 2 != 0,
     });
     let lanes = random.between(1, 3);
+    let entering = entering(options.seed);
     for number in 0..CLIENTS {
         let load = Rc::clone(&load);
         tokio::task::spawn_local(async move {
-            let user = User::connect(&load.world, number).await;
+            let mut user = User::connect(&load.world, number).await;
+            let enters = entering >> number & 1 == 1;
+            user.entry = enters.then(|| Rc::new(Entry::new(Rc::clone(&load.world), number)));
             learn_owners(&load.world, &user);
             for lane in 0..lanes {
                 tokio::task::spawn_local(Rc::clone(&load).lane(user.clone(), lane));
@@ -177,6 +181,15 @@ async fn whole(world: Rc<World>, options: Options) -> Vec<String> {
         owners.get(&(volume, page)).cloned().unwrap_or_default()
     }));
     found
+}
+
+/// The clients that go through one server, a bit for each: some of half of the runs.
+fn entering(seed: u64) -> u64 {
+    let mut random = Random::new(seed, 5);
+    match random.one_in(2) {
+        true => random.between(1, (1 << CLIENTS) - 1),
+        false => 0,
+    }
 }
 
 fn prepare(world: &World, random: &mut Random) {

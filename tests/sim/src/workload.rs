@@ -1,6 +1,8 @@
 //! What clients do: each has several lanes, and each lane does one operation after the other.
 
+use crate::entry::Entry;
 use crate::faults;
+use crate::handle::{Failure, Handle};
 use crate::history::{BLOCK, NEVER, Snap, Tag, What, decode, fill};
 use crate::machine::Incarnation;
 use crate::net::address;
@@ -8,7 +10,7 @@ use crate::random::Random;
 use crate::trace;
 use crate::world::{SERVERS, World};
 use blockd::admin::{AdminErrorKind, AdminReply, AdminRequest, RollbackInfo, SnapshotName};
-use blockd::client::{Client, ClientError, ClientOptions, IoErrorKind, Volume};
+use blockd::client::{Client, ClientError, ClientOptions, Volume};
 use blockd::control::registry::MoveWish;
 use blockd::control::registry::settings::Procedure;
 use blockd::id::NodeNo;
@@ -24,6 +26,9 @@ pub(crate) const VOLUMES: [(&str, u32, u32); 2] = [("a", 1536, 128), ("b", 512, 
 const SNAPSHOTS_MAX: usize = 6;
 /// Bytes a second of a move: as fast as it goes.
 const MOVE_RATE_BYTES: u64 = 1 << 30;
+
+/// Operations after which a client leaves the server that it goes through.
+const LEAVES_ONE_IN: u64 = 100;
 
 /// What all lanes share.
 pub(crate) struct Load {
@@ -49,6 +54,8 @@ pub(crate) struct User {
     pub number: usize,
     pub client: Client,
     pub volumes: Rc<Vec<Volume>>,
+    /// It reads and writes through one server.
+    pub entry: Option<Rc<Entry>>,
 }
 
 impl User {
@@ -70,9 +77,17 @@ impl User {
                     number,
                     client,
                     volumes,
+                    entry: None,
                 };
             }
             sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    async fn handle(&self, volume: usize) -> Handle<'_> {
+        match &self.entry {
+            Some(entry) => Handle::Entry(entry.connection(volume).await),
+            None => Handle::Direct(self.number, &self.volumes[volume]),
         }
     }
 }
@@ -86,16 +101,20 @@ pub(crate) async fn show(
 ) -> Result<Vec<Tag>, ClientError> {
     let at = u64::from(first) * BLOCK as u64;
     let data = volume.read(at, blocks * BLOCK as u32).await?;
-    let tags = (first..).zip(data.chunks_exact(BLOCK));
-    Ok(tags
-        .map(|(block, data)| match decode(number, block, data) {
-            Ok(tag) => tag,
-            Err(text) => {
-                trace::problem(format!("wrong bytes: {} {text}", volume.name()));
-                0
-            }
-        })
-        .collect())
+    Ok(tags(number, first, &data))
+}
+
+/// Which operations wrote what was read.
+fn tags(number: usize, first: u32, data: &[u8]) -> Vec<Tag> {
+    let blocks = (first..).zip(data.chunks_exact(BLOCK));
+    let tag = |(block, data)| match decode(number, block, data) {
+        Ok(tag) => tag,
+        Err(text) => {
+            trace::problem(format!("wrong bytes: {} {text}", VOLUMES[number].0));
+            0
+        }
+    };
+    blocks.map(tag).collect()
 }
 
 impl Load {
@@ -114,6 +133,11 @@ impl Load {
 
     async fn operate(&self, user: &User, random: &mut Random) {
         let volume = usize::from(random.one_in(3));
+        if let Some(entry) = user.entry.as_ref().filter(|_| !self.quiet)
+            && random.one_in(LEAVES_ONE_IN)
+        {
+            entry.leave(volume);
+        }
         match random.below(100) {
             0..42 => self.write(user, volume, random).await,
             42..76 => self.read(user, volume, random).await,
@@ -157,62 +181,45 @@ impl Load {
 
     async fn write(&self, user: &User, volume: usize, random: &mut Random) {
         let (first, blocks) = self.range(volume, random);
-        let history = &self.world.history;
-        let op = history.invoke(user.number, volume, What::Write, first, blocks);
-        trace::say(|| {
-            format!(
-                "{op}: client {} writes {volume}/{first}+{blocks}",
-                user.number
-            )
-        });
+        let (history, handle) = (&self.world.history, user.handle(volume).await);
+        let client = handle.client();
+        let op = history.invoke(client, volume, What::Write, first, blocks);
+        trace::say(|| format!("{op}: client {client} writes {volume}/{first}+{blocks}"));
         let data = Bytes::from(fill(volume, first, blocks, op as Tag + 1));
-        let (handle, at) = (&user.volumes[volume], u64::from(first) * BLOCK as u64);
-        let done = match random.one_in(12) {
-            true => handle.write_through(at, data).await,
-            false => handle.write(at, data).await,
-        };
+        let done = handle.write(first, data, random.one_in(12)).await;
         self.ended(op, done.map(|()| None));
     }
 
     async fn read(&self, user: &User, volume: usize, random: &mut Random) {
         let (first, blocks) = self.range(volume, random);
-        let history = &self.world.history;
-        let op = history.invoke(user.number, volume, What::Read(Vec::new()), first, blocks);
-        trace::say(|| {
-            format!(
-                "{op}: client {} reads {volume}/{first}+{blocks}",
-                user.number
-            )
-        });
-        let shown = show(&user.volumes[volume], volume, first, blocks).await;
-        self.ended(op, shown.map(Some));
+        let (history, handle) = (&self.world.history, user.handle(volume).await);
+        let client = handle.client();
+        let op = history.invoke(client, volume, What::Read(Vec::new()), first, blocks);
+        trace::say(|| format!("{op}: client {client} reads {volume}/{first}+{blocks}"));
+        let shown = handle.read(first, blocks).await;
+        self.ended(op, shown.map(|data| Some(tags(volume, first, &data))));
     }
 
     async fn zero(&self, user: &User, volume: usize, random: &mut Random) {
         let (first, blocks) = self.range(volume, random);
-        let history = &self.world.history;
-        let op = history.invoke(user.number, volume, What::Zero, first, blocks);
-        trace::say(|| {
-            format!(
-                "{op}: client {} zeroes {volume}/{first}+{blocks}",
-                user.number
-            )
-        });
-        let (at, len) = (first as usize * BLOCK, blocks as usize * BLOCK);
-        let handle = &user.volumes[volume];
-        let done = handle.zero(at as u64, len as u64, random.one_in(3)).await;
+        let (history, handle) = (&self.world.history, user.handle(volume).await);
+        let client = handle.client();
+        let op = history.invoke(client, volume, What::Zero, first, blocks);
+        trace::say(|| format!("{op}: client {client} zeroes {volume}/{first}+{blocks}"));
+        let done = handle.zero(first, blocks, random.one_in(3)).await;
         self.ended(op, done.map(|()| None));
     }
 
     async fn flush(&self, user: &User, volume: usize) {
-        let history = &self.world.history;
-        let op = history.invoke(user.number, volume, What::Flush, 0, 0);
-        trace::say(|| format!("{op}: client {} flushes {volume}", user.number));
-        let done = user.volumes[volume].flush().await;
+        let (history, handle) = (&self.world.history, user.handle(volume).await);
+        let client = handle.client();
+        let op = history.invoke(client, volume, What::Flush, 0, 0);
+        trace::say(|| format!("{op}: client {client} flushes {volume}"));
+        let done = handle.flush().await;
         self.ended(op, done.map(|()| None));
     }
 
-    fn ended(&self, op: usize, result: Result<Option<Vec<Tag>>, ClientError>) {
+    fn ended(&self, op: usize, result: Result<Option<Vec<Tag>>, Failure>) {
         trace::mix(op as u64 | u64::from(result.is_ok()) << 40);
         match result {
             Ok(shown) => {
@@ -227,26 +234,10 @@ impl Load {
     }
 
     /// Errors that a client may see.
-    fn judge(&self, op: usize, error: &ClientError) {
-        let name = match error {
-            ClientError::Io { reason, .. } => format!("{reason:?}"),
-            ClientError::Refused(refusal) => format!("refused {:?}", refusal.kind),
-            ClientError::Unreachable { .. } => "unreachable".to_owned(),
-            ClientError::Leased(_) => "leased".to_owned(),
-            ClientError::Fenced { .. } => "fenced".to_owned(),
-        };
-        trace::count(&format!("client error: {name}"));
-        let right = match error {
-            ClientError::Io { reason, .. } => match reason {
-                IoErrorKind::NoSpace | IoErrorKind::Deadline => true,
-                IoErrorKind::Damaged => self.world.is_damaged() || self.world.has_failed_disks(),
-                _ => false,
-            },
-            ClientError::Refused(refusal) => refusal.kind == AdminErrorKind::Unavailable,
-            ClientError::Unreachable { .. } => true,
-            _ => false,
-        };
-        if self.quiet || !right {
+    fn judge(&self, op: usize, error: &Failure) {
+        trace::count(&error.kind());
+        let is_flush = self.world.history.ops.borrow()[op].what == What::Flush;
+        if self.quiet || !error.has_cause(&self.world, is_flush) {
             trace::problem(format!("operation {op} failed without a cause: {error}"));
         }
     }

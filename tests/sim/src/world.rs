@@ -146,6 +146,13 @@ impl World {
         self.reap(host);
     }
 
+    /// Runs something in the tasks of a server, if it has any: it dies with them.
+    pub(crate) fn within(&self, host: usize, task: impl Future<Output = ()> + 'static) {
+        if let Some(tasks) = &self.slots.borrow()[host].tasks {
+            tasks.spawn_local(task);
+        }
+    }
+
     /// Notes the cuts of the last starts; before the history is judged.
     pub(crate) fn note_cuts(&self) {
         let mut slots = self.slots.borrow_mut();
@@ -252,6 +259,18 @@ impl World {
     #[must_use]
     pub(crate) fn has_failed_disks(&self) -> bool {
         (0..SERVERS).any(|host| lock(&self.medium(host)).has_failed)
+    }
+
+    /// Whether a server has died and is not buried yet: nothing of it reaches anybody.
+    #[must_use]
+    pub(crate) fn is_dead(&self, host: usize) -> bool {
+        self.slots.borrow()[host].incarnation.is_dead()
+    }
+
+    /// Whether a server may have lost what was not flushed.
+    #[must_use]
+    pub(crate) fn has_lost(&self) -> bool {
+        !self.history.losses.borrow().is_empty()
     }
 
     fn poll_slot(&self, host: usize, cx: &mut std::task::Context<'_>) {

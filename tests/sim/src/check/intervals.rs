@@ -9,6 +9,10 @@
 //! (promise 3), and its changes come back in their order: after a flush nothing shows what the client
 //! had itself written over.
 //!
+//! A client that goes through one server sends nothing again. So its changes take effect between call and
+//! answer only; and a flush that succeeds says that nothing which the same client was answered before was
+//! lost: such changes no earlier loss undoes.
+//!
 //! Where pages move a loss counts at every server that may have had the block, and nothing is known of
 //! what is sent again: it depends on who had executed it. A rollback may bring back what was written
 //! over, and what a client sends again after a loss may come before it.
@@ -52,12 +56,17 @@ pub(super) struct Block {
 /// Gives the servers that may own a block of a volume, each from a moment on.
 pub(super) type Owners<'a> = &'a dyn Fn(usize, u32) -> Vec<(Moment, usize)>;
 
+/// Clients that go through one server: see `History::entries`.
+pub(super) type Entries = BTreeMap<usize, (usize, usize)>;
+
 pub(super) struct Intervals<'a> {
     pub ops: &'a [Op],
     pub blocks: BTreeMap<(usize, u32), Block>,
     losses: &'a [Loss],
     /// When each server was started.
     starts: &'a [(usize, Moment)],
+    /// Clients that go through one server: which, and how often it had been started.
+    entries: &'a Entries,
     /// Servers that may own a block, each from a moment on.
     owners: Owners<'a>,
     /// Successful flushes of each volume: client, call, answer.
@@ -71,6 +80,7 @@ impl<'a> Intervals<'a> {
         ops: &'a [Op],
         losses: &'a [Loss],
         starts: &'a [(usize, Moment)],
+        entries: &'a Entries,
         owners: Owners<'a>,
     ) -> Self {
         let mut this = Self {
@@ -78,6 +88,7 @@ impl<'a> Intervals<'a> {
             blocks: BTreeMap::new(),
             losses,
             starts,
+            entries,
             owners,
             flushes: BTreeMap::new(),
             rollbacks: BTreeMap::new(),
@@ -116,10 +127,7 @@ impl<'a> Intervals<'a> {
             };
             let (last, until) = match op.what {
                 What::Become(_) => (op.answered, NEVER),
-                _ => (
-                    self.last_effect(op, block),
-                    self.until(op.volume, block, op.invoked, op.answered),
-                ),
+                _ => (self.last_effect(op, block), self.change_until(op, block)),
             };
             let entry = self.blocks.entry((op.volume, block)).or_default();
             let effects = entry.effects.entry(tag).or_default();
@@ -148,6 +156,9 @@ impl<'a> Intervals<'a> {
 
     /// The change is the content again between the last loss before its client's flush, and that.
     fn add_replay(&mut self, index: usize, op: &Op, tag: Tag, block: u32) {
+        if self.entry(op.client).is_some() {
+            return;
+        }
         // A flush that was under way may have covered it already: then it is not sent again.
         let may_cover = |at, (from, to)| op.answered < to && from < at;
         let lost = self.uncovered(op, block);
@@ -217,10 +228,16 @@ impl<'a> Intervals<'a> {
         self.losses.iter().filter(had).map(|loss| loss.at)
     }
 
+    /// The server that a client goes through, and how often it had been started; `None` if it goes
+    /// straight to the owners.
+    pub(super) fn entry(&self, client: usize) -> Option<(usize, usize)> {
+        self.entries.get(&client).copied()
+    }
+
     /// The last moment at which a change may take effect.
     fn last_effect(&self, op: &Op, block: u32) -> Moment {
-        if op.answered == NEVER {
-            return NEVER;
+        if op.answered == NEVER || self.entry(op.client).is_some() {
+            return op.answered;
         }
         let replays = self
             .uncovered(op, block)
@@ -249,6 +266,16 @@ impl<'a> Intervals<'a> {
             let covers = |(from, to)| from > op.answered && to < *at;
             *at > op.invoked && !self.own_flushes(op).any(covers)
         })
+    }
+
+    /// The first loss after which a change may be undone.
+    fn change_until(&self, op: &Op, block: u32) -> Moment {
+        let vouched = match self.entry(op.client) {
+            Some(_) => self.flushed(op, op.answered),
+            None => None,
+        };
+        let vouched = vouched.map_or(0, |(_, answered)| answered);
+        self.until(op.volume, block, op.invoked.max(vouched), op.answered)
     }
 
     /// The first loss after which what was seen from `from` to `to` may be undone.

@@ -13,7 +13,8 @@ pub(crate) fn all(history: &History, owners: Owners<'_>) -> Vec<String> {
     let ops = history.ops.borrow();
     let losses = history.losses.borrow();
     let starts = history.starts.borrow();
-    let intervals = Intervals::new(&ops, &losses, &starts, owners);
+    let entries = history.entries.borrow();
+    let intervals = Intervals::new(&ops, &losses, &starts, &entries, owners);
     let mut found = register::check(&intervals);
     for snap in history.snaps.borrow().iter() {
         found.extend(snapshot::check(&intervals, snap));
@@ -158,6 +159,33 @@ mod tests {
         story.flush(1);
         story.read(0, &[old]);
         assert_eq!(story.violations(), 1);
+    }
+
+    #[test]
+    fn what_went_through_one_server_is_lost_or_flushed() {
+        let story = Story::default();
+        let client = story.0.enter(1);
+        let old = story.write(client, 0, 1);
+        story.flush(client);
+        let new = story.write(client, 0, 1);
+        story.lose_power();
+        story.read(0, &[old]);
+        assert_eq!(story.violations(), 0, "it was not flushed");
+        let other = story.0.enter(1);
+        story.flush(other);
+        story.read(0, &[old]);
+        assert_eq!(story.violations(), 0, "the flush of another connection");
+        story.read(0, &[new]);
+        assert_eq!(story.violations(), 1, "nobody sends it again");
+        let story = Story::default();
+        let client = story.0.enter(1);
+        let old = story.write(9, 0, 1);
+        story.flush(9);
+        story.write(client, 0, 1);
+        story.lose_power();
+        story.flush(client);
+        story.read(0, &[old]);
+        assert_eq!(story.violations(), 1, "the flush should have told the loss");
     }
 
     #[test]

@@ -36,7 +36,10 @@ fn channels(
         Procedure::Stamp => {
             let server = intervals.server(place, at);
             let server = server.map(|(server, run)| Channel::Server(server, run));
-            let client = Channel::Client(client);
+            let client = match intervals.entry(client) {
+                Some((server, run)) => Channel::Server(server, run),
+                None => Channel::Client(client),
+            };
             std::iter::once(client).chain(server).collect()
         }
     }
