@@ -67,6 +67,8 @@ pub enum Plant {
     EntryHalfSpan,
     /// A flush of an entry server forgets what write verifier the other owners had.
     EntryForgetsVerifier,
+    /// The sweep leaves volumes that are deleted.
+    SweepKeepsVolumes,
 }
 
 impl Plant {
@@ -103,6 +105,7 @@ impl Plant {
         Plant::FlipBeforeTail,
         Plant::EntryHalfSpan,
         Plant::EntryForgetsVerifier,
+        Plant::SweepKeepsVolumes,
     ];
 }
 

@@ -77,6 +77,9 @@ async fn sweep_store(member: &Member, confirmed: &RegistryState) {
         .filter(|volume| Some(*volume) < reached)
     {
         let Some(record) = confirmed.volume(volume) else {
+            if planted(Plant::SweepKeepsVolumes) {
+                continue;
+            }
             log(store.delete_volume(volume).await, "volume", &volume);
             continue;
         };

@@ -3,6 +3,7 @@
 
 mod check;
 mod child;
+mod churn;
 mod driver;
 mod entry;
 mod faults;

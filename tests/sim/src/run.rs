@@ -1,6 +1,7 @@
 //! One run: start, work under faults, stop the faults, everything must become clean, check.
 
 use crate::check;
+use crate::churn;
 use crate::entry::Entry;
 use crate::faults::{self, Kind};
 use crate::history::{NEVER, What};
@@ -9,7 +10,7 @@ use crate::net::address;
 use crate::random::{Random, seed_kernel};
 use crate::trace::{self, Summary};
 use crate::watch;
-use crate::workload::{Load, User, VOLUMES, delete, look, show};
+use crate::workload::{Load, User, VOLUMES, delete, geometry, look, show};
 use crate::world::{CLIENTS, SERVERS, World, run};
 use blockd::admin::{AdminReply, AdminRequest, SnapshotName, VolumeCreate};
 use blockd::client::{Client, ClientError, ClientOptions, IoErrorKind};
@@ -152,11 +153,15 @@ async fn whole(world: Rc<World>, options: Options) -> Vec<String> {
             }
         });
     }
+    let churns = Random::new(options.seed, 7).one_in(3);
+    if churns {
+        tokio::task::spawn_local(churn::run(Rc::clone(&load)));
+    }
     tokio::task::spawn_local(watch::holds(Rc::clone(&world)));
     tokio::task::spawn_local(faults::operate(Rc::clone(&world), options.seed));
     let mut due = plan.into_iter().peekable();
     let bound = Instant::now() + Duration::from_secs(900);
-    while load.finished.get() < lanes * CLIENTS as u64 {
+    while load.finished.get() < lanes * CLIENTS as u64 + u64::from(churns) {
         while let Some(fault) =
             due.next_if(|fault| fault.at * options.ops <= load.called.get() * 1000)
         {
@@ -177,7 +182,7 @@ async fn whole(world: Rc<World>, options: Options) -> Vec<String> {
     world.note_cuts();
     let owners = world.owners.borrow();
     found.extend(check::all(&world.history, &|volume, block| {
-        let page = block / VOLUMES[volume].2;
+        let page = block / geometry(volume).1;
         owners.get(&(volume, page)).cloned().unwrap_or_default()
     }));
     found
@@ -353,7 +358,7 @@ async fn look_at_snapshots(world: &World, user: &User) -> Vec<String> {
     let count = world.history.snaps.borrow().len();
     for number in 0..count {
         let snap = world.history.snaps.borrow()[number].clone();
-        if snap.deleting {
+        if snap.deleting || snap.volumes.iter().any(|volume| *volume >= VOLUMES.len()) {
             continue;
         }
         let mut exists = 0;
@@ -443,19 +448,28 @@ async fn delete_all(world: &World, user: &User) -> Vec<String> {
             }
         }
     }
-    for (name, ..) in VOLUMES {
-        let name = name.to_owned();
-        if let Err(error) = user.client.admin(AdminRequest::VolumeDelete { name }).await {
-            return vec![format!(
-                "a clean cluster refuses to delete a volume: {error}"
-            )];
-        }
+    if let Err(text) = delete_volumes(user).await {
+        return vec![text];
     }
     match become_clean(world, true).await {
         Some(_) if world.is_damaged() => Vec::new(),
         Some(text) => vec![format!("space leaks: {text}")],
         None => Vec::new(),
     }
+}
+
+/// Deletes all volumes, also those that others did not come to delete.
+async fn delete_volumes(user: &User) -> Result<(), String> {
+    let told = |error: ClientError| format!("volumes of a clean cluster: {error}");
+    let list = user.client.admin(AdminRequest::VolumeList).await;
+    let AdminReply::Volumes(volumes) = list.map_err(told)? else {
+        return Err("volumes are not listed".to_owned());
+    };
+    for volume in volumes {
+        let delete = AdminRequest::VolumeDelete { name: volume.name };
+        user.client.admin(delete).await.map_err(told)?;
+    }
+    Ok(())
 }
 
 /// Without snapshots a volume takes exactly the space of the sub-blocks that have data.

@@ -22,6 +22,8 @@ use tokio::time::sleep;
 
 /// A volume of the cluster: name, blocks, blocks of a page.
 pub(crate) const VOLUMES: [(&str, u32, u32); 2] = [("a", 1536, 128), ("b", 512, 32)];
+/// What `churn` makes: blocks, blocks of a page.
+const SMALL: (u32, u32) = (128, 32);
 /// Snapshots that exist at a time.
 const SNAPSHOTS_MAX: usize = 6;
 /// Bytes a second of a move: as fast as it goes.
@@ -29,6 +31,20 @@ const MOVE_RATE_BYTES: u64 = 1 << 30;
 
 /// Operations after which a client leaves the server that it goes through.
 const LEAVES_ONE_IN: u64 = 100;
+
+/// The name of a volume by its number.
+pub(crate) fn volume_name(volume: usize) -> String {
+    match VOLUMES.get(volume) {
+        Some((name, ..)) => (*name).to_owned(),
+        None => format!("c{volume}"),
+    }
+}
+
+/// Blocks of a volume, and of its pages.
+pub(crate) fn geometry(volume: usize) -> (u32, u32) {
+    let known = VOLUMES.get(volume);
+    known.map_or(SMALL, |(_, blocks, page)| (*blocks, *page))
+}
 
 /// What all lanes share.
 pub(crate) struct Load {
@@ -110,7 +126,7 @@ fn tags(number: usize, first: u32, data: &[u8]) -> Vec<Tag> {
     let tag = |(block, data)| match decode(number, block, data) {
         Ok(tag) => tag,
         Err(text) => {
-            trace::problem(format!("wrong bytes: {} {text}", VOLUMES[number].0));
+            trace::problem(format!("wrong bytes: {} {text}", volume_name(number)));
             0
         }
     };
@@ -139,10 +155,10 @@ impl Load {
             entry.leave(volume);
         }
         match random.below(100) {
-            0..42 => self.write(user, volume, random).await,
-            42..76 => self.read(user, volume, random).await,
-            76..80 => self.zero(user, volume, random).await,
-            80..90 => self.flush(user, volume).await,
+            0..42 => self.write(&user.handle(volume).await, volume, random).await,
+            42..76 => self.read(&user.handle(volume).await, volume, random).await,
+            76..80 => self.zero(&user.handle(volume).await, volume, random).await,
+            80..90 => self.flush(&user.handle(volume).await, volume).await,
             90..93 => self.snapshot(user, random).await,
             93..96 => self.read_snapshot(user, random).await,
             96..98 => self.delete_snapshot(user, random).await,
@@ -157,13 +173,14 @@ impl Load {
     }
 
     fn range(&self, volume: usize, random: &mut Random) -> (u32, u32) {
-        let (_, size, page) = VOLUMES[volume];
+        let (size, page) = geometry(volume);
         if self.cutting.get() > 0 && random.one_in(2) {
             let pages = [0, size / page / 2, size / page - 1];
             let page_no = pages[random.below(3) as usize];
             return (page_no * page + 8 * random.below(2) as u32, 8);
         }
-        let size = u64::from(size.min(self.hot_blocks));
+        let all = u64::from(size);
+        let size = all.min(u64::from(self.hot_blocks));
         let (first, blocks) = match random.below(10) {
             0..5 => (random.below(size / 8) * 8, 8),
             5..7 => (random.below(size), random.between(1, 7)),
@@ -175,13 +192,13 @@ impl Load {
             }
             _ => (random.below(size / 8) * 8, 8 * random.between(1, 24)),
         };
-        let blocks = blocks.min(u64::from(VOLUMES[volume].1) - first);
+        let blocks = blocks.min(all - first);
         (first as u32, blocks as u32)
     }
 
-    async fn write(&self, user: &User, volume: usize, random: &mut Random) {
+    pub(crate) async fn write(&self, handle: &Handle<'_>, volume: usize, random: &mut Random) {
         let (first, blocks) = self.range(volume, random);
-        let (history, handle) = (&self.world.history, user.handle(volume).await);
+        let history = &self.world.history;
         let client = handle.client();
         let op = history.invoke(client, volume, What::Write, first, blocks);
         trace::say(|| format!("{op}: client {client} writes {volume}/{first}+{blocks}"));
@@ -190,9 +207,9 @@ impl Load {
         self.ended(op, done.map(|()| None));
     }
 
-    async fn read(&self, user: &User, volume: usize, random: &mut Random) {
+    pub(crate) async fn read(&self, handle: &Handle<'_>, volume: usize, random: &mut Random) {
         let (first, blocks) = self.range(volume, random);
-        let (history, handle) = (&self.world.history, user.handle(volume).await);
+        let history = &self.world.history;
         let client = handle.client();
         let op = history.invoke(client, volume, What::Read(Vec::new()), first, blocks);
         trace::say(|| format!("{op}: client {client} reads {volume}/{first}+{blocks}"));
@@ -200,9 +217,9 @@ impl Load {
         self.ended(op, shown.map(|data| Some(tags(volume, first, &data))));
     }
 
-    async fn zero(&self, user: &User, volume: usize, random: &mut Random) {
+    pub(crate) async fn zero(&self, handle: &Handle<'_>, volume: usize, random: &mut Random) {
         let (first, blocks) = self.range(volume, random);
-        let (history, handle) = (&self.world.history, user.handle(volume).await);
+        let history = &self.world.history;
         let client = handle.client();
         let op = history.invoke(client, volume, What::Zero, first, blocks);
         trace::say(|| format!("{op}: client {client} zeroes {volume}/{first}+{blocks}"));
@@ -210,8 +227,8 @@ impl Load {
         self.ended(op, done.map(|()| None));
     }
 
-    async fn flush(&self, user: &User, volume: usize) {
-        let (history, handle) = (&self.world.history, user.handle(volume).await);
+    pub(crate) async fn flush(&self, handle: &Handle<'_>, volume: usize) {
+        let history = &self.world.history;
         let client = handle.client();
         let op = history.invoke(client, volume, What::Flush, 0, 0);
         trace::say(|| format!("{op}: client {client} flushes {volume}"));
@@ -243,12 +260,11 @@ impl Load {
     }
 
     async fn snapshot(&self, user: &User, random: &mut Random) {
-        let history = &self.world.history;
-        let live = history
-            .snaps
+        let snaps = &self.world.history.snaps;
+        let live = snaps
             .borrow()
             .iter()
-            .filter(|snap| snap.taken && !snap.deleting)
+            .filter(|snap| snap.taken && !snap.deleting && is_common(snap))
             .count();
         if live >= SNAPSHOTS_MAX {
             return self.delete_snapshot(user, random).await;
@@ -258,6 +274,12 @@ impl Load {
             1 => vec![1],
             _ => vec![0, 1],
         };
+        self.take(user, volumes, random).await;
+    }
+
+    /// Takes a snapshot by one of the procedures.
+    pub(crate) async fn take(&self, user: &User, volumes: Vec<usize>, random: &mut Random) {
+        let history = &self.world.history;
         let number = history.snaps.borrow().len();
         let name = format!("s{number}");
         let procedure =
@@ -279,7 +301,7 @@ impl Load {
         let targets = volumes
             .iter()
             .map(|volume| SnapshotName {
-                volume: VOLUMES[*volume].0.to_owned(),
+                volume: volume_name(*volume),
                 snapshot: name.clone(),
             })
             .collect();
@@ -321,7 +343,10 @@ impl Load {
     /// A snapshot that was taken, and one of its volumes.
     fn a_snapshot(&self, random: &mut Random) -> Option<(usize, usize)> {
         let snaps = self.world.history.snaps.borrow();
-        let live = (0..snaps.len()).filter(|at| snaps[*at].taken && !snaps[*at].deleting);
+        let live = (0..snaps.len()).filter(|at| {
+            let snap = &snaps[*at];
+            snap.taken && !snap.deleting && is_common(snap)
+        });
         let live: Vec<usize> = live.collect();
         let number = *live.get(random.below(live.len() as u64) as usize)?;
         let volumes = &snaps[number].volumes;
@@ -496,6 +521,11 @@ impl Load {
     }
 }
 
+/// Whether everybody may use it: it is of volumes that stay.
+fn is_common(snap: &Snap) -> bool {
+    snap.volumes.iter().all(|volume| *volume < VOLUMES.len())
+}
+
 fn brief(shown: Option<&[Tag]>) -> String {
     let mut runs: Vec<(Tag, u32)> = Vec::new();
     for tag in shown.unwrap_or_default() {
@@ -522,13 +552,13 @@ pub(crate) async fn look(
     first: u32,
     blocks: u32,
 ) -> Result<(), ClientError> {
-    let name = world.history.snaps.borrow()[number].name.clone();
-    let target = format!("{}@{name}", VOLUMES[volume].0);
+    let snapshot = world.history.snaps.borrow()[number].name.clone();
+    let target = format!("{}@{snapshot}", volume_name(volume));
     let handle = user.client.open(&target);
     let shown = show(&handle.await?, volume, first, blocks).await?;
     trace::say(|| {
         format!(
-            "snapshot {name} {volume}/{first}+{blocks}: {}",
+            "snapshot {snapshot} {volume}/{first}+{blocks}: {}",
             brief(Some(&shown))
         )
     });
@@ -537,7 +567,7 @@ pub(crate) async fn look(
         let before = snap.shown.insert((volume, block), tag);
         if before.is_some_and(|before| before != tag) {
             trace::problem(format!(
-                "snapshot {name} changed: volume {volume} block {block} showed operation {}, now {}",
+                "snapshot {snapshot} changed: volume {volume} block {block} showed operation {}, now {}",
                 i64::from(before.unwrap_or_default()) - 1,
                 i64::from(tag) - 1
             ));
@@ -548,7 +578,7 @@ pub(crate) async fn look(
 
 /// Deletes a snapshot; true if the server says that it is gone.
 pub(crate) async fn delete(world: &World, user: &User, number: usize) -> bool {
-    let (name, volumes) = {
+    let (snapshot, volumes) = {
         let snap = &mut world.history.snaps.borrow_mut()[number];
         snap.deleting = true;
         (snap.name.clone(), snap.volumes.clone())
@@ -556,8 +586,8 @@ pub(crate) async fn delete(world: &World, user: &User, number: usize) -> bool {
     let mut gone = true;
     for volume in volumes {
         let target = SnapshotName {
-            volume: VOLUMES[volume].0.to_owned(),
-            snapshot: name.clone(),
+            volume: volume_name(volume),
+            snapshot: snapshot.clone(),
         };
         let done = user.client.admin(AdminRequest::SnapshotDelete { target });
         gone &= match done.await {
