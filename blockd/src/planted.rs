@@ -69,6 +69,8 @@ pub enum Plant {
     EntryForgetsVerifier,
     /// The sweep leaves volumes that are deleted.
     SweepKeepsVolumes,
+    /// What the disk cannot read is taken for zeros.
+    UnreadableIsZero,
 }
 
 impl Plant {
@@ -106,6 +108,7 @@ impl Plant {
         Plant::EntryHalfSpan,
         Plant::EntryForgetsVerifier,
         Plant::SweepKeepsVolumes,
+        Plant::UnreadableIsZero,
     ];
 }
 

@@ -29,10 +29,12 @@ pub(crate) enum Kind {
     Rot,
     ClockJump,
     Pause,
+    /// A part of the slab cannot be read until it is written again.
+    ReadError,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Kind; 17] = [
+    pub(crate) const ALL: [Kind; 18] = [
         Kind::Kill,
         Kind::Power,
         Kind::PowerAll,
@@ -50,7 +52,11 @@ impl Kind {
         Kind::Rot,
         Kind::ClockJump,
         Kind::Pause,
+        Kind::ReadError,
     ];
+    /// So many are drawn together; what came later has a stream of its own and leaves the rest of a run
+    /// as it was.
+    const DRAWN_TOGETHER: usize = 17;
 
     /// What the disk has taken is lost, or another than was written.
     fn damages(self) -> bool {
@@ -80,6 +86,7 @@ pub(crate) fn plan(seed: u64, mask: u32) -> Vec<Fault> {
     let likely = random.between(2, 6);
     let kinds: Vec<Kind> = Kind::ALL
         .into_iter()
+        .take(Kind::DRAWN_TOGETHER)
         .filter(|_| random.one_in(likely))
         .collect();
     let count = random.between(1, 8);
@@ -100,6 +107,7 @@ pub(crate) fn plan(seed: u64, mask: u32) -> Vec<Fault> {
             })
         })
         .collect();
+    faults.extend(read_errors(seed));
     faults.retain(|fault| mask >> fault.kind as u32 & 1 == 1);
     // On a full disk nothing says that a flush was: DESIGN.md, "Known and not mended".
     let was_full = |host| {
@@ -111,6 +119,23 @@ pub(crate) fn plan(seed: u64, mask: u32) -> Vec<Fault> {
     faults.retain(|fault| !(fault.kind.damages() && full[fault.host]));
     faults.sort_by_key(|fault| fault.at);
     faults
+}
+
+fn read_errors(seed: u64) -> Vec<Fault> {
+    let mut random = Random::new(seed, 6);
+    let count = match random.one_in(4) {
+        true => random.between(1, 4),
+        false => 0,
+    };
+    let fault = |_| Fault {
+        kind: Kind::ReadError,
+        at: random.between(200, 900),
+        host: random.below(SERVERS as u64) as usize,
+        other: 0,
+        lasts_ms: 0,
+        number: random.next_u64(),
+    };
+    (0..count).map(fault).collect()
 }
 
 fn death(number: u64) -> Death {
@@ -207,6 +232,7 @@ pub(crate) async fn happen(world: Rc<World>, fault: Fault) {
             let clock = std::sync::Arc::clone(&world.slots.borrow()[host].clock);
             clock.offset_ms.fetch_add(jump, Ordering::Relaxed);
         }
+        Kind::ReadError => lock(&medium).fail_reads(fault.number),
         Kind::Pause => {
             let until = Instant::now() + Duration::from_millis(fault.lasts_ms);
             world.pause(host, until);

@@ -11,7 +11,7 @@ use blockd::io::disk::{Disk, DiskFile};
 use blockd::io::environment::Clock;
 use blockd::io::state_dir::StateDir;
 use redb::{Database, DatabaseError, StorageBackend};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSlice};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
@@ -78,6 +78,8 @@ pub(crate) struct Medium {
     pub faults: DiskFaults,
     random: Option<Random>,
     reads: u64,
+    /// Pages of the slab that cannot be read until they are written again.
+    unreadable: BTreeSet<u64>,
     /// Data of the slab was damaged: EIO is a right answer.
     pub damaged: bool,
     /// An operation failed: the store or registry has stopped until a restart.
@@ -291,6 +293,38 @@ impl Medium {
         (0..4).map(count).max().unwrap_or_default()
     }
 
+    /// Some pages of the slab that have data, one behind the other, cannot be read from now on.
+    pub(crate) fn fail_reads(&mut self, number: u64) {
+        let pages = &self.files[DiskFile::Slab as usize].current;
+        let first = number % (pages.len() as u64).max(1);
+        let failing = pages.keys().skip(first as usize);
+        self.unreadable
+            .extend(failing.take(1 + number as usize % 32));
+    }
+
+    /// Everything can be read again.
+    pub(crate) fn heal_reads(&mut self) {
+        self.unreadable.clear();
+    }
+
+    fn check_readable(&mut self, file: DiskFile, pos: u64, len: usize) -> io::Result<()> {
+        let pages = pos / PAGE_BYTES..(pos + len as u64).div_ceil(PAGE_BYTES);
+        if file != DiskFile::Slab || self.unreadable.range(pages).next().is_none() {
+            return Ok(());
+        }
+        trace::count("fault: read EIO");
+        self.has_failed = true;
+        Err(io::Error::from_raw_os_error(EIO))
+    }
+
+    /// What is written or discarded can be read again.
+    fn rewrite(&mut self, file: usize, pos: u64, len: u64) {
+        let pages = pos / PAGE_BYTES..(pos + len).div_ceil(PAGE_BYTES);
+        if file == DiskFile::Slab as usize && !self.unreadable.is_empty() {
+            self.unreadable.retain(|page| !pages.contains(page));
+        }
+    }
+
     /// Inverts a bit of the slab, also of what is synced. False if the slab is empty.
     pub(crate) fn rot(&mut self) -> bool {
         let pages: Vec<u64> = self.files[DiskFile::Slab as usize]
@@ -402,6 +436,7 @@ impl SimState {
                 pos = medium.random().below(64) * PAGE_BYTES;
             }
         }
+        medium.rewrite(file, pos, data.len() as u64);
         medium.files[file].write(pos, data);
         Ok(())
     }
@@ -414,7 +449,9 @@ impl SimState {
 
 impl Disk for SimState {
     fn read_at(&self, file: DiskFile, pos: u64, buf: &mut [u8]) -> io::Result<()> {
-        read(&self.open()?.files[file as usize].current, pos, buf);
+        let mut medium = self.open()?;
+        medium.check_readable(file, pos, buf.len())?;
+        read(&medium.files[file as usize].current, pos, buf);
         Ok(())
     }
 
@@ -425,6 +462,7 @@ impl Disk for SimState {
         if cold > 0 && medium.reads.is_multiple_of(cold) {
             return Ok(false);
         }
+        medium.check_readable(file, pos, buf.len())?;
         read(&medium.files[file as usize].current, pos, buf);
         Ok(true)
     }
@@ -442,6 +480,7 @@ impl Disk for SimState {
 
     fn punch(&self, file: DiskFile, pos: u64, len: u64) -> io::Result<()> {
         let mut medium = self.change(file as usize, false)?;
+        medium.rewrite(file as usize, pos, len);
         let target = &mut medium.files[file as usize];
         punch(&mut target.current, pos, len);
         target.unsynced.push(Op::Punch(pos, len));

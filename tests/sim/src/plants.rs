@@ -45,6 +45,7 @@ pub(crate) const CAUGHT: &[(Plant, u64, u32)] = &[
     (Plant::EntryHalfSpan, 1, ALL_FAULTS),
     (Plant::EntryForgetsVerifier, 32, ALL_FAULTS),
     (Plant::SweepKeepsVolumes, 10, ALL_FAULTS),
+    (Plant::UnreadableIsZero, 4, ALL_FAULTS),
 ];
 /// A change of the program changes all runs: so many seeds from the named one on are tried.
 const TRIES: u64 = 600;

@@ -229,6 +229,7 @@ async fn calm(world: &Rc<World>) {
         let medium = world.medium(host);
         let mut medium = lock(&medium);
         let damaged = medium.damaged;
+        medium.heal_reads();
         medium.faults = crate::machine::DiskFaults::default();
         medium.damaged = damaged;
         let failed = medium.failed;

@@ -298,10 +298,13 @@ impl<D: Disk> Engine<D> {
                 pos,
                 len_bytes: part.len(),
             };
-            if self.get(read, part, fetched)? {
-                self.verify(&sources[index..index + run], read, part, origin, index)?;
-            } else {
-                push_cold(cold, read);
+            match self.get(read, part, fetched) {
+                Err(_) if planted(Plant::UnreadableIsZero) => part.fill(0),
+                Ok(false) => push_cold(cold, read),
+                got => {
+                    got?;
+                    self.verify(&sources[index..index + run], read, part, origin, index)?;
+                }
             }
             index += run;
         }
