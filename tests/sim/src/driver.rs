@@ -1,6 +1,7 @@
 //! Runs seeds, tells what they covered, and makes a failure small.
 
 use crate::child::{Child, Outcome, watch_panics};
+use crate::coverage;
 use crate::faults::Kind;
 use crate::machine::Medium;
 use crate::plants;
@@ -273,7 +274,7 @@ fn wait_for_one(running: &mut Vec<Child>) -> Child {
 fn report(args: &Args, totals: &Totals, first: u64, took: f64) {
     if !args.quiet {
         println!("coverage (count in all runs):");
-        for (what, count) in &totals.counts {
+        for (what, count) in &coverage::with_zeros(&totals.counts) {
             println!("  {count:>9}  {what}");
         }
     }

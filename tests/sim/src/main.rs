@@ -4,6 +4,7 @@
 mod check;
 mod child;
 mod churn;
+mod coverage;
 mod driver;
 mod entry;
 mod faults;

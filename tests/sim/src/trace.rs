@@ -179,7 +179,7 @@ impl Subscriber for Collector {
             Some(at) => fields.text[at..].split([' ', '(']).next().unwrap_or(""),
             None => "",
         };
-        count(&format!("log: {} {verdict}", fields.message));
+        count(format!("log: {} {verdict}", fields.message).trim_end());
         say(|| format!("{} {}{}", metadata.level(), fields.message, fields.text));
     }
 
