@@ -74,16 +74,15 @@ impl Connection {
     pub(crate) async fn call(&self, request: Request) -> Result<Vec<u8>, EntryError> {
         let (client, is_flush) = (self.client(), matches!(request, Request::Flush));
         let (answer, answered) = oneshot::channel();
-        let sent = match self.jobs.borrow().as_ref() {
-            Some(jobs) => jobs.send((request, answer)).is_ok(),
-            None => false,
-        };
-        match answered.await {
-            Ok(reply) if sent => match reply.result {
-                Ok(_) if is_flush && reply.client != client => Err(EntryError::Overtaken),
-                result => result.map_err(EntryError::Refused),
-            },
-            _ => Err(EntryError::Lost),
+        let (jobs, job) = (self.jobs.borrow().clone(), (request, answer));
+        match jobs {
+            Some(jobs) => drop(jobs.send(job)),
+            None => drop(job),
+        }
+        let reply = answered.await.map_err(|_| EntryError::Lost)?;
+        match reply.result {
+            Ok(_) if is_flush && reply.client != client => Err(EntryError::Overtaken),
+            result => result.map_err(EntryError::Refused),
         }
     }
 }
@@ -140,15 +139,14 @@ async fn connect(world: &Rc<World>, host: usize, name: &'static str) -> Option<C
     let (jobs, queue) = mpsc::unbounded_channel();
     let client = Rc::new(Cell::new(0));
     let (server, its) = (world.server(host)?, Rc::clone(&client));
-    let world = Rc::clone(world);
-    let history = Rc::clone(&world);
+    let its_world = Rc::clone(world);
     world.within(host, async move {
         let Ok(volume) = server.open(name).await else {
             return;
         };
-        its.set(history.history.enter(host));
+        its.set(its_world.history.enter(host));
         let _ = opened.send(());
-        serve(&history, host, volume, &its, queue).await;
+        serve(&its_world, host, volume, &its, queue).await;
     });
     opening.await.ok()?;
     trace::count("entry: connected");
