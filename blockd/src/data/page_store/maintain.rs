@@ -401,8 +401,9 @@ impl<D: Disk> Engine<D> {
     /// Lsn up to which the slab should have everything.
     fn apply_target(&self) -> u64 {
         let waiting = self.tables.redo.len() as u64 * SUB as u64;
-        let is_much =
-            self.options.unapplied_bytes_max <= waiting || FREED_MAX <= self.tables.freed_in_redo;
+        let is_much = self.options.unapplied_bytes_max <= waiting
+            || FREED_MAX <= self.tables.freed_in_redo
+            || planted(Plant::SlabBeforeLog);
         let pressure = if is_much { self.log.last_change } else { 0 };
         let checkpoint = self.upkeep.checkpoint.as_ref().map_or(0, |c| c.start.lsn);
         self.upkeep.apply_wanted.max(pressure).max(checkpoint)
