@@ -149,4 +149,8 @@ pub(crate) const SEEDS: &[(u64, &str)] = &[
         2_300_000_000_261,
         "what a dead server would have answered was taken for an answer",
     ),
+    (
+        2_700_000_000_069,
+        "a sweep that met a part of the slab that could not be read was not tried again before a restart",
+    ),
 ];

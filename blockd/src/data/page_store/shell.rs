@@ -30,8 +30,9 @@ use tokio::task::spawn_local;
 
 /// What all writes of zeros share.
 static ZEROS: LazyLock<Bytes> = LazyLock::new(|| vec![0; PART_BYTES as usize].into());
-/// Time after which groups are swept again that a full disk kept from it.
+/// Time after which groups are swept again that the disk kept from it; it doubles up to the second one.
 const SWEEP_PAUSE: Duration = Duration::from_secs(5);
+const SWEEP_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// Groups swept before other tasks get a turn.
 const SWEEP_TURN: usize = 16;
 /// Groups whose usage is counted before other tasks get a turn.
@@ -270,7 +271,8 @@ impl PageStore {
     /// gone, as nobody else knows of them before the next start.
     async fn sweep(&self, volume: VolumeId, groups: Vec<u64>) -> Result<(), StoreError> {
         let store = self.clone();
-        let swept = spawn_local(async move { store.sweep_groups(volume, groups).await });
+        let swept =
+            spawn_local(async move { store.sweep_groups(volume, groups, SWEEP_PAUSE).await });
         swept.await.unwrap_or(Err(StoreError::Closed))
     }
 
@@ -278,12 +280,17 @@ impl PageStore {
     pub(super) fn sweep_turned(&self) {
         for (volume, group) in self.runner.engine.borrow_mut().take_turned() {
             let store = self.clone();
-            spawn_local(async move { store.sweep_groups(volume, vec![group]).await });
+            spawn_local(async move { store.sweep_groups(volume, vec![group], SWEEP_PAUSE).await });
         }
     }
 
-    /// Goes on after an error, gives the first.
-    async fn sweep_groups(&self, volume: VolumeId, groups: Vec<u64>) -> Result<(), StoreError> {
+    /// Goes on after an error, gives the first. What the disk kept from being freed is tried again.
+    async fn sweep_groups(
+        &self,
+        volume: VolumeId,
+        groups: Vec<u64>,
+        pause: Duration,
+    ) -> Result<(), StoreError> {
         let (mut outcome, mut left) = (Ok(()), Vec::new());
         for (turn, key) in groups.into_iter().enumerate() {
             loop {
@@ -295,7 +302,7 @@ impl PageStore {
                     Ok(true) => {}
                     Ok(false) => break,
                     Err(error) => {
-                        if matches!(error, StoreError::NoSpace) {
+                        if may_succeed_later(&error) {
                             left.push(key);
                         }
                         outcome = outcome.and(Err(error));
@@ -309,18 +316,22 @@ impl PageStore {
         }
         self.runner.after_change();
         if !left.is_empty() {
-            self.sweep_later(volume, left);
+            self.sweep_later(volume, left, pause);
         }
         outcome
     }
 
-    /// What a full disk kept from being freed is freed when it has space again.
-    fn sweep_later(&self, volume: VolumeId, groups: Vec<u64>) {
+    fn sweep_later(&self, volume: VolumeId, groups: Vec<u64>, pause: Duration) {
         let weak = Rc::downgrade(&self.runner);
         spawn_local(async move {
-            tokio::time::sleep(SWEEP_PAUSE).await;
+            tokio::time::sleep(pause).await;
             if let Some(runner) = weak.upgrade() {
-                drop(PageStore { runner }.sweep(volume, groups).await);
+                let next = (2 * pause).min(SWEEP_PAUSE_MAX);
+                drop(
+                    PageStore { runner }
+                        .sweep_groups(volume, groups, next)
+                        .await,
+                );
             }
         });
     }
@@ -565,6 +576,12 @@ impl PageStore {
         drop(runner.lanes.borrow_mut().take());
         Ok(())
     }
+}
+
+/// A full disk may get space; what cannot be read may be written anew, so that the sweep need not read it.
+fn may_succeed_later(error: &StoreError) -> bool {
+    use StoreError::{BadSubBlock, NoSpace, Read};
+    matches!(error, NoSpace | Read { .. } | BadSubBlock { .. })
 }
 
 /// A write in the making: if it is dropped before it is logged, its slots are free again.
