@@ -11,17 +11,15 @@ import datetime
 import json
 import os
 import platform
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 
 import bench_lineage
 import bench_snapshot
-from bench_servers import SERVERS, Cluster
+from bench_servers import SERVERS, Cluster, directories
 
 MIB = 1 << 20
 # name: (fio options, how the result is counted)
@@ -297,13 +295,8 @@ def main():
     settings = parse(sys.argv[1:])
     # A signal ends the run like an exception, so that what was started is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    os.makedirs(settings.dir, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        data = tempfile.mkdtemp(prefix="bench-", dir=settings.dir)
-        stack.callback(shutil.rmtree, data, ignore_errors=True)
-        # Unix socket paths are limited to 107 bytes.
-        sockets = tempfile.mkdtemp(prefix="bench-")
-        stack.callback(shutil.rmtree, sockets, ignore_errors=True)
+        data, sockets = directories(stack, settings.dir)
         fio = Fio(data)
         servers = start_servers(stack, settings, data, sockets)
         fill(fio, servers, settings)

@@ -11,16 +11,14 @@ import argparse
 import concurrent.futures
 import contextlib
 import os
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 
 from bench import MIB, Fio, log, table
-from bench_servers import Cluster
+from bench_servers import Cluster, directories
 
 VOLUME = "grow"
 # Of a core, for each server.
@@ -150,13 +148,8 @@ def report(speeds):
 def main():
     settings = parse(sys.argv[1:])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    os.makedirs(settings.dir, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        data = tempfile.mkdtemp(prefix="bench-", dir=settings.dir)
-        stack.callback(shutil.rmtree, data, ignore_errors=True)
-        # Unix socket paths are limited to 107 bytes.
-        sockets = tempfile.mkdtemp(prefix="bench-")
-        stack.callback(shutil.rmtree, sockets, ignore_errors=True)
+        data, sockets = directories(stack, settings.dir)
         server = Four("four", settings, os.path.join(data, "four"), sockets)
         groups = stack.enter_context(contextlib.ExitStack())
         stack.callback(server.stop)

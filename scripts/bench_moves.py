@@ -9,16 +9,14 @@ rate; their p99 during moves stands against that between them. Medians of rounds
 import argparse
 import contextlib
 import os
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 
 from bench import MIB, Fio, log, table
-from bench_servers import Cluster
+from bench_servers import Cluster, directories
 from bench_snapshot import percentile, split_latencies_ms
 
 VOLUME = "moves"
@@ -140,13 +138,8 @@ def report(copies, moves, clients):
 def main():
     settings = parse(sys.argv[1:])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    os.makedirs(settings.dir, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        data = tempfile.mkdtemp(prefix="bench-", dir=settings.dir)
-        stack.callback(shutil.rmtree, data, ignore_errors=True)
-        # Unix socket paths are limited to 107 bytes.
-        sockets = tempfile.mkdtemp(prefix="bench-")
-        stack.callback(shutil.rmtree, sockets, ignore_errors=True)
+        data, sockets = directories(stack, settings.dir)
         scratch = os.path.join(data, "copies")
         os.makedirs(scratch)
         server = Two("two", settings, os.path.join(data, "two"), sockets)

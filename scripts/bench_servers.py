@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
+import tempfile
 import time
 
 START_S = 60
@@ -14,6 +16,17 @@ VOLUME = "bench"
 def accepts_tcp(address):
     with socket.socket() as client:
         return client.connect_ex(address) == 0
+
+
+def directories(stack, below):
+    """A new directory for data below one, and one for sockets, whose paths are limited to 107 bytes; the
+    stack removes both."""
+    os.makedirs(below, exist_ok=True)
+    data = tempfile.mkdtemp(prefix="bench-", dir=below)
+    stack.callback(shutil.rmtree, data, ignore_errors=True)
+    sockets = tempfile.mkdtemp(prefix="bench-")
+    stack.callback(shutil.rmtree, sockets, ignore_errors=True)
+    return data, sockets
 
 
 class Server:

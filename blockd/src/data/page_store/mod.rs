@@ -1,9 +1,10 @@
 //! The page store: pages of many volumes, with snapshots, in one directory of one server.
 //!
-//! Read in this order: `types` and `shell` (what callers see; `moving` and `runner` are parts of `shell`), `version`, `line`, `volume` and `tables` (what
-//! is stored), `record` and `log` (how a change is made), `engine`, `read`, `layers`, `place`, `write`, `tree`,
-//! `sweep`, `lineage`, `transfer` (requests), `maintain` (syncs, applying, checkpoints), `recover` (opening);
-//! `audit`, `check`, `scrub` (whether all is well), `image` (what a store that is not in use holds).
+//! Read in this order: `types` and `shell` (what callers see; `moving` and `runner` are parts of `shell`),
+//! `version`, `line`, `volume` and `tables` (what is stored), `record` and `log` (how a change is made),
+//! `engine`, `read`, `layers`, `place`, `write`, `tree`, `sweep`, `lineage`, `transfer` (requests),
+//! `maintain` (syncs, applying, checkpoints), `recover` (opening); `audit`, `check`, `scrub` (whether all is
+//! well), `image` (what a store that is not in use holds).
 //!
 //! Files of a store: `super` (superblock), `log` (write-ahead ring), `slab` (64 KiB slots), `meta` (what
 //! each slot holds), `catalog-a` and `catalog-b` (volumes and snapshots). Each format is described at
