@@ -161,7 +161,7 @@ def judge(medians, extras):
         ("procedures", "barrier3_paced_own_ms", "the same of three volumes, ms", 2),
         ("procedures", "barrier1_flat_out_own_ms", "the same flat out, ms", 2),
         ("procedures", "stamp1_paced_own_ms", "the same by stamp, ms", 2),
-        ("clones", "full_clone_ms", "clone of a 100 GiB thin volume with 8 GiB of data, ms", 100),
+        ("clones", "full_clone_ms", "clone of a 100 GiB thin volume with up to 8 GiB of data, ms", 100),
         ("clones", "full_rollback_ms", "rollback of the same, ms", 100),
         ("clones", "clone_growth", "clone with 8 times the data / with one", 1.5),
         ("clones", "rollback_growth", "rollback with 8 times the data / with one", 1.5),
