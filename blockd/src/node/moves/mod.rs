@@ -265,7 +265,10 @@ async fn clear_doubt(member: Rc<Member>, volume: VolumeId) {
     let confirmed = loop {
         match member.registry.barrier().await {
             Ok(state) => break state,
-            Err(error) => tracing::warn!(%volume, %error, "pages are held: whose are they?"),
+            Err(error) => {
+                tracing::warn!(%volume, %error, "pages are held: whose are they?");
+                sleep(Duration::from_millis(MOVE_RETRY_MS)).await;
+            }
         }
     };
     member.publish();
