@@ -71,6 +71,8 @@ pub enum Plant {
     SweepKeepsVolumes,
     /// What the disk cannot read is taken for zeros.
     UnreadableIsZero,
+    /// An owner that restarts forgets the spans that were under way.
+    ForgetSpans,
 }
 
 impl Plant {
@@ -109,6 +111,7 @@ impl Plant {
         Plant::EntryForgetsVerifier,
         Plant::SweepKeepsVolumes,
         Plant::UnreadableIsZero,
+        Plant::ForgetSpans,
     ];
 }
 

@@ -96,11 +96,8 @@ impl Volume {
         let opened = self.opened();
         let parts: Vec<Part> = opened.table.parts(offset, len).collect();
         if span.is_some() || opened.table.spans_pages(offset, len) {
-            let ids = &self.shared.client.shared.next_span;
-            let new = || {
-                let id = ids.fetch_add(1, Ordering::Relaxed);
-                Span::new(id, &opened.table, offset, len)
-            };
+            let peers = &self.shared.client.shared.peers;
+            let new = || Span::new(peers, &opened.table, offset, len);
             let span = span.get_or_insert_with(new);
             self.advance(&opened, span, io, replaying).await?;
             return Ok(parts);

@@ -25,7 +25,6 @@ use crate::io::net::{Network, Tcp};
 use crate::io::wire::{Frame, Kind, Status};
 use crate::node::config::with_peer_port;
 use serde::{Deserialize, Serialize};
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -135,10 +134,8 @@ pub struct Client {
 struct Shared {
     /// In the order in which they are asked; the one that answered last is in front.
     servers: Mutex<Vec<String>>,
-    peers: Peers,
+    peers: Arc<Peers>,
     options: ClientOptions,
-    /// Spans of all volumes share the connections, so their ids come from one counter.
-    next_span: AtomicU64,
 }
 
 impl Client {
@@ -170,14 +167,13 @@ impl Client {
         let client = Self {
             shared: Arc::new(Shared {
                 servers: Mutex::new(servers),
-                next_span: AtomicU64::new(1),
-                peers: Peers::new(
+                peers: Arc::new(Peers::new(
                     network,
                     Arc::new(Hlc::follower()),
                     requester,
                     None,
                     NodeNo(0),
-                ),
+                )),
                 options,
             }),
         };

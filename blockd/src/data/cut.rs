@@ -10,6 +10,7 @@
 
 use super::error::DataError;
 use super::moving::OpenSpan;
+use super::page_store::OpenMark;
 use crate::id::{SnapshotId, Stamp};
 use crate::planted::{Plant, planted};
 use std::cell::{Cell, RefCell};
@@ -64,12 +65,18 @@ pub struct Executing {
     cut: Rc<Cut>,
     width: Width,
     span: Option<OpenSpan>,
+    mark: Option<Rc<OpenMark>>,
 }
 
 impl Executing {
     /// Keeps a span open for as long.
     pub fn belongs_to(&mut self, span: OpenSpan) {
         self.span = Some(span);
+    }
+
+    /// Keeps a span noted as begun for as long.
+    pub fn is_noted(&mut self, mark: Rc<OpenMark>) {
+        self.mark = Some(mark);
     }
 }
 
@@ -252,6 +259,7 @@ impl Cut {
             cut,
             width,
             span: None,
+            mark: None,
         })
     }
 

@@ -127,8 +127,12 @@ impl Owner {
         let Some((table, lineage)) = pending else {
             return true;
         };
-        if self.waits_for_rollback(state) && !state.cut.is_quiet() {
-            return false;
+        if self.waits_for_rollback(state) {
+            // It takes back what they have done here.
+            state.interrupted.let_go();
+            if !state.cut.is_quiet() {
+                return false;
+            }
         }
         if let Err(error) = self.carry_out(state, &table, lineage) {
             tracing::warn!(volume = %state.id, %error, "the volume waits for its store");

@@ -4,6 +4,7 @@ pub mod cut;
 pub mod error;
 pub mod fence;
 pub mod forward;
+mod interrupted;
 pub mod lineage;
 pub mod moving;
 pub mod owner;

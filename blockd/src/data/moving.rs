@@ -188,8 +188,14 @@ impl Moving {
         if self.hold.get() != Hold::Nothing {
             return Err(DataError::Held);
         }
+        Ok(self.interrupted_span())
+    }
+
+    /// A change over several pages that was let in before the start.
+    #[must_use]
+    pub fn interrupted_span(self: &Rc<Self>) -> OpenSpan {
         self.spans.set(self.spans.get() + 1);
-        Ok(OpenSpan(Rc::clone(self)))
+        OpenSpan(Rc::clone(self))
     }
 
     fn note(&self, page: PageNo, bytes: &Range<u32>) {

@@ -9,6 +9,7 @@
 use super::cut::{Cut, Executing, Width};
 use super::error::DataError;
 use super::fence::FenceGate;
+use super::interrupted::Interrupted;
 use super::lineage::{LineageGate, Published};
 use super::moving::{Hold, Moving, Noted};
 use super::page_store::{PageAt, PageStore, ReadPart, StoreError};
@@ -53,6 +54,7 @@ pub struct VolumeState {
     /// Requests for pages since the start.
     requests: Cell<u64>,
     pub(super) lineage: LineageGate,
+    pub(super) interrupted: Interrupted,
 }
 
 /// The part of a server that executes requests for its own pages.
@@ -215,7 +217,9 @@ impl Owner {
         if let Some(pages) = self.doubted.borrow_mut().remove(&table.volume) {
             state.moving.doubt(pages);
         }
-        Rc::new(state)
+        let state = Rc::new(state);
+        self.resume_spans(&state);
+        state
     }
 
     /// The table of a volume counts from now on.
@@ -230,6 +234,11 @@ impl Owner {
     #[must_use]
     pub fn volume(&self, id: VolumeId) -> Option<Rc<VolumeState>> {
         self.volumes.borrow().get(&id).map(Rc::clone)
+    }
+
+    /// The states of all volumes.
+    pub(super) fn volumes(&self) -> Vec<Rc<VolumeState>> {
+        self.volumes.borrow().values().map(Rc::clone).collect()
     }
 
     /// Waits until `ready` says so after a publication, or the deadline has passed.
@@ -503,6 +512,7 @@ impl VolumeState {
             given: RefCell::default(),
             requests: Cell::new(0),
             lineage: LineageGate::default(),
+            interrupted: Interrupted::default(),
         }
     }
 }

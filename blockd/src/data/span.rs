@@ -6,17 +6,18 @@
 //! a snapshot meanwhile is aborted as late and never has a part of it. Only if the requester
 //! itself dies half-way may a later snapshot have the parts that were executed, as the volume has.
 //!
-//! [`Progress`] is what has been reached, as plain data; [`Span`] adds the connections over which
-//! owners were asked, and ends the span there when it is dropped, also while they are being asked.
+//! [`Progress`] is what has been reached, as plain data; [`Span`] adds who was asked, and
+//! ends the span there when it is dropped, also while they are being asked.
 
 use super::forward::{self, ForwardError};
 use super::router::{Part, RoutingTable};
 use crate::id::{Epoch, LeaseEpoch, NodeNo, VolumeId};
-use crate::io::link::Link;
+use crate::io::link::{Link, Peers};
 use crate::io::wire::{Frame, Kind};
 use crate::limits::{REQUEST_PART_BYTES, ZERO_SPAN_BYTES, ZERO_SPAN_PAGES};
 use futures_util::future::join_all;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::sync::Arc;
 
 /// Cuts a TRIM or WRITE_ZEROES into the `(offset_bytes, len_bytes)` that are one span each, so that
 /// none is as long as a span may last. Zeros that are written out count as a write.
@@ -122,22 +123,30 @@ impl Progress {
     }
 }
 
-/// A span, and the connections over which owners have heard of it.
+/// A span, and the owners that may have heard of it.
 pub struct Span {
     pub id: u64,
     pub progress: Progress,
     volume: VolumeId,
-    links: BTreeMap<NodeNo, Link>,
+    peers: Arc<Peers>,
+    /// Of the servers that were asked.
+    addresses: BTreeSet<String>,
 }
 
 impl Span {
     #[must_use]
-    pub fn new(id: u64, table: &RoutingTable, offset_bytes: u64, len_bytes: u64) -> Self {
+    pub fn new(
+        peers: &Arc<Peers>,
+        table: &RoutingTable,
+        offset_bytes: u64,
+        len_bytes: u64,
+    ) -> Self {
         Self {
-            id,
+            id: peers.begin_span(),
             progress: Progress::new(table.epoch, table.parts(offset_bytes, len_bytes)),
             volume: table.volume,
-            links: BTreeMap::new(),
+            peers: Arc::clone(peers),
+            addresses: BTreeSet::new(),
         }
     }
 
@@ -160,7 +169,7 @@ impl Span {
         for link in links {
             match link {
                 Ok((node, link)) => {
-                    self.links.insert(node, link.clone());
+                    self.addresses.insert(link.address().to_owned());
                     let request = request.clone();
                     begins.push(async move { (node, forward::call(&link, request).await) });
                 }
@@ -186,16 +195,17 @@ impl Span {
     }
 
     fn end(&mut self) {
-        for link in std::mem::take(&mut self.links).into_values() {
+        for address in std::mem::take(&mut self.addresses) {
             let mut request = Frame::request(Kind::SpanEnd, self.volume);
             request.aux = self.id;
-            link.post(request);
+            self.peers.post(&address, request);
         }
     }
 }
 
 impl Drop for Span {
     fn drop(&mut self) {
+        self.peers.end_span(self.id);
         self.end();
     }
 }

@@ -22,7 +22,7 @@ use crate::limits::{FORWARD_DEADLINE_MS, FORWARD_RETRY_MS, OPEN_PROBE_MS};
 use crate::planted::{Plant, planted};
 use bytes::Bytes;
 use futures_util::future::{join_all, try_join_all};
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -35,7 +35,6 @@ pub struct Group {
     pub owner: Rc<Owner>,
     pub peers: Arc<Peers>,
     addresses: RefCell<HashMap<NodeNo, String>>,
-    next_span: Cell<u64>,
 }
 
 /// One open volume or snapshot. Clones share the write verifiers of one connection.
@@ -63,7 +62,6 @@ impl Group {
             owner,
             peers,
             addresses: RefCell::default(),
-            next_span: Cell::new(1),
         }
     }
 
@@ -382,8 +380,7 @@ impl Volume {
     /// A change that touches several pages.
     async fn change_span(&self, offset: u64, len: u64, io: &PartIo) -> Result<(), DataError> {
         let group = &self.group;
-        let id = group.next_span.replace(group.next_span.get() + 1);
-        let mut span = Span::new(id, &self.state.table(), offset, len);
+        let mut span = Span::new(&group.peers, &self.state.table(), offset, len);
         let mut local = None;
         let mut retry = Retry::new();
         loop {

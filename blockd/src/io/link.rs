@@ -6,6 +6,12 @@
 //! next connection of an id first ends the one before, so that a request that was sent twice is
 //! never executed a second time after the answer to its repetition.
 
+mod open_spans;
+#[cfg(test)]
+mod tests;
+
+pub use open_spans::SpanList;
+
 use super::framed::FrameStream;
 use super::hlc::Hlc;
 use super::net::{BoxStream, Network, Tcp};
@@ -14,6 +20,7 @@ use crate::id::{NodeNo, Stamp, VolumeId};
 use crate::limits::{PEER_HELLO_MS, PEER_STALL_MS};
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
+use open_spans::OpenSpans;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::future::poll_fn;
@@ -195,6 +202,12 @@ impl Link {
         &self.owner.shared.welcome
     }
 
+    /// The server's address.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.owner.shared.address
+    }
+
     #[must_use]
     pub fn is_ended(&self) -> bool {
         self.owner.shared.lock().ended.is_some()
@@ -361,6 +374,7 @@ pub struct Peers {
     network: Arc<dyn Network>,
     hlc: Arc<Hlc>,
     requester: u64,
+    spans: OpenSpans,
     cluster_id: Mutex<Option<String>>,
     node: Mutex<NodeNo>,
     slots: Mutex<HashMap<String, Arc<Slot>>>,
@@ -390,9 +404,29 @@ impl Peers {
             network,
             hlc,
             requester,
+            spans: OpenSpans::new(requester),
             cluster_id: Mutex::new(cluster_id),
             node: Mutex::new(node),
             slots: Mutex::default(),
+        }
+    }
+
+    /// The id of a new change over several pages, which no other requester has.
+    #[must_use]
+    pub fn begin_span(&self) -> u64 {
+        self.spans.begin()
+    }
+
+    /// Nothing more of a span comes; servers to which there is no link hear it with the next one.
+    pub fn end_span(&self, id: u64) {
+        self.spans.end(id);
+    }
+
+    /// Posts a request if there is a link to `address` now.
+    pub fn post(&self, address: &str, request: Frame) {
+        let slot = lock(&self.slots).get(address).map(Arc::clone);
+        if let Some(link) = slot.and_then(|slot| slot.live()) {
+            link.post(request);
         }
     }
 
@@ -449,6 +483,10 @@ impl Peers {
         let link = Link::connect_over(&*self.network, Some(&self.hlc), address, &hello).await?;
         slot.made.fetch_add(1, Ordering::Relaxed);
         *lock(&slot.link) = Some(link.clone());
+        // Only now: of a span that ends meanwhile either this tells, or its end finds the link.
+        if let Some(announcement) = self.spans.announcement() {
+            link.post(announcement);
+        }
         Ok(link)
     }
 
@@ -496,6 +534,3 @@ impl Slot {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
-
-#[cfg(test)]
-mod tests;

@@ -11,12 +11,15 @@ use crate::data::owner::Target;
 use crate::data::page_store::{PageAt, SnapshotUsage};
 use crate::id::{SnapshotId, Stamp, VolumeId};
 use crate::io::framed::{FrameStream, serve};
-use crate::io::link::{Hello, Welcome, decode_control, encode_control};
+use crate::io::link::{Hello, SpanList, Welcome, decode_control, encode_control};
 use crate::io::net::{BoxStream, Listen};
 use crate::io::wire::{
     self, Frame, Kind, Payload, Run, Status, encode_extents, encode_layers, encode_runs, flags,
 };
-use crate::limits::{PEER_CONNECTIONS, PEER_HELLO_MS, REQUEST_PART_BYTES, SPAN_MAX_MS};
+use crate::limits::{
+    FORWARD_DEADLINE_MS, FORWARD_RETRY_MS, PEER_CONNECTIONS, PEER_HELLO_MS, REQUEST_PART_BYTES,
+    SPAN_MAX_MS,
+};
 use crate::planted::{Plant, planted};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -213,7 +216,11 @@ async fn handle(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
         Kind::Hello => return request.refuse(Status::Malformed, "a second hello"),
         _ => {}
     }
-    let Some(member) = node.member() else {
+    let member = match request.kind {
+        Kind::SpanEnd => member_in_time(&node).await,
+        _ => node.member(),
+    };
+    let Some(member) = member else {
         return request.refuse(Status::Unavailable, node.why_no_member());
     };
     let mut reply = match request.kind {
@@ -236,6 +243,20 @@ async fn handle(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
     };
     reply.aux = node.verifier;
     reply
+}
+
+/// What ends at a server counts also while it starts.
+async fn member_in_time(node: &Node) -> Option<Rc<Member>> {
+    let started = async {
+        loop {
+            if let Some(member) = node.member() {
+                return member;
+            }
+            sleep(Duration::from_millis(FORWARD_RETRY_MS)).await;
+        }
+    };
+    let limit = Duration::from_millis(FORWARD_DEADLINE_MS);
+    timeout(limit, started).await.ok()
 }
 
 /// In a task of its own: what was begun is carried out also when the requester goes away.
@@ -292,8 +313,15 @@ async fn execute(node: &Node, member: &Rc<Member>, spans: &Spans, request: &Fram
             Ok((0, Payload::default()))
         }
         Kind::SpanBegin => begin_span(member, spans, request).await,
+        Kind::SpanEnd if volume == VolumeId(0) => {
+            let list: SpanList = decode_control(request.payload.clone())
+                .map_err(|_| DataError::Malformed("a list of spans that cannot be decoded"))?;
+            owner.end_spans(&list);
+            Ok((0, Payload::default()))
+        }
         Kind::SpanEnd => {
             spans.borrow_mut().remove(&(volume, request.aux));
+            owner.end_span(volume, request.aux);
             Ok((0, Payload::default()))
         }
         Kind::SnapshotDrop => {
@@ -401,7 +429,7 @@ async fn pass_span_gate(member: &Member, request: &Frame) -> Result<Executing, D
         return Err(DataError::Stale(epoch));
     }
     state.check_lease(request.lease())?;
-    state.try_span()
+    owner.begin_span(&state, request.aux).await
 }
 
 fn end_late_span(spans: &Spans, key: (VolumeId, u64), gate: &Rc<Executing>) {

@@ -243,6 +243,19 @@ impl Load {
         }
     }
 
+    /// Waits until each spanner has had another write acknowledged. The entry server of one may have died
+    /// half-way in a write, which nobody completes before its client has sent it again.
+    pub(crate) fn await_spans(&self) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        for spanner in &self.spanners {
+            let before = spanner.progress.acknowledged();
+            while spanner.progress.acknowledged() == before {
+                assert!(Instant::now() < deadline, "no write over two pages ends");
+                sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
     /// Acknowledged and issued writes of each writer, then of each spanner.
     pub(crate) fn marks(&self) -> Vec<(u64, u64)> {
         let writers = self.writers.iter().map(|writer| &writer.progress);

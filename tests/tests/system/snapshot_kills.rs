@@ -68,6 +68,7 @@ fn kill_during(procedure: Procedure, start: fn(&Cluster, [&'static str; 2]) -> L
         cluster.servers[victim].start();
         cluster.wait_writable();
         writes_go_through(&cluster, seed);
+        load.await_spans();
         marks.insert(name.clone(), (before, load.marks()));
         load.check_running();
         let listed = listed(&cluster);

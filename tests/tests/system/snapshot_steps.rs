@@ -65,6 +65,7 @@ fn die_at(
         cluster.servers[dies].start();
         cluster.wait_writable();
         writes_go_through(&cluster, 0);
+        load.await_spans();
         load.check_running();
         let exists = listed(&cluster).contains(&step);
         assert_eq!(

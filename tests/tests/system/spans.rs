@@ -3,9 +3,11 @@
 use super::chains::{Load, PAGE, PAGE_BLOCKS, write_spans};
 use blockd::control::snapshot::Procedure;
 use blockd::id::{Epoch, PageNo, VolumeId};
+use blockd::io::link::{SpanList, encode_control};
 use blockd::io::wire::{Frame, Kind, Status, flags};
 use blockd_tests::nbd_raw::{Address, Endpoint, Mode, RawNbd, wire};
 use blockd_tests::{Cluster, MIB, Peer};
+use rustix::process::Signal;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -251,6 +253,71 @@ fn a_half_done_span_waits_for_its_owner() {
     cluster.snapshot("v@s");
     let found = cluster.nbd(1, "v@s").read(boundary - 4096, 8192).unwrap();
     assert!(found == data, "half of the write is missing");
+}
+
+/// S003-33: an owner that is killed between two parts of a span, which nobody else has a part of, takes no
+/// snapshot with half of it after its restart: the requester goes on with the same id, or says that it
+/// needs nothing more of it.
+#[test]
+fn a_span_that_was_interrupted_by_a_kill_is_whole_or_ended() {
+    let mut cluster = Cluster::three();
+    let volume = cluster.create_on("v", 16 * PAGE, PAGE_BLOCKS, &[1]);
+    let begin = |id| span_frame(Kind::SpanBegin, volume.id, id, volume.epoch);
+    let part = |id, page| span_part(volume.id, id, volume.epoch, page);
+    let interrupt = |cluster: &mut Cluster, id| {
+        let peer = Peer::connect(cluster, 0);
+        assert_eq!(peer.status(begin(id)), Status::Ok);
+        assert_eq!(peer.status(part(id, 0)), Status::Ok);
+        // While the connection is open: with its end the span would end.
+        cluster.servers[0].signal(Signal::KILL);
+        drop(peer);
+        cluster.servers[0].kill();
+        cluster.servers[0].start();
+        cluster.wait_writable();
+        let early = cluster.snapshot_at(1, &["v@early"]);
+        assert!(early.is_err(), "taken with half of a span: {early:?}");
+    };
+    // A span that has ended in good order is not taken for an interrupted one.
+    let peer = Peer::connect(&cluster, 0);
+    assert_eq!(peer.status(begin(6)), Status::Ok);
+    let end = |id| span_frame(Kind::SpanEnd, volume.id, id, volume.epoch);
+    assert_eq!(peer.status(end(6)), Status::Ok);
+    drop(peer);
+    cluster.servers[0].kill();
+    cluster.servers[0].start();
+    cluster.wait_writable();
+    cluster.snapshot_at(1, &["v@ended"]).unwrap();
+
+    interrupt(&mut cluster, 7);
+    let peer = Peer::connect(&cluster, 0);
+    assert_eq!(peer.status(begin(7)), Status::Ok);
+    assert_eq!(peer.status(part(7, 1)), Status::Ok);
+    let open = cluster.snapshot_at(1, &["v@early"]);
+    assert!(open.is_err(), "it goes on: {open:?}");
+    assert_eq!(peer.status(end(7)), Status::Ok);
+    drop(peer);
+    cluster.snapshot_at(1, &["v@whole"]).unwrap();
+    for page in [0, PAGE] {
+        let found = cluster.nbd(2, "v@whole").read(page, 512).unwrap();
+        assert_eq!(found, [7; 512]);
+    }
+
+    interrupt(&mut cluster, 8);
+    let peer = Peer::connect(&cluster, 0);
+    let mut list = Frame::request(Kind::SpanEnd, VolumeId(0));
+    let [first, next, open] = [1, 9, 8];
+    let open = [open].into();
+    list.payload = encode_control(&SpanList { first, next, open });
+    assert_eq!(peer.status(list.clone()), Status::Ok);
+    let kept = cluster.snapshot_at(1, &["v@early"]);
+    assert!(
+        kept.is_err(),
+        "its requester says that it goes on: {kept:?}"
+    );
+    let open = [].into();
+    list.payload = encode_control(&SpanList { first, next, open });
+    assert_eq!(peer.status(list), Status::Ok);
+    cluster.snapshot_at(1, &["v@given_up"]).unwrap();
 }
 
 /// Bytes that one server may grow by while it zeroes a whole volume.

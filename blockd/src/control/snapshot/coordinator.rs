@@ -72,7 +72,10 @@ pub enum Abort {
     #[error("server {0} was lost")]
     PeerLost(NodeNo),
     /// The time for which writes may be held is over.
-    #[error("not all servers were ready within the time for which writes may be held")]
+    #[error(
+        "not all servers were ready in time: one is slow, a change over several pages goes on, or one \
+         that a restart interrupted is waited for (30 s at the most)"
+    )]
     TooLate,
     /// The routing table or the pending snapshot changed meanwhile.
     #[error("the volume or the snapshot was changed meanwhile")]

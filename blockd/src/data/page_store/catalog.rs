@@ -3,12 +3,14 @@
 //! Format: postcard (varint) of a sequence of volumes, each {volume, era, deleted, sequence of
 //! (snapshot, era)}. Since format version 2 of the store a second sequence follows, of those
 //! volumes that were rolled back or cloned, each {volume, sequence of turns (era, the one that it
-//! follows), routing epoch of the last rollback, optional parent (volume, snapshot)}. The superblock
-//! has the length of all and its CRC-32.
+//! follows), routing epoch of the last rollback, optional parent (volume, snapshot)}. A third sequence,
+//! which older catalogs lack, has the spans that had begun and not ended, each {volume, id}. The
+//! superblock has the length of all and its CRC-32.
 
 use super::line::Turn;
 use super::types::Parent;
 use crate::id::{SnapshotId, VolumeId};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Entry of one volume.
@@ -34,21 +36,33 @@ pub(super) struct CatalogHistory {
 pub(super) struct Catalog {
     pub(super) volumes: Vec<CatalogVolume>,
     pub(super) histories: Vec<CatalogHistory>,
+    /// Spans that had begun and not ended, by volume and id.
+    pub(super) spans: Vec<(VolumeId, u64)>,
 }
 
 /// Writes the catalog.
 pub(super) fn encode(catalog: &Catalog) -> Result<Vec<u8>, postcard::Error> {
-    postcard::to_stdvec(&(&catalog.volumes, &catalog.histories))
+    postcard::to_stdvec(&(&catalog.volumes, &catalog.histories, &catalog.spans))
 }
 
 /// Reads the catalog; its checksum was verified by the caller.
 pub(super) fn decode(bytes: &[u8]) -> Result<Catalog, postcard::Error> {
     let (volumes, rest) = postcard::take_from_bytes(bytes)?;
-    let histories = match rest {
-        [] => Vec::new(),
-        rest => postcard::from_bytes(rest)?,
-    };
-    Ok(Catalog { volumes, histories })
+    let (histories, rest) = next_sequence(rest)?;
+    let (spans, _) = next_sequence(rest)?;
+    Ok(Catalog {
+        volumes,
+        histories,
+        spans,
+    })
+}
+
+/// A sequence that older catalogs end before.
+fn next_sequence<T: DeserializeOwned>(bytes: &[u8]) -> Result<(Vec<T>, &[u8]), postcard::Error> {
+    match bytes {
+        [] => Ok((Vec::new(), bytes)),
+        bytes => postcard::take_from_bytes(bytes),
+    }
 }
 
 #[cfg(test)]
@@ -69,18 +83,18 @@ mod tests {
         let golden = include_bytes!("../../../tests/golden/catalog-v1.bin");
         let catalog = Catalog {
             volumes: volumes(),
-            histories: Vec::new(),
+            ..Catalog::default()
         };
         assert_eq!(decode(golden).unwrap(), catalog);
     }
 
-    #[test]
-    fn the_format_is_the_golden_file() {
+    /// A volume that was rolled back and is a clone, and the spans that are given.
+    fn with_history(spans: Vec<(VolumeId, u64)>) -> Catalog {
         let parent = Parent {
             volume: VolumeId(5),
             snapshot: SnapshotId(6),
         };
-        let catalog = Catalog {
+        Catalog {
             volumes: volumes(),
             histories: vec![CatalogHistory {
                 volume: VolumeId(300),
@@ -88,8 +102,20 @@ mod tests {
                 rolled_back: 260,
                 parent: Some(parent),
             }],
-        };
+            spans,
+        }
+    }
+
+    #[test]
+    fn the_format_of_version_2_is_read() {
         let golden = include_bytes!("../../../tests/golden/catalog-v2.bin");
+        assert_eq!(decode(golden).unwrap(), with_history(Vec::new()));
+    }
+
+    #[test]
+    fn the_format_is_the_golden_file() {
+        let catalog = with_history(vec![(VolumeId(300), u64::MAX), (VolumeId(301), 5)]);
+        let golden = include_bytes!("../../../tests/golden/catalog-v3.bin");
         assert_eq!(encode(&catalog).unwrap(), golden);
         assert_eq!(decode(golden).unwrap(), catalog);
     }

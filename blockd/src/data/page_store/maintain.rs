@@ -488,6 +488,10 @@ impl<D: Disk> Engine<D> {
                 });
             }
         }
+        let spans = self.tables.spans.iter();
+        catalog.spans = spans
+            .map(|(volume, span)| (VolumeId(*volume), *span))
+            .collect();
         catalog
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Read in this order: `types` and `shell` (what callers see; `moving` and `runner` are parts of `shell`),
 //! `version`, `line`, `volume` and `tables` (what is stored), `record` and `log` (how a change is made),
-//! `engine`, `read`, `layers`, `place`, `write`, `tree`, `sweep`, `lineage`, `transfer` (requests),
+//! `engine`, `read`, `layers`, `place`, `write`, `tree`, `sweep`, `lineage`, `transfer`, `spans` (requests),
 //! `maintain` (syncs, applying, checkpoints), `recover` (opening); `audit`, `check`, `scrub` (whether all is
 //! well), `image` (what a store that is not in use holds).
 //!
@@ -38,6 +38,7 @@ mod runner;
 mod scrub;
 mod shell;
 mod slots;
+mod spans;
 mod superblock;
 mod sweep;
 mod tables;
@@ -59,6 +60,7 @@ pub use maintain::{ApplyJob, CommitJob, Job, JobDone, MetaJob, SyncJob};
 pub use place::Placement;
 pub use scrub::{BadChunk, ChunkBuffer, Scrubbed, StoredChunk};
 pub use shell::PageStore;
+pub use spans::OpenMark;
 pub use transfer::{Exported, MovedChunk, MovedVersion};
 pub use types::{PageAt, Parent, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage};
 pub use usage::UsageScan;

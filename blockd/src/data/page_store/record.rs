@@ -9,7 +9,7 @@
 //!      8    8  lsn
 //!     16    8  highest lsn known durable when the record was written
 //!     24    8  volume; of a mark: lsn up to which pointer data is synced
-//!     32    4  page; of a clone: 8 bytes, the parent volume
+//!     32    4  page; of a clone: 8 bytes, the parent volume; of a span: 8 bytes, its id
 //!     36    2  chunk of the page
 //!     38    2  zero: sub-blocks that become zeros, or of which a version forgets what it decided
 //!     40    4  slot; of a snapshot taken of an era: that era; of a turn: the era that it follows
@@ -24,7 +24,7 @@
 //!              data: 4096 bytes for each set bit of mask
 //! ```
 //! A pointer has 16 checksums for each of its chunks, mask 0 and no data. The seed is secret, so that
-//! a guest cannot forge records inside its data. Kinds 20 to 24 came with page moves,
+//! a guest cannot forge records inside its data. Kinds 25 and 26 came with spans, 20 to 24 with page moves,
 //! 15 and 16 with snapshots by time stamps,
 //! 11 to 14 with rollbacks and clones and format version 2 of the store.
 
@@ -122,6 +122,10 @@ pub(super) enum Change {
     Clone(VolumeId, Parent),
     /// A clone that needs its parent no more.
     Detach(VolumeId),
+    /// A change over several pages of the volume may be executed in part from here on (S003-33).
+    SpanBegun(VolumeId, u64),
+    /// All parts of a span that this store has were executed, or its requester has given it up.
+    SpanEnded(VolumeId, u64),
     /// What a version decided, and no view reads from it.
     Forget { at: ChunkAt, slot: u32, mask: u16 },
 }
@@ -221,6 +225,8 @@ fn encode_fields(change: &Change, buf: &mut [u8]) -> usize {
         Change::Clone(volume, parent) => (12, *volume, parent.snapshot.0),
         Change::Detach(volume) => (13, *volume, 0),
         Change::Forget { at, .. } => (14, at.volume, 0),
+        Change::SpanBegun(volume, _) => (25, *volume, 0),
+        Change::SpanEnded(volume, _) => (26, *volume, 0),
     };
     buf[4] = kind;
     put(buf, 24, &volume.0.to_le_bytes());
@@ -274,6 +280,9 @@ fn encode_fields(change: &Change, buf: &mut [u8]) -> usize {
             put(buf, 48, &epoch.to_le_bytes());
         }
         Change::Clone(_, parent) => put(buf, 32, &parent.volume.0.to_le_bytes()),
+        Change::SpanBegun(_, span) | Change::SpanEnded(_, span) => {
+            put(buf, 32, &span.to_le_bytes())
+        }
         Change::Forget { at, slot, mask } => {
             put_place(buf, at, *slot, 0);
             put(buf, 38, &mask.to_le_bytes());
@@ -309,7 +318,7 @@ pub(super) fn decode(bytes: &[u8], seed: u32) -> Option<Record> {
     let table = match bytes[4] {
         3..=5 | 20 => mask.count_ones() as usize,
         6 | 21 if (1..=POINTER_CHUNKS).contains(&(argument as usize)) => argument as usize * SUBS,
-        1 | 2 | 7..=16 | 22..=24 => 0,
+        1 | 2 | 7..=16 | 22..=26 => 0,
         _ => return None,
     };
     let head_bytes = RECORD_ALIGN + (4 * table).next_multiple_of(RECORD_ALIGN);
@@ -395,6 +404,8 @@ fn decode_change(bytes: &[u8], mask: u16, argument: u32) -> Option<Change> {
             Change::Clone(volume, parent)
         }
         13 => Change::Detach(volume),
+        25 => Change::SpanBegun(volume, u64_at(bytes, 32)),
+        26 => Change::SpanEnded(volume, u64_at(bytes, 32)),
         14 => Change::Forget {
             at,
             slot,
@@ -524,6 +535,8 @@ mod tests {
         round_trip(Change::Turn(VolumeId(1), Turn { era: 7, to: 2 }, 3));
         round_trip(clone());
         round_trip(Change::Detach(VolumeId(1)));
+        round_trip(Change::SpanBegun(VolumeId(1), u64::MAX));
+        round_trip(Change::SpanEnded(VolumeId(1), 1 << 40));
         round_trip(Change::Forget {
             at,
             slot: 7,

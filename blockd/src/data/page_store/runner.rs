@@ -4,6 +4,7 @@ use super::engine::{ColdRead, Engine, Fetched, Step};
 use super::error::StoreError;
 use super::lanes::{Lanes, Outcome};
 use super::scrub::{BadChunk, ChunkBuffer, StoredChunk};
+use super::spans::Spans;
 use crate::io::device::Device;
 use crate::io::disk::Disk;
 use std::cell::{Cell, RefCell};
@@ -29,6 +30,8 @@ pub(super) struct Runner {
     pub(super) flush_wanted: Cell<u64>,
     pub(super) timer_armed: Cell<bool>,
     pub(super) sync_interval: Duration,
+    /// Changes over several pages that are under way.
+    pub(super) spans: Spans,
 }
 
 /// Takes what the worker threads have done until the store is gone.

@@ -10,6 +10,7 @@ use super::lanes::Lanes;
 use super::place::Placement;
 use super::runner::{Runner, StoreEngine, take_outcomes};
 use super::scrub::{Scrubbed, StoredChunk};
+use super::spans::{Spans, note_ends};
 use super::types::{
     PART_BYTES, PageAt, Parent, ReadPart, SnapshotUsage, StoreOptions, StoreUsage, VolumeUsage,
 };
@@ -78,6 +79,7 @@ impl PageStore {
         let new_id = RandomState::new().build_hasher().finish();
         let engine = Engine::open(Arc::new(Arc::clone(&disk)), options, new_id)?;
         let (sender, receiver) = mpsc::unbounded_channel();
+        let (ended, ends) = mpsc::unbounded_channel();
         let lanes = Lanes::start(&disk, device, &sender)
             .map_err(|error| failed("start worker threads", error))?;
         let runner = Rc::new(Runner {
@@ -88,7 +90,9 @@ impl PageStore {
             flush_wanted: Cell::new(0),
             timer_armed: Cell::new(false),
             sync_interval,
+            spans: Spans::new(ended),
         });
+        spawn_local(note_ends(Rc::downgrade(&runner), ends));
         spawn_local(take_outcomes(Rc::downgrade(&runner), receiver));
         let store = PageStore { runner };
         store.resume();

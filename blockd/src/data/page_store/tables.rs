@@ -14,7 +14,7 @@ use super::version::{ALL, GROUP_CHUNKS, SUBS, Version, bits};
 use super::volume::{Volume, chunk_in_group, group_key};
 use crate::id::{SnapshotId, VolumeId};
 use crate::planted::{Plant, planted};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 /// Positions in the log file are kept in units of the record alignment.
 const POS_UNIT: u64 = 64;
@@ -91,6 +91,8 @@ pub(super) struct Tables {
     pub(super) changes: SlotChanges,
     pub(super) redo: VecDeque<Redo>,
     pub(super) freed_in_redo: u64,
+    /// Spans that have begun and not ended, by volume and id.
+    pub(super) spans: BTreeSet<(u64, u64)>,
     dirty: FastMap<u32, DirtySlot>,
 }
 
@@ -156,6 +158,9 @@ impl Tables {
             (volume.turns, volume.rolled_back) = (entry.turns, entry.rolled_back);
             volume.parent = entry.parent;
         }
+        let spans = catalog.spans.into_iter();
+        self.spans
+            .extend(spans.map(|(volume, span)| (volume.0, span)));
     }
 
     /// Does what a record says. `data_pos` is the place of its data in the log file.
@@ -250,6 +255,8 @@ impl Tables {
                 let volume = self.volumes.get_mut(&id.0).ok_or(unknown)?;
                 volume.remove_snapshot(*snapshot);
             }
+            Change::SpanBegun(id, span) => drop(self.spans.insert((id.0, *span))),
+            Change::SpanEnded(id, span) => drop(self.spans.remove(&(id.0, *span))),
             Change::Rollback(id, snapshot, epoch) => self.roll_back(*id, *snapshot, *epoch)?,
             Change::Turn(id, turn, epoch) => {
                 let volume = self.volumes.entry(id.0).or_default();
@@ -274,6 +281,7 @@ impl Tables {
                 volume.deleted = true;
                 volume.parent = None;
                 volume.set_snapshots(Vec::new());
+                self.spans.retain(|(volume, _)| *volume != id.0);
                 self.forget_if_gone(*id);
             }
             _ => return Err(Misfit("not a change of a volume")),
