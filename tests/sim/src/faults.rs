@@ -8,7 +8,7 @@ use crate::world::{CLIENTS, SERVERS, World};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -31,10 +31,13 @@ pub(crate) enum Kind {
     Pause,
     /// A part of the slab cannot be read until it is written again.
     ReadError,
+    /// The owners of a change over several pages die while they execute it, are asked for a snapshot as
+    /// soon as they are back, and hear late what clients say.
+    DieUnheard,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Kind; 18] = [
+    pub(crate) const ALL: [Kind; 19] = [
         Kind::Kill,
         Kind::Power,
         Kind::PowerAll,
@@ -53,6 +56,7 @@ impl Kind {
         Kind::ClockJump,
         Kind::Pause,
         Kind::ReadError,
+        Kind::DieUnheard,
     ];
     /// So many are drawn together; what came later has a stream of its own and leaves the rest of a run
     /// as it was.
@@ -108,6 +112,7 @@ pub(crate) fn plan(seed: u64, mask: u32) -> Vec<Fault> {
         })
         .collect();
     faults.extend(read_errors(seed));
+    faults.extend(die_unheard(seed));
     faults.retain(|fault| mask >> fault.kind as u32 & 1 == 1);
     // On a full disk nothing says that a flush was: DESIGN.md, "Known and not mended".
     let was_full = |host| {
@@ -136,6 +141,18 @@ fn read_errors(seed: u64) -> Vec<Fault> {
         number: random.next_u64(),
     };
     (0..count).map(fault).collect()
+}
+
+fn die_unheard(seed: u64) -> Option<Fault> {
+    let mut random = Random::new(seed, 7);
+    random.one_in(4).then(|| Fault {
+        kind: Kind::DieUnheard,
+        at: random.between(100, 900),
+        host: random.below(SERVERS as u64) as usize,
+        other: 0,
+        lasts_ms: random.between(500, 3_000),
+        number: random.next_u64(),
+    })
 }
 
 fn death(number: u64) -> Death {
@@ -233,11 +250,38 @@ pub(crate) async fn happen(world: Rc<World>, fault: Fault) {
             clock.offset_ms.fetch_add(jump, Ordering::Relaxed);
         }
         Kind::ReadError => lock(&medium).fail_reads(fault.number),
+        Kind::DieUnheard => die_unheard_in_a_span(&world, &fault).await,
         Kind::Pause => {
             let until = Instant::now() + Duration::from_millis(fault.lasts_ms);
             world.pause(host, until);
         }
     }
+}
+
+async fn die_unheard_in_a_span(world: &World, fault: &Fault) {
+    world.span_trap.set(Some(fault.number));
+    let is_down = |host: &usize| world.down_ms(*host).is_some();
+    let tick = || sleep(Duration::from_millis(1));
+    while !world.trapped.borrow().iter().any(is_down) {
+        if world.stopping.get() {
+            return;
+        }
+        tick().await;
+    }
+    let hosts = world.trapped.take();
+    let cut = |cut| {
+        let clients = SERVERS..SERVERS + CLIENTS;
+        let pairs = clients.flat_map(|client| hosts.iter().map(move |host| (client, *host)));
+        pairs.for_each(|(client, host)| world.net.set_cut(client, host, cut));
+    };
+    cut(true);
+    let heard = Instant::now() + Duration::from_millis(fault.lasts_ms);
+    while hosts.iter().any(is_down) && Instant::now() < heard {
+        tick().await;
+    }
+    world.wants_snapshot.set(true);
+    sleep_until(heard).await;
+    cut(false);
 }
 
 /// What other servers say comes late to one, what clients say does not: so it has executed more than

@@ -146,6 +146,14 @@ pub(crate) const SEEDS: &[(u64, &str)] = &[
         "of two flushes at once on one NBD connection only one told that writes were lost, the other one was answered",
     ),
     (
+        50_003_234,
+        "a server whose registry's disk had failed asked whose its pages were again and again without a pause",
+    ),
+    (
+        2_200_000_000_002,
+        "an owner that was killed between two parts of a span came back without its gate, and a snapshot had half",
+    ),
+    (
         2_300_000_000_261,
         "what a dead server would have answered was taken for an answer",
     ),

@@ -4,7 +4,7 @@ use crate::entry::Entry;
 use crate::faults;
 use crate::handle::{Failure, Handle};
 use crate::history::{BLOCK, NEVER, Snap, Tag, What, decode, fill};
-use crate::machine::Incarnation;
+use crate::machine::{Death, Incarnation, lock};
 use crate::net::address;
 use crate::random::Random;
 use crate::trace;
@@ -16,6 +16,7 @@ use blockd::control::registry::settings::Procedure;
 use blockd::id::NodeNo;
 use bytes::Bytes;
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::time::sleep;
@@ -28,6 +29,9 @@ const SMALL: (u32, u32) = (128, 32);
 const SNAPSHOTS_MAX: usize = 6;
 /// Bytes a second of a move: as fast as it goes.
 const MOVE_RATE_BYTES: u64 = 1 << 30;
+
+/// Disk operations in which a server dies that executes a certain change over several pages.
+const DIES_WITHIN: u64 = 6;
 
 /// Operations after which a client leaves the server that it goes through.
 const LEAVES_ONE_IN: u64 = 100;
@@ -154,6 +158,9 @@ impl Load {
         {
             entry.leave(volume);
         }
+        if self.world.wants_snapshot.take() {
+            return self.snapshot(user, random).await;
+        }
         match random.below(100) {
             0..42 => self.write(&user.handle(volume).await, volume, random).await,
             42..76 => self.read(&user.handle(volume).await, volume, random).await,
@@ -202,9 +209,32 @@ impl Load {
         let client = handle.client();
         let op = history.invoke(client, volume, What::Write, first, blocks);
         trace::say(|| format!("{op}: client {client} writes {volume}/{first}+{blocks}"));
+        self.spring_trap(volume, first, blocks);
         let data = Bytes::from(fill(volume, first, blocks, op as Tag + 1));
         let done = handle.write(first, data, random.one_in(12)).await;
         self.ended(op, done.map(|()| None));
+    }
+
+    /// Arms the deaths of the owners of what is about to be changed, if it is of several pages.
+    fn spring_trap(&self, volume: usize, first: u32, blocks: u32) {
+        let (_, page) = geometry(volume);
+        let pages = first / page..=(first + blocks - 1) / page;
+        if pages.start() == pages.end() {
+            return;
+        }
+        let Some(mut number) = self.world.span_trap.take() else {
+            return;
+        };
+        let owners = self.world.owners.borrow();
+        let owner = |page| owners.get(&(volume, page))?.last().map(|(_, owner)| *owner);
+        let hosts: BTreeSet<usize> = pages.filter_map(owner).collect();
+        for host in &hosts {
+            let operations = number % DIES_WITHIN;
+            number /= DIES_WITHIN;
+            let medium = self.world.medium(*host);
+            lock(&medium).faults.die_in = Some((operations, Death::Process));
+        }
+        *self.world.trapped.borrow_mut() = hosts;
     }
 
     pub(crate) async fn read(&self, handle: &Handle<'_>, volume: usize, random: &mut Random) {

@@ -9,7 +9,7 @@ use blockd::io::environment::Environment;
 use blockd::node::Server;
 use blockd::node::config::ConfigFile;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -51,6 +51,13 @@ pub(crate) struct World {
     pub stopping: Cell<bool>,
     /// Which servers may own which page of which volume.
     pub owners: RefCell<BTreeMap<(usize, u32), Owners>>,
+    /// The owners of the next change over several pages die, each after some disk operations: a number
+    /// from which those follow.
+    pub span_trap: Cell<Option<u64>>,
+    /// It was these.
+    pub trapped: RefCell<BTreeSet<usize>>,
+    /// Somebody is to take a snapshot now.
+    pub wants_snapshot: Cell<bool>,
 }
 
 impl World {
@@ -86,6 +93,9 @@ impl World {
             users: LocalSet::new(),
             stopping: Cell::new(false),
             owners: RefCell::default(),
+            span_trap: Cell::default(),
+            trapped: RefCell::default(),
+            wants_snapshot: Cell::default(),
         })
     }
 
