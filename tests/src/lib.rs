@@ -2,7 +2,7 @@
 //!
 //! A [`Cluster`] starts servers from the binaries beside the test's own (`cargo build --workspace`
 //! makes them), on addresses that no other test uses and in temporary directories. Dropping it,
-//! also in a panic, stops every process by its pid. The oracles ([`Register`], [`Chain`]) know
+//! also in a panic, stops every process by its pid. The oracles ([`Register`], [`Chain`], [`Sharers`]) know
 //! only the promises of the design and none of the code that they judge.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -12,6 +12,7 @@ mod attachment;
 mod chain;
 mod cluster;
 mod guest;
+mod linear;
 mod mount;
 mod nbd;
 pub mod nbd_raw;
@@ -30,6 +31,7 @@ pub use attachment::Attachments;
 pub use chain::{Chain, Progress, Tag};
 pub use cluster::{Cluster, ClusterOptions, MIB};
 pub use guest::{Guest, GuestJob};
+pub use linear::{Shared, Sharers, check_shared};
 pub use mount::{FuseMount, Tmpfs};
 pub use nbd::{NbdConnection, NbdError, Reply};
 pub use nbd_server::{NbdServer, Usage};

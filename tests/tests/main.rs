@@ -82,6 +82,8 @@ mod routing;
 mod scrubs;
 #[path = "system/settings.rs"]
 mod settings;
+#[path = "system/shared_blocks.rs"]
+mod shared_blocks;
 #[path = "system/slow_disk.rs"]
 mod slow_disk;
 #[path = "system/snapshot_kills.rs"]

@@ -245,8 +245,10 @@ async fn send(
     let mut request = Frame::request(Kind::Snapshot, part.volume);
     request.aux = ticket.0;
     request.payload = encode_control(&order);
-    let answer = timeout(patience, member.call(part.node, request)).await;
-    let answer = answer.ok().and_then(Result::ok);
+    let Ok(answer) = timeout(patience, member.call(part.node, request)).await else {
+        return Some(CoordinatorEvent::Tick);
+    };
+    let answer = answer.ok();
     let answer: Option<Answer> = answer.and_then(|reply| decode_control(reply.payload).ok());
     Some(match answer {
         Some(answer) => CoordinatorEvent::Answer(part, answer),

@@ -6,7 +6,7 @@ use blockd::admin::{AdminReply, AdminRequest};
 use blockd::client::Client;
 use blockd::id::{Epoch, NodeNo};
 use blockd::io::wire::Status;
-use blockd_tests::{Cluster, Delay, MIB, Network, Passed, Random, run};
+use blockd_tests::{Cluster, Delay, MIB, Network, Passed, Random, Sharers, check_shared, run};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -256,8 +256,8 @@ fn owner_now(cluster: &Cluster, client: &Client) -> NodeNo {
     }
 }
 
-/// S003-16: 40 ms lie between server 1 and the other two. Snapshots under dependent writes are still
-/// points in time, every server shows the same, nothing fails; only what crosses the gap is slower.
+/// S003-16: 40 ms lie between server 1 and the other two. Blocks that all share through all servers are
+/// one register each (C1), snapshots under dependent writes are points in time (C3), every server shows the same, nothing fails; only what crosses the gap is slower.
 #[test]
 fn halves_that_are_far_apart_are_one_cluster() {
     let cluster = Cluster::three();
@@ -272,6 +272,8 @@ fn halves_that_are_far_apart_are_one_cluster() {
     let network = Network::between(&cluster, &delay);
     cluster.create_on("v", 64 * PAGE, PAGE_BLOCKS, &[]);
     cluster.create_on("w", 64 * PAGE, PAGE_BLOCKS, &[]);
+    let shared = [1, 2, 3].map(|server| page_of(&cluster, "v", server) + PAGE - 4096);
+    let sharers = Sharers::start(&cluster, "v", &shared, 1);
     let load = Load::start(&cluster, ["v", "w"]);
     for number in 0..6 {
         let name = format!("s{number}");
@@ -287,6 +289,9 @@ fn halves_that_are_far_apart_are_one_cluster() {
     }
     let marks = load.marks();
     load.finish();
+    let history = sharers.finish();
+    check_shared(&history).unwrap();
+    assert!(history.len() > 100, "{}: no real load", history.len());
     assert!(
         marks.iter().all(|(acknowledged, _)| *acknowledged > 6),
         "{marks:?}: no real load"
