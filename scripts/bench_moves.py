@@ -1,9 +1,9 @@
 """Moves of pages between two servers: `scripts/bench.sh moves`.
 
-Speed: a full volume moves from server to server without a limit while nothing else runs; against it
+Speed: a full volume moves from server to server while nothing else runs; against it
 stands a copy of as many bytes of a file on the same disk, read cold and synced at its end, in
-turn with the moves. Clients: 4 KiB writes at a fixed rate go on while the volume moves at the default
-rate; their p99 during moves stands against that between them. Medians of rounds.
+turn with the moves. Clients: 4 KiB writes at a fixed rate go on while the volume moves; their p99 during
+moves stands against that between them. Both without `--rate`. Medians of rounds.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from bench_servers import Cluster, directories
 from bench_snapshot import percentile, split_latencies_ms
 
 VOLUME = "moves"
-UNLIMITED = "100GiB"
 # Seconds of the load before each move, to compare with.
 BESIDE_S = 3
 RATE_IOPS = 2000
@@ -72,11 +71,10 @@ def copy_speed(scratch, size_bytes):
     return size_bytes / MIB / took
 
 
-def move(server, to, rate=None):
+def move(server, to):
     """Moves the volume; wall clock seconds of begin and end, and the bytes that were moved."""
     start = time.time()
-    options = ["--rate", rate] if rate else []
-    server.control("page", "move", VOLUME, "all", "--to", str(to), *options)
+    server.control("page", "move", VOLUME, "all", "--to", str(to))
     end = time.time()
     return start, end, server.control("move", "list", VOLUME)[0]["bytes_moved"]
 
@@ -88,7 +86,7 @@ def measure_speed(server, scratch, settings):
         copies.append(copy_speed(scratch, settings.size_bytes))
         for to in (2, 1):
             forget_cache(server.data)
-            start, end, moved = move(server, to, UNLIMITED)
+            start, end, moved = move(server, to)
             moves.append(moved / MIB / (end - start))
         log(f"round {round_no + 1}: copy {copies[-1]:,.0f} MiB/s, move {moves[-1]:,.0f} MiB/s")
     return copies, moves

@@ -498,8 +498,8 @@ pub struct MoveInfo {
     pub pages_total: u64,
     pub pages_moved: u64,
     pub bytes_moved: u64,
-    /// Bytes a second, at the most.
-    pub rate_bytes: u64,
+    /// Bytes a second, at the most; `None`: by what clients leave.
+    pub rate_bytes: Option<u64>,
     pub started_unix_ms: u64,
     /// Pages still to move, with their new owners.
     pub left: Vec<RouteRun>,
@@ -512,7 +512,8 @@ pub struct MoveInfo {
 pub struct DrainInfo {
     pub node: NodeNo,
     pub since_unix_ms: u64,
-    pub rate_bytes: u64,
+    /// As [`MoveInfo::rate_bytes`].
+    pub rate_bytes: Option<u64>,
     /// Pages that it owns still, and volumes of which it owns pages or holds parts of snapshots.
     pub pages_left: u64,
     pub volumes_left: Vec<String>,

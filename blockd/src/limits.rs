@@ -68,6 +68,12 @@ pub const MOVE_BATCH_PAGES: u32 = 1 << 16;
 /// registry are a small part of its time.
 pub const MOVE_BATCH_MIN_BYTES: u64 = 32 << 20;
 pub const MOVE_BATCH_MAX_BYTES: u64 = 512 << 20;
+/// The same of a move without a rate while no client asks: its speed is not known before.
+pub const MOVE_BATCH_IDLE_BYTES: u64 = 256 << 20;
+/// Bytes a second of a move without a rate while clients ask one of its two servers for pages, and
+/// milliseconds for which a server counts as asked after a request.
+pub const MOVE_BUSY_RATE_BYTES: u64 = 32 << 20;
+pub const MOVE_BUSY_MS: u64 = 100;
 /// Bytes of data in one message of moving pages, and messages that wait for an answer.
 pub const MOVE_FRAME_BYTES: usize = 128 << 10;
 pub const MOVE_FRAMES_IN_FLIGHT: usize = 24;

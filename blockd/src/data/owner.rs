@@ -65,6 +65,8 @@ pub struct Owner {
     /// The write verifier: changes when acknowledged, unflushed writes may have been lost.
     pub verifier: u64,
     volumes: RefCell<HashMap<VolumeId, Rc<VolumeState>>>,
+    /// Requests for pages since the start, of all volumes.
+    served: Cell<u64>,
     /// Lease epochs that were confirmed before the start.
     confirmed: HashMap<VolumeId, LeaseEpoch>,
     /// Pages that were being handed over before the start.
@@ -171,6 +173,7 @@ impl Owner {
             verifier,
             confirmed,
             doubted: RefCell::default(),
+            served: Cell::default(),
             volumes: RefCell::default(),
             tables_changed: Notify::new(),
         }
@@ -210,6 +213,12 @@ impl Owner {
             .values()
             .map(|state| (state.id, state.requests.get()));
         counts.collect()
+    }
+
+    /// Requests for pages of all volumes since the start.
+    #[must_use]
+    pub fn served(&self) -> u64 {
+        self.served.get()
     }
 
     fn new_volume(&self, table: &RoutingTable) -> Rc<VolumeState> {
@@ -265,6 +274,7 @@ impl Owner {
             let state = self.admit_now(volume, at).await?;
             if !state.moving.holds(at.page, least) {
                 state.requests.set(state.requests.get() + 1);
+                self.served.set(self.served.get() + 1);
                 return Ok(state);
             }
             state.moving.passed(at.page, least).await;

@@ -76,6 +76,8 @@ pub mod flags {
     pub const ALL_HOLE: u16 = 16;
     /// EXTENTS: tell layers and what changed. In the reply: the list is one of layers.
     pub const LAYERS: u16 = 32;
+    /// Reply to a message of a move: clients ask this server for pages.
+    pub const ASKED: u16 = 64;
 }
 
 macro_rules! wire_enum {

@@ -2,12 +2,13 @@
 
 use super::move_kills::wait_phase;
 use blockd::admin::{AdminReply, AdminRequest, HoldInfo, HoldsInfo, SnapshotName, VolumeInfo};
+use blockd::client::ClientError;
 use blockd::id::{NodeNo, PageNo};
 use blockd::io::wire::{Frame, Kind, Status, flags};
 use blockd::limits::MOVE_HOLD_MAX_MS;
 use blockd_tests::{Cluster, MIB, Peer};
 use bytes::Bytes;
-use std::thread::spawn;
+use std::thread::{JoinHandle, spawn};
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -39,12 +40,13 @@ fn wait_none(cluster: &Cluster) {
 /// A change over several pages of a server that has begun there and does not end.
 struct OpenSpan<'a> {
     peer: Peer<'a>,
-    volume: &'a VolumeInfo,
+    volume: VolumeInfo,
 }
 
 impl<'a> OpenSpan<'a> {
-    fn of(cluster: &'a Cluster, index: usize, volume: &'a VolumeInfo) -> Self {
+    fn of(cluster: &'a Cluster, index: usize, volume: &VolumeInfo) -> Self {
         let peer = Peer::connect(cluster, index);
+        let volume = volume.clone();
         Self { peer, volume }
     }
 
@@ -62,13 +64,15 @@ impl<'a> OpenSpan<'a> {
         assert_eq!(self.peer.status(self.frame(Kind::SpanEnd)), Status::Ok);
     }
 
-    /// Begins as soon as a snapshot that is taken from now on lets it.
-    fn begin_behind_a_snapshot(&self) {
+    /// Begins as soon as a snapshot that is taken from now on lets it; false if a rollback behind that
+    /// snapshot was quicker.
+    fn begin_behind_a_snapshot(&self) -> bool {
         let mut was_held = false;
         let deadline = Instant::now() + PATIENCE;
         loop {
             match (self.begin(), was_held) {
-                (Status::Ok, true) => return,
+                (Status::Ok, true) => return true,
+                (Status::Stale, _) => return false,
                 (Status::Ok, false) => self.end(),
                 (Status::Held, _) => was_held = true,
                 (other, _) => panic!("{other:?}"),
@@ -136,20 +140,12 @@ fn a_hold_that_only_the_registry_ends_has_no_deadline() {
 #[test]
 fn a_rollback_hold_is_listed() {
     let cluster = Cluster::three();
-    let volume = cluster.create_on("v", 8 * MIB, 8192, &[2]);
+    cluster.create_on("v", 8 * MIB, 8192, &[2]);
     // The owner itself has the former table; the others wait for it with the new one.
     let mut writer = cluster.nbd(1, "v");
     writer.write(0, &[1; 4096]).unwrap();
     cluster.snapshot("v@s");
-    let span = OpenSpan::of(&cluster, 1, &volume);
-    let (client, handle) = (cluster.client_of(&[0]), cluster.handle());
-    let target = SnapshotName {
-        volume: "v".to_owned(),
-        snapshot: "s".to_owned(),
-    };
-    let request = AdminRequest::SnapshotRollback { target };
-    let rolling = spawn(move || handle.block_on(client.admin(request)));
-    span.begin_behind_a_snapshot();
+    let (span, rolling) = overtaken_span(&cluster);
     wait_hold(&cluster, "rollback to snapshot");
     let writing = spawn(move || writer.write(0, &[2; 4096]).unwrap());
     let hold = wait_waiting(&cluster);
@@ -166,6 +162,27 @@ fn a_rollback_hold_is_listed() {
     wait_none(&cluster);
     assert_eq!(cluster.nbd(0, "v").read(0, 4096).unwrap(), [2; 4096]);
     assert_eq!(cluster.nbd(0, "v").read(4096, 512).unwrap(), [0; 512]);
+}
+
+type Rolling = JoinHandle<Result<AdminReply, ClientError>>;
+
+/// A span that began between the safety snapshot of a rollback and the rollback itself, which waits for it.
+fn overtaken_span(cluster: &Cluster) -> (OpenSpan<'_>, Rolling) {
+    for _ in 0..50 {
+        let span = OpenSpan::of(cluster, 1, &cluster.show("v"));
+        let (client, handle) = (cluster.client_of(&[0]), cluster.handle());
+        let target = SnapshotName {
+            volume: "v".to_owned(),
+            snapshot: "s".to_owned(),
+        };
+        let request = AdminRequest::SnapshotRollback { target };
+        let rolling = spawn(move || handle.block_on(client.admin(request)));
+        if span.begin_behind_a_snapshot() {
+            return (span, rolling);
+        }
+        rolling.join().unwrap().unwrap();
+    }
+    panic!("every rollback was quicker");
 }
 
 /// The hold, once a write waits for it.

@@ -22,9 +22,10 @@ const LOOK: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Args)]
 pub(crate) struct MoveOptions {
-    /// Copy so much a second at the most
-    #[arg(long, value_name = "SIZE", default_value = "100MiB", value_parser = parse_volume_size)]
-    rate: u64,
+    /// Copy so much a second at the most; without, as fast as it goes while nobody asks the two
+    /// servers for pages, and at 32 MiB a second while somebody does
+    #[arg(long, value_name = "SIZE", value_parser = parse_volume_size)]
+    rate: Option<u64>,
     /// Return at once; `move list` and `node drain --list` show how far it is
     #[arg(long)]
     no_wait: bool,
@@ -128,7 +129,7 @@ pub(crate) async fn page(cli: &Cli, verb: &PageVerb) -> Result<(), Failure> {
         volume: volume.clone(),
         pages: pages.0,
         to: *to,
-        rate_bytes: options.rate,
+        rate_bytes: options.rate.unwrap_or(0),
     };
     start(cli, request, options).await
 }
@@ -136,7 +137,7 @@ pub(crate) async fn page(cli: &Cli, verb: &PageVerb) -> Result<(), Failure> {
 pub(crate) async fn rebalance(cli: &Cli, args: &Rebalance) -> Result<(), Failure> {
     let request = AdminRequest::VolumeRebalance {
         volume: args.volume.clone(),
-        rate_bytes: args.options.rate,
+        rate_bytes: args.options.rate.unwrap_or(0),
     };
     start(cli, request, &args.options).await
 }
@@ -235,7 +236,7 @@ pub(crate) async fn drain(cli: &Cli, args: &Drain) -> Result<(), Failure> {
     let request = AdminRequest::NodeDrain {
         node,
         drain: true,
-        rate_bytes: args.options.rate,
+        rate_bytes: args.options.rate.unwrap_or(0),
     };
     let mut drains = drains_of(session.ask(request).await?)?;
     if !args.options.no_wait {
@@ -365,6 +366,11 @@ pub(crate) fn move_json(one: &MoveInfo) -> Value {
     })
 }
 
+/// `auto`: by what clients leave.
+fn rate_text(rate_bytes: Option<u64>) -> String {
+    rate_bytes.map_or("auto".to_owned(), |rate| format!("{}/s", human_bytes(rate)))
+}
+
 pub(crate) fn moves_text(moves: &[MoveInfo], now_ms: u64) -> String {
     let rows = moves.iter().map(|one| {
         vec![
@@ -372,7 +378,7 @@ pub(crate) fn moves_text(moves: &[MoveInfo], now_ms: u64) -> String {
             one.reason.clone(),
             format!("{}/{}", one.pages_moved, one.pages_total),
             human_bytes(one.bytes_moved),
-            format!("{}/s", human_bytes(one.rate_bytes)),
+            rate_text(one.rate_bytes),
             ago(one.started_unix_ms, now_ms),
             state(one),
         ]
@@ -421,7 +427,7 @@ mod tests {
         let mut drain = DrainInfo {
             node: NodeNo(2),
             since_unix_ms: 0,
-            rate_bytes: 0,
+            rate_bytes: None,
             pages_left: 3,
             volumes_left: vec!["v".to_owned()],
             trouble: Some("volume v: node 3: no space".to_owned()),

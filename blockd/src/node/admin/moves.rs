@@ -18,9 +18,10 @@ use futures_util::future::join_all;
 use std::time::Duration;
 use tokio::time::timeout;
 
+/// 0 is none.
 fn check_rate(rate_bytes: u64) -> Result<(), AdminError> {
     match rate_bytes {
-        MOVE_RATE_MIN_BYTES.. => Ok(()),
+        0 | MOVE_RATE_MIN_BYTES.. => Ok(()),
         _ => {
             let text = "a rate below 1 MiB a second would never end: give more, as in 200MiB";
             Err(refused(AdminErrorKind::Invalid, text))
@@ -199,7 +200,7 @@ fn drain_info(state: &RegistryState, record: &DrainRecord) -> DrainInfo {
     DrainInfo {
         node,
         since_unix_ms: record.since_unix_ms,
-        rate_bytes: record.rate_bytes,
+        rate_bytes: Some(record.rate_bytes).filter(|rate| *rate != 0),
         pages_left: state.volumes().map(|volume| u64::from(pages(volume))).sum(),
         volumes_left: state
             .volumes()
@@ -228,7 +229,7 @@ fn info(state: &RegistryState, record: &MoveRecord) -> MoveInfo {
         pages_total: record.total_pages,
         pages_moved: record.moved_pages,
         bytes_moved: record.moved_bytes,
-        rate_bytes: record.rate_bytes,
+        rate_bytes: Some(record.rate_bytes).filter(|rate| *rate != 0),
         started_unix_ms: record.started_unix_ms,
         left: record.left.clone(),
         trouble: None,

@@ -5,6 +5,7 @@
 //! gives to somebody else are dropped by the sweep, whoever left them here and why.
 
 mod order;
+mod pace;
 mod plan;
 mod source;
 mod target;
@@ -31,6 +32,7 @@ use crate::io::hlc::Hlc;
 use crate::io::link::Peers;
 use crate::io::state_dir::StateDir;
 use crate::limits::{MOVE_AGAIN_MS, MOVE_RETRY_MS, MOVE_TICK_MS};
+use pace::Clients;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
@@ -48,6 +50,8 @@ const PAGES_OF_TURN: usize = 16;
 /// What this server keeps of moves besides the registry.
 pub(crate) struct Moves {
     arrivals: Arrivals,
+    /// Whether clients ask this server while pages leave or arrive.
+    clients: Clients,
     /// Volumes of which this server takes a step now.
     busy: RefCell<HashSet<VolumeId>>,
     /// Why the last step of a volume failed.
@@ -138,6 +142,7 @@ impl Moves {
         let doubted = handover_file::read(&*environment.state)?;
         Ok(Self {
             arrivals: Arrivals::default(),
+            clients: Clients::default(),
             busy: RefCell::default(),
             trouble: RefCell::default(),
             turn: Semaphore::new(1),

@@ -8,6 +8,7 @@
 //!    pages until it knows, by a transaction of its own if need be, whether they are its own.
 
 use super::order::{MoveOrder, MovedData};
+use super::pace::Pace;
 use super::{Held, Trouble};
 use crate::control::registry::moves::{
     FlipSpec, begin_batch, change_snapshot_owners, fail_move, flip_batch, release_batch,
@@ -18,11 +19,11 @@ use crate::data::moving::{ChunkNo, Hold, Moving};
 use crate::data::owner::VolumeState;
 use crate::data::page_store::Exported;
 use crate::id::{Epoch, NodeNo, PageNo, VolumeId};
-use crate::io::wire::Frame;
+use crate::io::wire::{Frame, flags};
 use crate::limits::{
-    MOVE_BATCH_MAX_BYTES, MOVE_BATCH_MIN_BYTES, MOVE_BATCH_PAGES, MOVE_FRAME_BYTES,
-    MOVE_FRAMES_IN_FLIGHT, MOVE_HOLD_MAX_MS, MOVE_READS_AHEAD, MOVE_TAIL_CHUNKS, MOVE_TURNS_MAX,
-    MOVE_UNSETTLED_BYTES,
+    MOVE_BATCH_IDLE_BYTES, MOVE_BATCH_MAX_BYTES, MOVE_BATCH_MIN_BYTES, MOVE_BATCH_PAGES,
+    MOVE_BUSY_RATE_BYTES, MOVE_FRAME_BYTES, MOVE_FRAMES_IN_FLIGHT, MOVE_HOLD_MAX_MS,
+    MOVE_READS_AHEAD, MOVE_TAIL_CHUNKS, MOVE_TURNS_MAX, MOVE_UNSETTLED_BYTES,
 };
 use crate::node::registry::UpdateError;
 use crate::node::{Member, fault};
@@ -91,7 +92,7 @@ pub(super) async fn move_batch(
         attempt: record.attempt,
         epoch: state.table().epoch,
         moving: Rc::clone(&state.moving),
-        pace: Pace::new(record.rate_bytes),
+        pace: Pace::new(record.rate_bytes, member.owner().served()),
         bytes: Cell::new(0),
     };
     let copied = copying.run().await;
@@ -105,6 +106,12 @@ pub(super) async fn move_batch(
 
 /// As many of the pages as one batch is to have, by their number, their data and the rate.
 fn sized(member: &Member, volume: VolumeId, next: MoveBatch, rate_bytes: u64) -> MoveBatch {
+    let asked = (member.moves.clients).ask(member.owner().served(), Instant::now());
+    let rate_bytes = match rate_bytes {
+        0 if asked => MOVE_BUSY_RATE_BYTES,
+        0 => MOVE_BATCH_IDLE_BYTES,
+        rate => rate,
+    };
     let most_bytes = rate_bytes.clamp(MOVE_BATCH_MIN_BYTES, MOVE_BATCH_MAX_BYTES);
     let held = member.owner().store.shown_pages(volume);
     let most = next.page_count.min(MOVE_BATCH_PAGES);
@@ -324,7 +331,8 @@ impl Copying<'_> {
             if parcel.bytes >= MOVE_FRAME_BYTES {
                 unsettled += parcel.bytes;
                 if at_pace {
-                    sending.beside(self.pace.wait(parcel.bytes)).await?;
+                    let served = self.member.owner().served();
+                    sending.beside(self.pace.wait(parcel.bytes, served)).await?;
                 }
                 sending.add(self.send(std::mem::take(&mut parcel))).await?;
             }
@@ -379,6 +387,9 @@ impl Copying<'_> {
         let address = address.ok_or_else(|| Trouble::Fatal(format!("node {to} is not defined")))?;
         let reply = self.member.moves.peers.call(&address, frame).await;
         let reply = reply.map_err(|error| Trouble::Later(format!("node {to}: {error}")))?;
+        if reply.flags & flags::ASKED != 0 {
+            self.pace.target_is_asked(Instant::now());
+        }
         match DataError::of_reply(&reply) {
             None => Ok(()),
             Some(DataError::Unavailable(why)) => Err(Trouble::Later(format!("node {to}: {why}"))),
@@ -447,35 +458,6 @@ impl Parcel {
         self.bytes += exported.data.len() + 64;
         self.head.chunks.push(exported.moved);
         self.data.push(exported.data.into());
-    }
-}
-
-/// Keeps the copying below a rate.
-struct Pace {
-    rate_bytes: u64,
-    /// When all that was copied is due.
-    due: Cell<Instant>,
-}
-
-impl Pace {
-    const BURST: Duration = Duration::from_millis(2);
-
-    fn new(rate_bytes: u64) -> Self {
-        Self {
-            rate_bytes: rate_bytes.max(1),
-            due: Cell::new(Instant::now()),
-        }
-    }
-
-    async fn wait(&self, bytes: usize) {
-        let now = Instant::now();
-        let cost = Duration::from_secs_f64(bytes as f64 / self.rate_bytes as f64);
-        let due = self.due.get().max(now);
-        self.due.set(due + cost);
-        // A timer is exact to a millisecond: what is due sooner does not wait for it.
-        if due.duration_since(now) > Self::BURST {
-            sleep_until(due).await;
-        }
     }
 }
 

@@ -12,7 +12,7 @@ use crate::data::owner::VolumeState;
 use crate::data::page_store::{History, StoreError};
 use crate::id::{PageNo, SnapshotId, VolumeId};
 use crate::io::link::decode_control;
-use crate::io::wire::{Frame, Kind, Payload, Status};
+use crate::io::wire::{Frame, Kind, Payload, Status, flags};
 use crate::limits::MOVE_SNAPSHOT_WAIT_MS;
 use crate::node::Member;
 use std::cell::{Cell, RefCell};
@@ -21,7 +21,7 @@ use std::rc::Rc;
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::task::yield_now;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 /// A batch that moves to this server.
 struct Receiving {
@@ -134,7 +134,17 @@ pub(crate) async fn answer(member: &Member, request: &Frame) -> Frame {
         },
     };
     match done {
-        Ok(()) => request.answer(Status::Ok, Payload::default()),
+        Ok(()) => {
+            let mut reply = request.answer(Status::Ok, Payload::default());
+            if member
+                .moves
+                .clients
+                .ask(member.owner().served(), Instant::now())
+            {
+                reply.flags |= flags::ASKED;
+            }
+            reply
+        }
         Err(error) => error.reply_to(request),
     }
 }
