@@ -203,19 +203,24 @@ impl Copying<'_> {
         Ok(change_owners(self.member, volume, to, true).await?)
     }
 
-    /// Copies what changed, in passes, until little is left or it does not get less.
+    /// Copies what changed, in passes, until little is left. A tail that does not get less at the rate of
+    /// the move is copied without it, as otherwise the hold would have to last for all of it.
     async fn shorten_tail(&self) -> Result<(), Trouble> {
-        let mut before = usize::MAX;
+        let (mut before, mut at_pace) = (usize::MAX, true);
         loop {
             let now = self.moving.dirty_chunks();
-            if now <= MOVE_TAIL_CHUNKS || before <= now {
-                break;
+            match before <= now {
+                _ if now <= MOVE_TAIL_CHUNKS => break,
+                true if at_pace => (before, at_pace) = (usize::MAX, false),
+                true => break,
+                false => {
+                    before = now;
+                    self.ship(self.moving.take_dirty(), at_pace).await?;
+                }
             }
-            before = now;
-            self.ship(self.moving.take_dirty(), true).await?;
         }
         self.order(MoveOrder::Settle).await?;
-        self.ship(self.moving.take_dirty(), true).await
+        self.ship(self.moving.take_dirty(), at_pace).await
     }
 
     /// Hands the pages over, if what is left takes no longer than a hold may last. `true`: they
