@@ -58,6 +58,7 @@ enum PartReply {
 impl Group {
     #[must_use]
     pub fn new(owner: Rc<Owner>, peers: Arc<Peers>) -> Self {
+        peers.begin_spans_of(owner.me);
         Self {
             owner,
             peers,

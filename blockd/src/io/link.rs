@@ -411,6 +411,11 @@ impl Peers {
         }
     }
 
+    /// The spans of this requester are all that a node begins, before the first of them.
+    pub fn begin_spans_of(&self, node: NodeNo) {
+        self.spans.be_of(node);
+    }
+
     /// The id of a new change over several pages, which no other requester has.
     #[must_use]
     pub fn begin_span(&self) -> u64 {
