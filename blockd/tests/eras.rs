@@ -1,25 +1,18 @@
 //! Snapshots of an era that was split off (`stamp`), against a model that keeps every image.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use blockd::data::page_store::{PageAt, PageStore, ReadPart, StoreOptions};
+mod common;
+
+use blockd::data::page_store::{PageAt, PageStore, ReadPart};
 use blockd::id::{Epoch, PageNo, SnapshotId, VolumeId};
 use blockd::io::sim_disk::SimRandom;
 use bytes::Bytes;
-use std::path::Path;
+use common::{open, session};
 
 const VOLUME: VolumeId = VolumeId(3);
 /// Bytes of the page that are used: three chunks.
 const LEN: usize = 192 << 10;
 const ROUNDS: u32 = 60;
-
-fn open(dir: &Path) -> PageStore {
-    let options = StoreOptions {
-        log_bytes: 1 << 20,
-        free_bytes_min: 0,
-        ..StoreOptions::default()
-    };
-    PageStore::open(dir, options).unwrap()
-}
 
 fn at(offset: usize, len: usize) -> PageAt {
     PageAt {
@@ -115,15 +108,6 @@ impl Model {
             assert!(found == *then, "round {round}, snapshot {id}");
         }
     }
-}
-
-/// Runs until everything in it is dropped, as in a crash.
-fn session<T>(body: impl Future<Output = T>) -> T {
-    let runtime = { tokio::runtime::Builder::new_current_thread() }
-        .enable_all()
-        .build()
-        .unwrap();
-    tokio::task::LocalSet::new().block_on(&runtime, body)
 }
 
 /// S003-26, 41, 42: a snapshot of any era that was split off is the image after that write, before and

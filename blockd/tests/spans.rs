@@ -1,33 +1,16 @@
 //! Changes over several pages that were under way when the store stopped (S003-33).
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use blockd::data::page_store::{OpenMark, PageAt, PageStore, StoreOptions};
+mod common;
+
+use blockd::data::page_store::{OpenMark, PageAt, PageStore};
 use blockd::id::{Epoch, PageNo, VolumeId};
 use bytes::Bytes;
-use std::path::Path;
+use common::{LOG_BYTES, open, session};
 use std::rc::Rc;
 
 const VOLUME: VolumeId = VolumeId(3);
 const OTHER: VolumeId = VolumeId(4);
-const LOG_BYTES: u64 = 1 << 20;
-
-fn open(dir: &Path) -> PageStore {
-    let options = StoreOptions {
-        log_bytes: LOG_BYTES,
-        free_bytes_min: 0,
-        ..StoreOptions::default()
-    };
-    PageStore::open(dir, options).unwrap()
-}
-
-/// Runs until everything in it is dropped, as in a crash.
-fn session<T>(body: impl Future<Output = T>) -> T {
-    let runtime = { tokio::runtime::Builder::new_current_thread() }
-        .enable_all()
-        .build()
-        .unwrap();
-    tokio::task::LocalSet::new().block_on(&runtime, body)
-}
 
 fn interrupted(store: &PageStore, volume: VolumeId) -> Vec<u64> {
     let spans = store.interrupted_spans(volume);
