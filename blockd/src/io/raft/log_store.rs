@@ -1,6 +1,7 @@
 //! openraft's log and vote in the registry's file.
 
 use super::TypeConfig;
+use super::recent::Recent;
 use super::store::{LOG, META, Store, StoreError, bytes_of, value_of};
 use openraft::storage::{LogFlushed, LogState, RaftLogStorage};
 use openraft::{
@@ -10,22 +11,54 @@ use openraft::{
 use redb::ReadableTable;
 use std::fmt::Debug;
 use std::ops::{Bound, RangeBounds};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bytes of log entries that one message to another server shall carry, if it is more than one entry.
 const BATCH_BYTES: usize = 1 << 20;
 
-/// The log of one registry server. Clones share the file.
+/// The log of one registry server. Clones share the file and what is in memory of it.
 #[derive(Clone)]
 pub struct LogStore {
     store: Arc<Store>,
+    recent: Arc<Mutex<Recent>>,
 }
 
 impl LogStore {
     /// The log in this file.
     #[must_use]
     pub fn new(store: Arc<Store>) -> Self {
-        Self { store }
+        Self {
+            store,
+            recent: Arc::default(),
+        }
+    }
+
+    fn recent(&self) -> MutexGuard<'_, Recent> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Entries of the range, up to `bytes_max` bytes, but one at the least: of memory or of the file.
+    async fn read(
+        &self,
+        range: (Bound<u64>, Bound<u64>),
+        bytes_max: usize,
+    ) -> Result<Vec<Entry<TypeConfig>>, StorageError<u64>> {
+        let start = match range.0 {
+            Bound::Included(first) => first,
+            Bound::Excluded(before) => before.saturating_add(1),
+            Bound::Unbounded => 0,
+        };
+        let end = match range.1 {
+            Bound::Included(last) => last.checked_add(1),
+            Bound::Excluded(end) => Some(end),
+            Bound::Unbounded => None,
+        };
+        let recent = self.recent().read(start, end, bytes_max);
+        if let Some(found) = recent {
+            return Ok(found);
+        }
+        let read = move |store: &Store| entries(store, range, bytes_max);
+        on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Read, read).await
     }
 }
 
@@ -120,8 +153,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
         range: RB,
     ) -> Result<Vec<Entry<TypeConfig>>, StorageError<u64>> {
         let range = (range.start_bound().cloned(), range.end_bound().cloned());
-        let read = move |store: &Store| entries(store, range, usize::MAX);
-        on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Read, read).await
+        self.read(range, usize::MAX).await
     }
 
     async fn limited_get_log_entries(
@@ -130,8 +162,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
         end: u64,
     ) -> Result<Vec<Entry<TypeConfig>>, StorageError<u64>> {
         let range = (Bound::Included(start), Bound::Excluded(end));
-        let read = move |store: &Store| entries(store, range, BATCH_BYTES);
-        on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Read, read).await
+        self.read(range, BATCH_BYTES).await
     }
 }
 
@@ -189,19 +220,28 @@ impl RaftLogStorage<TypeConfig> for LogStore {
                 .iter()
                 .map(encode)
                 .collect::<Result<Vec<_>, StoreError>>()?;
-            append(store, &encoded)
+            append(store, &encoded)?;
+            let lengths = encoded.into_iter().map(|(_, bytes)| bytes.len());
+            Ok(entries.into_iter().zip(lengths).collect::<Vec<_>>())
         };
-        on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Write, work).await?;
+        let written = on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Write, work).await?;
+        let mut recent = self.recent();
+        written
+            .into_iter()
+            .for_each(|(entry, len_bytes)| recent.push(entry, len_bytes));
+        drop(recent);
         callback.log_io_completed(Ok(()));
         Ok(())
     }
 
     async fn truncate(&mut self, log_id: LogId<u64>) -> Result<(), StorageError<u64>> {
+        self.recent().truncate(log_id.index);
         let work = move |store: &Store| truncate(store, log_id.index);
         on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Delete, work).await
     }
 
     async fn purge(&mut self, log_id: LogId<u64>) -> Result<(), StorageError<u64>> {
+        self.recent().purge(log_id.index);
         let work = move |store: &Store| purge(store, &log_id);
         on_disk(&self.store, ErrorSubject::Logs, ErrorVerb::Delete, work).await
     }

@@ -1,6 +1,6 @@
 //! Agreement on the order of registry transactions: openraft over one redb file.
 //!
-//! `store` is the file, `log_store` and `state_machine` are what openraft asks for, `message` is
+//! `store` is the file, `log_store` (with `recent` in memory) and `state_machine` are what openraft asks for, `message` is
 //! what registry servers say to each other, `network` sends it and `server` answers it. `offline` is
 //! the file while no server uses it.
 
@@ -9,6 +9,7 @@ mod log_store;
 mod message;
 mod network;
 pub mod offline;
+mod recent;
 mod server;
 mod state_machine;
 mod store;
