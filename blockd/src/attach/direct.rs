@@ -279,6 +279,7 @@ impl Links {
                         self.probe().await;
                     }
                     self.heal(false).await;
+                    self.offer_again().await;
                 }
             }
         }
@@ -309,15 +310,14 @@ impl Links {
         }
     }
 
-    /// The kernel drops, without a word, a socket that it is given before it has seen that the one before is dead.
-    /// It tells of the death afterwards; a socket that it has taken it does not take again.
+    /// Offers the only connection's socket once more. The kernel drops, without a word, a socket that it is given before it has seen
+    /// that the one before is dead, and it tells of the death a moment before it has marked it (`nbd_mark_nsock_dead`): an offer in
+    /// between is lost, and no further event comes. A socket that it has taken it does not take again while that lives, and the
+    /// duplicate shows a death before the kernel marks it, so an offer too many changes nothing.
     async fn offer_again(&self) {
-        if let [
-            Link {
-                socket: Some(socket),
-                ..
-            },
-        ] = self.links.as_slice()
+        if let [link] = self.links.as_slice()
+            && let Some(socket) = &link.socket
+            && !link.is_dead()
             && let Err(error) = self.give(socket).await
         {
             tracing::warn!("no new connection: {error}");
