@@ -154,5 +154,9 @@ for step in "${@:-${STEPS[@]}}"; do
     fi
 done
 
+# Once more at the end, as the end is what is kept of a long output: what each failed test said.
+if [ -f "$scratch/tests.log" ]; then
+    awk '/^failures:$/ { told = !told } /^test result: / { told = 0 } told' "$scratch/tests.log" | cut -c1-2000
+fi
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]
