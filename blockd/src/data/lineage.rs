@@ -135,7 +135,9 @@ impl Owner {
             }
         }
         if let Err(error) = self.carry_out(state, &table, lineage) {
-            tracing::warn!(volume = %state.id, %error, "the volume waits for its store");
+            if state.lineage.waits.get().is_none() {
+                tracing::warn!(volume = %state.id, %error, "the volume waits for its store");
+            }
             return false;
         }
         *state.lineage.pending.borrow_mut() = None;

@@ -7,9 +7,10 @@ use crate::control::registry::{
 };
 use crate::data::error::DataError;
 use crate::data::forward::Since;
+use crate::data::owner::Owner;
 use crate::data::page_store;
 use crate::data::volume::Volume;
-use crate::id::{CHUNK_BYTES, LayerRun, SnapshotId};
+use crate::id::{CHUNK_BYTES, Epoch, LayerRun, SnapshotId};
 use crate::limits::{STATUS_BYTES_MAX, STATUS_PAGES_MAX};
 use bytes::Bytes;
 use nbd_server::{
@@ -19,9 +20,9 @@ use nbd_server::{
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
-/// How long an NBD client that opens an export waits for the registry's majority.
+/// How long an NBD client that opens an export waits for the registry's majority, and then for the store.
 const REGISTRY_PATIENCE: Duration = Duration::from_secs(1);
 
 /// All volumes and snapshots of the cluster, through this server.
@@ -79,6 +80,7 @@ impl Exports for NbdExports {
         if let Ok(Ok(_)) = newest.await {
             member.publish();
         }
+        await_store(&member, name).await;
         let export = open_in(&member, name)?.ok_or_else(unknown)?;
         export.volume.learn_verifiers().await;
         Ok(export)
@@ -95,6 +97,19 @@ impl Server {
         let export = exports.open(name, &Peer::default()).await?;
         Ok(export.volume)
     }
+}
+
+/// Waits until the store has done what came with the newest table of the volume: until then the volume
+/// has its former size, and after a start none.
+async fn await_store(member: &Member, name: &str) {
+    let volume_name = split_volume_name(name).map_or(name, |(volume, _)| volume);
+    let state = member.registry.state();
+    let Some(id) = state.volume_by_name(volume_name).map(|record| record.id) else {
+        return;
+    };
+    let is_settled = |owner: &Owner| owner.volume(id).is_none_or(|state| state.is_settled());
+    let deadline = Instant::now() + REGISTRY_PATIENCE;
+    member.owner().await_tables(deadline, is_settled).await;
 }
 
 /// Opens by name as far as this server's copy of the registry knows it.
@@ -117,6 +132,12 @@ fn open_in(member: &Member, name: &str) -> Result<Option<NbdExport>, OpenError> 
     let Some(volume_state) = member.owner().volume(record.id) else {
         return Ok(None);
     };
+    if volume_state.table().epoch == Epoch(0) {
+        let text = format!(
+            "volume {volume_name} is not served here yet: its store has to catch up; try again, or another server"
+        );
+        return Err(OpenError::Policy(text.into()));
+    }
     let group = Rc::clone(&member.group);
     let page_bytes = volume_state.table().page_bytes();
     let is_older = |older: &&SnapshotRecord| snapshot.is_none_or(|(id, _)| older.id < id);

@@ -42,7 +42,7 @@ pub(crate) const CAUGHT: &[(Plant, u64, u32)] = &[
     (Plant::KeepOldConnection, 853, RESETS),
     (Plant::SlabBeforeLog, 106, ALL_FAULTS),
     (Plant::EntryHalfSpan, 1, ALL_FAULTS),
-    (Plant::EntryForgetsVerifier, 412, ALL_FAULTS),
+    (Plant::EntryForgetsVerifier, 429, ALL_FAULTS),
     (Plant::SweepKeepsVolumes, 26, ALL_FAULTS),
     (Plant::UnreadableIsZero, 4, ALL_FAULTS),
     (Plant::ForgetSpans, 440, ALL_FAULTS),

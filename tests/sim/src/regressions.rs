@@ -158,6 +158,10 @@ pub(crate) const SEEDS: &[(u64, &str)] = &[
         "what a dead server would have answered was taken for an answer",
     ),
     (
+        80_001_289,
+        "after a start a volume whose store waited for a table was opened with the size 0",
+    ),
+    (
         2_700_000_000_069,
         "a sweep that met a part of the slab that could not be read was not tried again before a restart",
     ),

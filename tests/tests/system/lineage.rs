@@ -2,13 +2,16 @@
 
 use super::snapshot_verbs::{ctl, ctl_json, ctl_refused, done};
 use blockd::client::HolderText;
-use blockd_tests::{Cluster, FuseMount, MIB, Random, run};
+use blockd_tests::{Cluster, FuseMount, MIB, NbdConnection, NbdError, Random, run};
 use bytes::Bytes;
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{sleep, spawn};
 use std::time::{Duration, Instant};
+
+/// NBD: the server may not give the export now.
+const ERR_POLICY: u32 = (1 << 31) + 2;
 
 /// Bytes of a page in these tests (64 blocks): pages of all servers lie close together.
 const PAGE: u64 = 32 << 10;
@@ -83,6 +86,39 @@ fn a_rollback_is_all_of_the_volume_and_takes_nothing_away() {
     while allocated() != len {
         assert!(Instant::now() < deadline, "{} bytes for {len}", allocated());
         sleep(Duration::from_millis(100));
+    }
+}
+
+/// S003-11: a server that starts without the others knows that it was rolled back, and not yet to which
+/// table. No client gets an export of another size from it, such as none.
+#[test]
+fn a_volume_that_waits_for_its_table_is_not_opened() {
+    let mut cluster = Cluster::three();
+    volume(&cluster, "v", 48);
+    write(&cluster, "v", 0, &[7; 4096]);
+    cluster.snapshot("v@s");
+    done(&cluster, "snapshot rollback v@s");
+    cluster.servers.iter_mut().for_each(|server| server.kill());
+    let mut waited = 0;
+    for index in 0..3 {
+        cluster.servers[index].start();
+        match NbdConnection::tcp(&cluster.servers[index].nbd_address(), "v") {
+            Ok(connection) => assert_eq!(connection.size_bytes(), 48 * PAGE),
+            Err(refusal) => {
+                assert!(
+                    matches!(refusal, NbdError::Errno(ERR_POLICY)),
+                    "{refusal:?}"
+                );
+                waited += 1;
+            }
+        }
+        cluster.servers[index].kill();
+    }
+    eprintln!("{waited} of 3 servers waited for their table");
+    cluster.servers.iter_mut().for_each(|server| server.start());
+    cluster.wait_writable();
+    for server in 0..3 {
+        assert_eq!(cluster.nbd(server, "v").size_bytes(), 48 * PAGE);
     }
 }
 
