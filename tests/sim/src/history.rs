@@ -118,9 +118,11 @@ impl History {
         self.ops.borrow().len() - 1
     }
 
-    /// Whether somebody was told of a snapshot of this name, or asked for it.
-    pub(crate) fn is_snapshot(&self, name: &str) -> bool {
-        self.snaps.borrow().iter().any(|snap| snap.name == name)
+    /// Whether who asked for a snapshot of this name was refused; `None`: nobody asked.
+    pub(crate) fn is_refused(&self, name: &str) -> Option<bool> {
+        let snaps = self.snaps.borrow();
+        let snap = snaps.iter().find(|snap| snap.name == name)?;
+        Some(snap.refused)
     }
 
     /// Notes its success.

@@ -12,7 +12,7 @@ use crate::trace::{self, Summary};
 use crate::watch;
 use crate::workload::{Load, User, VOLUMES, delete, geometry, look, show};
 use crate::world::{CLIENTS, SERVERS, World, run};
-use blockd::admin::{AdminReply, AdminRequest, SnapshotName, VolumeCreate};
+use blockd::admin::{AdminErrorKind, AdminReply, AdminRequest, SnapshotName, VolumeCreate};
 use blockd::client::{Client, ClientError, ClientOptions, IoErrorKind};
 use blockd::control::registry::MoveWish;
 use blockd::id::NodeNo;
@@ -398,8 +398,8 @@ async fn look_at_snapshots(world: &World, user: &User) -> Vec<String> {
     found
 }
 
-/// Deletes the snapshots that nobody was told of: those of what volumes were before rollbacks whose
-/// answer was lost.
+/// Deletes the snapshots that are left: those of what volumes were before rollbacks whose answer was
+/// lost, and those of unknown outcome that came late.
 async fn delete_strangers(world: &World, user: &User) -> Result<(), String> {
     let told = |error: ClientError| format!("snapshots of a clean cluster: {error}");
     let list = AdminRequest::SnapshotList { volume: None };
@@ -407,8 +407,8 @@ async fn delete_strangers(world: &World, user: &User) -> Result<(), String> {
         return Err("snapshots are not listed".to_owned());
     };
     for left in left {
-        let is_known = world.history.is_snapshot(&left.name);
-        if !is_known && !left.name.starts_with("before-rollback-") {
+        let refused = world.history.is_refused(&left.name);
+        if refused.unwrap_or(!left.name.starts_with("before-rollback-")) {
             return Err(format!(
                 "{}@{} is there, and nobody took it",
                 left.volume, left.name
@@ -449,7 +449,7 @@ async fn delete_all(world: &World, user: &User) -> Vec<String> {
             }
         }
     }
-    if let Err(text) = delete_volumes(user).await {
+    if let Err(text) = delete_volumes(world, user).await {
         return vec![text];
     }
     match become_clean(world, true).await {
@@ -460,15 +460,28 @@ async fn delete_all(world: &World, user: &User) -> Vec<String> {
 }
 
 /// Deletes all volumes, also those that others did not come to delete.
-async fn delete_volumes(user: &User) -> Result<(), String> {
+async fn delete_volumes(world: &World, user: &User) -> Result<(), String> {
     let told = |error: ClientError| format!("volumes of a clean cluster: {error}");
     let list = user.client.admin(AdminRequest::VolumeList).await;
     let AdminReply::Volumes(volumes) = list.map_err(told)? else {
         return Err("volumes are not listed".to_owned());
     };
+    let until = Instant::now() + CLEAN;
     for volume in volumes {
         let delete = AdminRequest::VolumeDelete { name: volume.name };
-        user.client.admin(delete).await.map_err(told)?;
+        loop {
+            match user.client.admin(delete.clone()).await {
+                Ok(_) => break,
+                // A snapshot whose outcome nobody was told may be taken as late as now.
+                Err(ClientError::Refused(refusal))
+                    if refusal.kind == AdminErrorKind::Conflict && Instant::now() < until =>
+                {
+                    delete_strangers(world, user).await?;
+                    sleep(Duration::from_secs(1)).await;
+                }
+                Err(error) => return Err(told(error)),
+            }
+        }
     }
     Ok(())
 }

@@ -6,7 +6,10 @@ use blockd::admin::{AdminReply, AdminRequest};
 use blockd::client::Client;
 use blockd::id::{Epoch, NodeNo};
 use blockd::io::wire::Status;
-use blockd_tests::{Cluster, Delay, MIB, Network, Passed, Random, Sharers, check_shared, run};
+use blockd_tests::{
+    Attachments, Cluster, Delay, MIB, NbdConnection, Network, Passed, Random, Sharers,
+    check_shared, run,
+};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -103,19 +106,27 @@ fn a_direct_client_goes_straight_to_the_holder() {
         .block(volume.write(far, vec![5; 4096].into()))
         .unwrap();
     assert_eq!(hops(&network.passed(id)), [(0, 3, false), (0, 3, true)]);
-    let name = "v".to_owned();
-    let grow = AdminRequest::VolumeResize {
-        name,
-        size_bytes: 40 * MIB,
-        allow_shrink: false,
-    };
-    cluster.admin_at(1, grow).unwrap();
+    grow(&cluster, 1);
     network.forget();
     assert_eq!(
         cluster.block(volume.read(far, 4096)).unwrap(),
         [5; 4096].as_slice()
     );
-    let passed = network.passed(id);
+    assert_straight(&network.passed(id), 3);
+}
+
+/// Every table is old after this.
+fn grow(cluster: &Cluster, through: usize) {
+    let grow = AdminRequest::VolumeResize {
+        name: "v".to_owned(),
+        size_bytes: 40 * MIB,
+        allow_shrink: false,
+    };
+    cluster.admin_at(through, grow).unwrap();
+}
+
+/// One request from a client to this server alone, with one answer that its table is old at the most.
+fn assert_straight(passed: &[Passed], node: u8) {
     let stale = passed
         .iter()
         .filter(|frame| frame.status == Status::Stale)
@@ -123,13 +134,42 @@ fn a_direct_client_goes_straight_to_the_holder() {
     assert!(
         passed
             .iter()
-            .all(|frame| (frame.from, frame.to) == (NodeNo(0), 3)),
+            .all(|frame| (frame.from, frame.to) == (NodeNo(0), node)),
         "{passed:?}"
     );
     assert!(
         stale <= 1 && passed.last().unwrap().status == Status::Ok,
         "{passed:?}"
     );
+}
+
+/// S003-09: what `attach` gives goes straight to each holder, too, with old hints as well.
+#[test]
+fn an_attachment_goes_straight_to_the_holders() {
+    let cluster = Cluster::three();
+    let network = Network::between(&cluster, &at_once());
+    let id = cluster.create("v", 12 * MIB).id;
+    let attachments = Attachments::new(&cluster);
+    let mut client = NbdConnection::unix(&attachments.socket("v"), "v").unwrap();
+    for node in 1..=3_u8 {
+        let page = page_of(&cluster, "v", node.into());
+        network.forget();
+        client.write(page, &[node; 4096]).unwrap();
+        assert_eq!(
+            hops(&network.passed(id)),
+            [(0, node, false), (0, node, true)]
+        );
+    }
+    for node in 1..=3_u8 {
+        let page = page_of(&cluster, "v", node.into());
+        // The first one has the table of before.
+        if node == 1 {
+            grow(&cluster, 1);
+        }
+        network.forget();
+        assert_eq!(client.read(page, 4096).unwrap(), [node; 4096]);
+        assert_straight(&network.passed(id), node);
+    }
 }
 
 /// S003-18: a server whose table is old asks the holder under the old epoch, hears that it is stale, and
@@ -148,15 +188,7 @@ fn an_old_table_costs_another_try_and_no_wrong_answer() {
     slow.store(true, Ordering::Relaxed);
     let at_holder = usize::from(holder) - 1;
     std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let name = "v".to_owned();
-            let grow = AdminRequest::VolumeResize {
-                name,
-                size_bytes: 40 * MIB,
-                allow_shrink: false,
-            };
-            cluster.admin_at(at_holder, grow).unwrap();
-        });
+        scope.spawn(|| grow(&cluster, at_holder));
         let deadline = Instant::now() + Duration::from_secs(30);
         while cluster.route(at_holder, "v").epoch == Epoch(1) {
             assert!(Instant::now() < deadline, "the volume does not grow");
