@@ -2,8 +2,10 @@
 
 use super::Server;
 use super::sweep::unfinished;
+use crate::control::registry::RegistryState;
 use crate::data::page_store::StoreUsage;
 use crate::id::{TicketId, VolumeId};
+use std::sync::Arc;
 
 /// One look at a server.
 #[derive(Clone, Debug, Default)]
@@ -46,6 +48,12 @@ impl Server {
             .count();
         found.has_leader = member.registry.status().leader.is_some();
         found
+    }
+
+    /// The registry's state as this server has it, if it is a member of a cluster.
+    #[must_use]
+    pub fn registry(&self) -> Option<Arc<RegistryState>> {
+        Some(self.node.member()?.registry.state())
     }
 
     /// Holds of snapshots that should have ended by now.

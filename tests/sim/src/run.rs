@@ -158,6 +158,7 @@ async fn whole(world: Rc<World>, options: Options) -> Vec<String> {
         tokio::task::spawn_local(churn::run(Rc::clone(&load)));
     }
     tokio::task::spawn_local(watch::holds(Rc::clone(&world)));
+    tokio::task::spawn_local(watch::registries(Rc::clone(&world)));
     tokio::task::spawn_local(faults::operate(Rc::clone(&world), options.seed));
     let mut due = plan.into_iter().peekable();
     let bound = Instant::now() + Duration::from_secs(900);

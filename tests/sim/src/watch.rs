@@ -1,10 +1,13 @@
-//! What is looked at all the time: every hold ends at its deadline (promise 8).
+//! What is looked at all the time: every hold ends at its deadline (promise 8), and a revision of the
+//! registry is the same state everywhere.
 
 use crate::trace;
 use crate::world::{SERVERS, World};
-use blockd::id::{TicketId, VolumeId};
+use blockd::control::registry::RegistryState;
+use blockd::id::{Revision, TicketId, VolumeId};
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::sleep;
 
@@ -37,4 +40,67 @@ fn overdue(world: &World) -> impl Iterator<Item = (usize, VolumeId, TicketId)> {
         let holds = holds.into_iter().flatten();
         holds.map(move |(volume, ticket)| (host, volume, ticket))
     })
+}
+
+/// Time between two looks at the registries, in which some transactions are agreed on.
+const REGISTRY_PERIOD: Duration = Duration::from_millis(70);
+/// States that are kept to be compared with what slower servers come to.
+const STATES_KEPT: usize = 256;
+
+/// Looks at the registry states of all servers until the run ends.
+pub(crate) async fn registries(world: Rc<World>) {
+    let mut states = States::default();
+    loop {
+        sleep(REGISTRY_PERIOD).await;
+        for host in 0..SERVERS {
+            let state = world.server(host).and_then(|server| server.registry());
+            if let Some(text) = state.and_then(|state| states.see(&state)) {
+                trace::problem(format!("server {host}: {text}"));
+            }
+        }
+    }
+}
+
+/// The states of late, each seen at some server.
+#[derive(Default)]
+struct States(BTreeMap<Revision, Arc<RegistryState>>);
+
+impl States {
+    /// What is wrong with a state, after those that were seen before.
+    fn see(&mut self, state: &Arc<RegistryState>) -> Option<String> {
+        let revision = state.revision();
+        let known = self.0.entry(revision).or_insert_with(|| Arc::clone(state));
+        let differs = known != state;
+        if self.0.len() > STATES_KEPT {
+            self.0.pop_first();
+        }
+        differs.then(|| format!("revision {revision} of the registry is not what it was elsewhere"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use blockd::control::registry::{Key, Object};
+
+    fn state(revision: u64, volume: u64) -> Arc<RegistryState> {
+        let named = (
+            Key::VolumeName("v".to_owned()),
+            Object::VolumeName(VolumeId(volume)),
+        );
+        Arc::new(RegistryState::restored(Revision(revision), [named].into()))
+    }
+
+    #[test]
+    fn two_states_of_one_revision_are_told() {
+        let mut states = States::default();
+        assert_eq!(states.see(&state(4, 1)), None);
+        assert_eq!(states.see(&state(4, 1)), None);
+        assert_eq!(states.see(&state(5, 2)), None);
+        assert!(states.see(&state(4, 2)).unwrap().contains("revision 4"));
+        for revision in 6..6 + STATES_KEPT as u64 {
+            assert_eq!(states.see(&state(revision, revision)), None);
+        }
+        assert_eq!(states.0.len(), STATES_KEPT);
+    }
 }
