@@ -6,6 +6,9 @@ pub const PEER_REQUESTS_IN_FLIGHT: usize = 1024;
 /// Bytes of payload in the waiting requests of one peer connection, before it is read no further:
 /// a few of the largest requests.
 pub const PEER_WAITING_BYTES: usize = 256 << 20;
+/// Milliseconds that a span outlives its connection: a requester that lives is back before, and one that
+/// is dead holds snapshots up no longer.
+pub const SPAN_GRACE_MS: u64 = 2_000;
 /// Milliseconds after which a span that its requester does not end is ended by the owner.
 pub const SPAN_MAX_MS: u64 = 60_000;
 /// Milliseconds that opening a volume waits for an owner that does not answer.

@@ -73,6 +73,8 @@ pub enum Plant {
     UnreadableIsZero,
     /// An owner that restarts forgets the spans that were under way.
     ForgetSpans,
+    /// An owner forgets the spans of a connection that it loses.
+    ForgetLostSpans,
 }
 
 impl Plant {
@@ -112,6 +114,7 @@ impl Plant {
         Plant::SweepKeepsVolumes,
         Plant::UnreadableIsZero,
         Plant::ForgetSpans,
+        Plant::ForgetLostSpans,
     ];
 }
 

@@ -1,4 +1,5 @@
-//! Changes over several pages that were under way when this owner stopped (S003-33).
+//! Changes over several pages that were under way when this owner stopped, or when it lost the connection
+//! to their requester (S003-33).
 //!
 //! Some of their parts may have been executed. Each keeps the gate of its volume open, as it did before,
 //! so that no snapshot is taken and no page handed over that has half of it: until its requester has
@@ -9,21 +10,31 @@ use super::error::DataError;
 use super::owner::{Owner, VolumeState};
 use crate::id::VolumeId;
 use crate::io::link::SpanList;
-use crate::limits::FORWARD_DEADLINE_MS;
+use crate::limits::{FORWARD_DEADLINE_MS, SPAN_GRACE_MS};
 use crate::planted::{Plant, planted};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::time::Duration;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep_until};
 
 /// The gates of the interrupted spans of a volume, by their ids.
 #[derive(Default)]
 pub(super) struct Interrupted {
-    gates: RefCell<HashMap<u64, Executing>>,
+    gates: RefCell<HashMap<u64, Kept>>,
+}
+
+struct Kept {
+    gate: Executing,
+    /// When its requester must have given it up.
+    until: Instant,
 }
 
 impl Interrupted {
+    fn keep(&self, id: u64, gate: Executing, until: Instant) {
+        self.gates.borrow_mut().insert(id, Kept { gate, until });
+    }
+
     /// Forgets all of them.
     pub(super) fn let_go(&self) {
         self.gates.take();
@@ -37,7 +48,7 @@ impl Owner {
     /// [`DataError::Held`] while a snapshot is being taken or pages are handed over; [`DataError::NoSpace`].
     pub async fn begin_span(&self, state: &VolumeState, id: u64) -> Result<Executing, DataError> {
         let interrupted = state.interrupted.gates.borrow_mut().remove(&id);
-        if let Some(gate) = interrupted {
+        if let Some(Kept { gate, .. }) = interrupted {
             return Ok(gate);
         }
         let mut gate = state.try_span()?;
@@ -46,17 +57,54 @@ impl Owner {
     }
 
     /// The requester of a span needs nothing more of it: one that was interrupted has ended.
-    pub fn end_span(&self, volume: VolumeId, id: u64) {
-        if let Some(state) = self.volume(volume) {
-            state.interrupted.gates.borrow_mut().remove(&id);
-        }
+    pub fn end_span(self: &Rc<Self>, volume: VolumeId, id: u64) {
+        self.end_interrupted(move |of, span| (of, span) == (volume, id));
     }
 
     /// As [`Self::end_span`] of all that a requester has begun and that do not go on.
-    pub fn end_spans(&self, list: &SpanList) {
+    pub fn end_spans(self: &Rc<Self>, list: SpanList) {
+        self.end_interrupted(move |_, id| list.has_ended(id));
+    }
+
+    /// After a start the volume may be unknown until the registry has told of it: its spans end then. What has
+    /// ended once has ended for ever.
+    fn end_interrupted(self: &Rc<Self>, has_ended: impl Fn(VolumeId, u64) -> bool + 'static) {
+        self.let_go(&has_ended);
+        if self.has_resumed() {
+            return;
+        }
+        let owner = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            let deadline = Instant::now() + Duration::from_millis(FORWARD_DEADLINE_MS);
+            owner.await_tables(deadline, Self::has_resumed).await;
+            owner.spans_resumed.set(true);
+            owner.let_go(&has_ended);
+        });
+    }
+
+    /// Whether every volume is known of which spans were under way before the start.
+    fn has_resumed(&self) -> bool {
+        if !self.spans_resumed.get() {
+            let volumes = self.store.volumes_with_spans();
+            let resumed = volumes.into_iter().all(|id| self.volume(id).is_some());
+            self.spans_resumed.set(resumed);
+        }
+        self.spans_resumed.get()
+    }
+
+    fn let_go(&self, has_ended: &impl Fn(VolumeId, u64) -> bool) {
         for state in self.volumes() {
             let mut gates = state.interrupted.gates.borrow_mut();
-            gates.retain(|id, _| !list.has_ended(*id));
+            gates.retain(|id, _| !has_ended(state.id, *id));
+        }
+    }
+
+    /// Keeps the gate of a span whose connection was lost: for who comes back for the rest, before long.
+    pub fn interrupt_span(&self, volume: VolumeId, id: u64, gate: Executing) {
+        if let Some(state) = self.volume(volume) {
+            let until = Instant::now() + Duration::from_millis(SPAN_GRACE_MS);
+            state.interrupted.keep(id, gate, until);
+            tokio::task::spawn_local(give_up(state, until));
         }
     }
 
@@ -67,23 +115,26 @@ impl Owner {
             return;
         }
         tracing::info!(volume = %state.id, spans = interrupted.len(), "changes over several pages were interrupted");
+        let until = Instant::now() + Duration::from_millis(FORWARD_DEADLINE_MS);
         for (id, mark) in interrupted {
             let Ok(mut gate) = state.cut.try_execute(Width::Wide) else {
                 continue;
             };
             gate.belongs_to(state.moving.interrupted_span());
             gate.is_noted(mark);
-            state.interrupted.gates.borrow_mut().insert(id, gate);
+            state.interrupted.keep(id, gate, until);
         }
-        tokio::task::spawn_local(give_up(Rc::clone(state)));
+        tokio::task::spawn_local(give_up(Rc::clone(state), until));
     }
 }
 
-/// Whoever has not come back for so long has told its user that the change failed.
-async fn give_up(state: Rc<VolumeState>) {
-    sleep(Duration::from_millis(FORWARD_DEADLINE_MS)).await;
-    let left = state.interrupted.gates.take().len();
-    if 0 < left {
-        tracing::warn!(volume = %state.id, spans = left, "nobody came back for changes over several pages");
+/// Whoever has not come back by then has told its user that the change failed, or is dead.
+async fn give_up(state: Rc<VolumeState>, until: Instant) {
+    sleep_until(until).await;
+    let mut gates = state.interrupted.gates.borrow_mut();
+    let before = gates.len();
+    gates.retain(|_, kept| until < kept.until);
+    if gates.len() < before {
+        tracing::warn!(volume = %state.id, spans = before - gates.len(), "nobody came back for changes over several pages");
     }
 }

@@ -67,6 +67,8 @@ pub struct Owner {
     volumes: RefCell<HashMap<VolumeId, Rc<VolumeState>>>,
     /// Requests for pages since the start, of all volumes.
     served: Cell<u64>,
+    /// Every volume is known of which spans were under way before the start, or will not be.
+    pub(super) spans_resumed: Cell<bool>,
     /// Lease epochs that were confirmed before the start.
     confirmed: HashMap<VolumeId, LeaseEpoch>,
     /// Pages that were being handed over before the start.
@@ -174,6 +176,7 @@ impl Owner {
             confirmed,
             doubted: RefCell::default(),
             served: Cell::default(),
+            spans_resumed: Cell::default(),
             volumes: RefCell::default(),
             tables_changed: Notify::new(),
         }

@@ -113,9 +113,22 @@ async fn connection(
         _ = end => Ok(()),
         result = served => result,
     };
-    spans.borrow_mut().clear();
+    interrupt(&node, &spans);
     drop(ended);
     result
+}
+
+/// The requester may be back at once for the rest of what it was in the middle of.
+fn interrupt(node: &Node, spans: &Spans) {
+    let left = spans.take();
+    let Some(member) = node.member().filter(|_| !planted(Plant::ForgetLostSpans)) else {
+        return;
+    };
+    for ((volume, id), gate) in left {
+        if let Some(gate) = gate.and_then(Rc::into_inner) {
+            member.owner().interrupt_span(volume, id, gate);
+        }
+    }
 }
 
 fn check_hello(node: &Node, request: &Frame) -> Result<Hello, Frame> {
@@ -316,7 +329,7 @@ async fn execute(node: &Node, member: &Rc<Member>, spans: &Spans, request: &Fram
         Kind::SpanEnd if volume == VolumeId(0) => {
             let list: SpanList = decode_control(request.payload.clone())
                 .map_err(|_| DataError::Malformed("a list of spans that cannot be decoded"))?;
-            owner.end_spans(&list);
+            owner.end_spans(list);
             Ok((0, Payload::default()))
         }
         Kind::SpanEnd => {

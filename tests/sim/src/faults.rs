@@ -5,6 +5,8 @@ use crate::machine::{Death, lock};
 use crate::random::Random;
 use crate::trace;
 use crate::world::{CLIENTS, SERVERS, World};
+use blockd::limits::SPAN_GRACE_MS;
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -34,10 +36,13 @@ pub(crate) enum Kind {
     /// The owners of a change over several pages die while they execute it, are asked for a snapshot as
     /// soon as they are back, and hear late what clients say.
     DieUnheard,
+    /// The owners of a change over several pages lose the connections to all clients while they execute it,
+    /// are asked for a snapshot at once, and hear of the clients a moment later.
+    LoseSpan,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Kind; 19] = [
+    pub(crate) const ALL: [Kind; 20] = [
         Kind::Kill,
         Kind::Power,
         Kind::PowerAll,
@@ -57,6 +62,7 @@ impl Kind {
         Kind::Pause,
         Kind::ReadError,
         Kind::DieUnheard,
+        Kind::LoseSpan,
     ];
     /// So many are drawn together; what came later has a stream of its own and leaves the rest of a run
     /// as it was.
@@ -67,6 +73,18 @@ impl Kind {
         matches!(self, Kind::LoseWrite | Kind::Misdirect | Kind::Rot)
     }
 }
+
+/// What becomes of the owners of the next change over several pages.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Trap {
+    /// Each dies after some disk operations: a number from which those follow.
+    Death(u64),
+    /// They lose its client.
+    Loss,
+}
+
+/// Microseconds after the call of a change within which its client is lost.
+const LOST_WITHIN_US: u64 = 6_000;
 
 /// A fault to come.
 #[derive(Clone, Debug)]
@@ -113,6 +131,7 @@ pub(crate) fn plan(seed: u64, mask: u32) -> Vec<Fault> {
         .collect();
     faults.extend(read_errors(seed));
     faults.extend(die_unheard(seed));
+    faults.extend(lose_span(seed));
     faults.retain(|fault| mask >> fault.kind as u32 & 1 == 1);
     // On a full disk nothing says that a flush was: DESIGN.md, "Known and not mended".
     let was_full = |host| {
@@ -151,6 +170,18 @@ fn die_unheard(seed: u64) -> Option<Fault> {
         host: random.below(SERVERS as u64) as usize,
         other: 0,
         lasts_ms: random.between(500, 3_000),
+        number: random.next_u64(),
+    })
+}
+
+fn lose_span(seed: u64) -> Option<Fault> {
+    let mut random = Random::new(seed, 9);
+    random.one_in(4).then(|| Fault {
+        kind: Kind::LoseSpan,
+        at: random.between(100, 900),
+        host: random.below(SERVERS as u64) as usize,
+        other: 0,
+        lasts_ms: random.between(50, SPAN_GRACE_MS * 2 / 3),
         number: random.next_u64(),
     })
 }
@@ -251,6 +282,7 @@ pub(crate) async fn happen(world: Rc<World>, fault: Fault) {
         }
         Kind::ReadError => lock(&medium).fail_reads(fault.number),
         Kind::DieUnheard => die_unheard_in_a_span(&world, &fault).await,
+        Kind::LoseSpan => lose_a_span(&world, &fault).await,
         Kind::Pause => {
             let until = Instant::now() + Duration::from_millis(fault.lasts_ms);
             world.pause(host, until);
@@ -259,29 +291,60 @@ pub(crate) async fn happen(world: Rc<World>, fault: Fault) {
 }
 
 async fn die_unheard_in_a_span(world: &World, fault: &Fault) {
-    world.span_trap.set(Some(fault.number));
     let is_down = |host: &usize| world.down_ms(*host).is_some();
-    let tick = || sleep(Duration::from_millis(1));
-    while !world.trapped.borrow().iter().any(is_down) {
-        if world.stopping.get() {
-            return;
-        }
-        tick().await;
-    }
-    let hosts = world.trapped.take();
-    let cut = |cut| {
-        let clients = SERVERS..SERVERS + CLIENTS;
-        let pairs = clients.flat_map(|client| hosts.iter().map(move |host| (client, *host)));
-        pairs.for_each(|(client, host)| world.net.set_cut(client, host, cut));
+    world.span_trap.set(Some(Trap::Death(fault.number)));
+    let Some(hosts) = trapped(world, |hosts| hosts.iter().any(is_down)).await else {
+        return;
     };
-    cut(true);
+    cut_clients(world, &hosts, true);
     let heard = Instant::now() + Duration::from_millis(fault.lasts_ms);
     while hosts.iter().any(is_down) && Instant::now() < heard {
         tick().await;
     }
     world.wants_snapshot.set(true);
     sleep_until(heard).await;
-    cut(false);
+    cut_clients(world, &hosts, false);
+}
+
+async fn lose_a_span(world: &World, fault: &Fault) {
+    world.span_trap.set(Some(Trap::Loss));
+    let Some(hosts) = trapped(world, |hosts| !hosts.is_empty()).await else {
+        return;
+    };
+    sleep(Duration::from_micros(fault.number % LOST_WITHIN_US)).await;
+    cut_clients(world, &hosts, true);
+    for host in &hosts {
+        (SERVERS..SERVERS + CLIENTS).for_each(|client| world.net.reset(client, Some(*host)));
+    }
+    world.wants_snapshot.set(true);
+    sleep(Duration::from_millis(fault.lasts_ms)).await;
+    cut_clients(world, &hosts, false);
+}
+
+async fn tick() {
+    sleep(Duration::from_millis(1)).await;
+}
+
+/// Waits for the servers that a trap has caught, and for what is to become of them; `None` at the end of the run.
+async fn trapped(
+    world: &World,
+    is_done: impl Fn(&BTreeSet<usize>) -> bool,
+) -> Option<BTreeSet<usize>> {
+    while !is_done(&world.trapped.borrow()) {
+        if world.stopping.get() {
+            return None;
+        }
+        tick().await;
+    }
+    Some(world.trapped.take())
+}
+
+/// Whether servers hear nothing of what the clients say.
+fn cut_clients(world: &World, hosts: &BTreeSet<usize>, cut: bool) {
+    for client in SERVERS..SERVERS + CLIENTS {
+        let each = hosts.iter();
+        each.for_each(|host| world.net.set_cut(client, *host, cut));
+    }
 }
 
 /// What other servers say comes late to one, what clients say does not: so it has executed more than

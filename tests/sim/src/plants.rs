@@ -17,14 +17,14 @@ pub(crate) const CAUGHT: &[(Plant, u64, u32)] = &[
     (Plant::SkipSync, 2, ALL_FAULTS),
     (Plant::HoldNothing, 102, ALL_FAULTS),
     (Plant::ParkNothing, 142, ALL_FAULTS),
-    (Plant::SpanIgnoresHold, 142, ALL_FAULTS),
+    (Plant::SpanIgnoresHold, 147, ALL_FAULTS),
     (Plant::SkipReplay, 31, ALL_FAULTS),
     (Plant::SkipChecksum, 5, ALL_FAULTS),
     (Plant::HalfSpan, 12, ALL_FAULTS),
     (Plant::SkipTrim, 1, ALL_FAULTS),
     (Plant::SkipQuiet, 35, ALL_FAULTS),
     (Plant::SweepLive, 2, ALL_FAULTS),
-    (Plant::SweepPending, 137, ALL_FAULTS),
+    (Plant::SweepPending, 146, ALL_FAULTS),
     (Plant::LeakSnapshot, 2, ALL_FAULTS),
     (Plant::FlushOneOwner, 20, ALL_FAULTS),
     (Plant::KeepPending, 8, ALL_FAULTS),
@@ -35,7 +35,7 @@ pub(crate) const CAUGHT: &[(Plant, u64, u32)] = &[
     (Plant::KeepVerifier, 10, ALL_FAULTS),
     (Plant::ReplayBackwards, 26, ALL_FAULTS),
     (Plant::HoldForever, 479, ALL_FAULTS),
-    (Plant::EarlyCut, 123, ALL_FAULTS),
+    (Plant::EarlyCut, 136, ALL_FAULTS),
     (Plant::SkipEpochCheck, 66, ALL_FAULTS),
     (Plant::FlipBeforeTail, 422, ALL_FAULTS),
     (Plant::ReadBehindMark, 863, ALL_FAULTS),
@@ -46,6 +46,7 @@ pub(crate) const CAUGHT: &[(Plant, u64, u32)] = &[
     (Plant::SweepKeepsVolumes, 26, ALL_FAULTS),
     (Plant::UnreadableIsZero, 4, ALL_FAULTS),
     (Plant::ForgetSpans, 440, ALL_FAULTS),
+    (Plant::ForgetLostSpans, 431, ALL_FAULTS),
 ];
 /// A change of the program changes all runs: so many seeds from the named one on are tried.
 const TRIES: u64 = 600;

@@ -1,7 +1,7 @@
 //! What clients do: each has several lanes, and each lane does one operation after the other.
 
 use crate::entry::Entry;
-use crate::faults;
+use crate::faults::{self, Trap};
 use crate::handle::{Failure, Handle};
 use crate::history::{BLOCK, NEVER, Snap, Tag, What, decode, fill};
 use crate::machine::{Death, Incarnation, lock};
@@ -215,24 +215,26 @@ impl Load {
         self.ended(op, done.map(|()| None));
     }
 
-    /// Arms the deaths of the owners of what is about to be changed, if it is of several pages.
+    /// Springs the trap for the owners of what is about to be changed, if it is of several pages.
     fn spring_trap(&self, volume: usize, first: u32, blocks: u32) {
         let (_, page) = geometry(volume);
         let pages = first / page..=(first + blocks - 1) / page;
         if pages.start() == pages.end() {
             return;
         }
-        let Some(mut number) = self.world.span_trap.take() else {
+        let Some(trap) = self.world.span_trap.take() else {
             return;
         };
         let owners = self.world.owners.borrow();
         let owner = |page| owners.get(&(volume, page))?.last().map(|(_, owner)| *owner);
         let hosts: BTreeSet<usize> = pages.filter_map(owner).collect();
-        for host in &hosts {
-            let operations = number % DIES_WITHIN;
-            number /= DIES_WITHIN;
-            let medium = self.world.medium(*host);
-            lock(&medium).faults.die_in = Some((operations, Death::Process));
+        if let Trap::Death(mut number) = trap {
+            for host in &hosts {
+                let operations = number % DIES_WITHIN;
+                number /= DIES_WITHIN;
+                let medium = self.world.medium(*host);
+                lock(&medium).faults.die_in = Some((operations, Death::Process));
+            }
         }
         *self.world.trapped.borrow_mut() = hosts;
     }

@@ -1,5 +1,6 @@
 //! The servers of a run: started, killed, cut off and started again, all on one thread.
 
+use crate::faults::Trap;
 use crate::history::{History, Loss, Moment};
 use crate::machine::{Death, Incarnation, Medium, SharedMedium, SimClock, SimState, lock};
 use crate::net::{Net, address};
@@ -51,10 +52,9 @@ pub(crate) struct World {
     pub stopping: Cell<bool>,
     /// Which servers may own which page of which volume.
     pub owners: RefCell<BTreeMap<(usize, u32), Owners>>,
-    /// The owners of the next change over several pages die, each after some disk operations: a number
-    /// from which those follow.
-    pub span_trap: Cell<Option<u64>>,
-    /// It was these.
+    /// What becomes of the owners of the next change over several pages.
+    pub span_trap: Cell<Option<Trap>>,
+    /// They were these.
     pub trapped: RefCell<BTreeSet<usize>>,
     /// Somebody is to take a snapshot now.
     pub wants_snapshot: Cell<bool>,

@@ -15,7 +15,7 @@ use super::shell::PageStore;
 use crate::id::VolumeId;
 use crate::io::disk::Disk;
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::rc::{Rc, Weak};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
@@ -48,6 +48,12 @@ impl<D: Disk> Engine<D> {
         }
         self.commit(change, &[])?;
         Ok(Step::Done(()))
+    }
+
+    /// Volumes that have spans which have begun and not ended.
+    fn volumes_with_spans(&self) -> BTreeSet<VolumeId> {
+        let spans = self.tables.spans.iter();
+        spans.map(|(volume, _)| VolumeId(*volume)).collect()
     }
 
     /// Spans of a volume that have begun and not ended, in order.
@@ -118,6 +124,12 @@ impl PageStore {
             .await?;
         self.runner.after_change();
         Ok(mark)
+    }
+
+    /// Volumes that have spans which have begun and not ended.
+    #[must_use]
+    pub fn volumes_with_spans(&self) -> BTreeSet<VolumeId> {
+        self.runner.engine.borrow().volumes_with_spans()
     }
 
     /// Spans of a volume that had begun before the store was opened, with the mark of each.
