@@ -97,7 +97,11 @@ mod tests {
         assert_eq!(states.see(&state(4, 1)), None);
         assert_eq!(states.see(&state(4, 1)), None);
         assert_eq!(states.see(&state(5, 2)), None);
-        assert!(states.see(&state(4, 2)).unwrap().contains("revision 4"));
+        assert!(
+            states
+                .see(&state(4, 2))
+                .is_some_and(|text| text.contains("revision 4"))
+        );
         for revision in 6..6 + STATES_KEPT as u64 {
             assert_eq!(states.see(&state(revision, revision)), None);
         }
