@@ -359,10 +359,15 @@ pub(crate) async fn hear_late(world: Rc<World>, host: usize, lasts_ms: u64) {
     cut(false);
 }
 
+/// Refusals to start after which the operator mends the disk that cannot be read: a server reads what was
+/// not flushed when it starts.
+const REFUSALS: u32 = 8;
+
 /// The operator: starts servers that are down, and those again whose disk failed.
 pub(crate) async fn operate(world: Rc<World>, seed: u64) {
     let mut random = Random::new(seed, 3);
     let mut wait_ms = [0; SERVERS];
+    let mut refusals = [0; SERVERS];
     loop {
         sleep(Duration::from_millis(50)).await;
         for (host, wait_ms) in wait_ms.iter_mut().enumerate() {
@@ -380,6 +385,10 @@ pub(crate) async fn operate(world: Rc<World>, seed: u64) {
                 world.kill(host, Death::Process);
             } else if world.refusal(host).is_some() && !world.stopping.get() {
                 trace::count("operator: restart of a server that refused to start");
+                refusals[host] += 1;
+                if refusals[host] % REFUSALS == 0 {
+                    lock(&world.medium(host)).heal_reads();
+                }
                 world.kill(host, Death::Process);
             }
         }

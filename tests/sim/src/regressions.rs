@@ -162,6 +162,10 @@ pub(crate) const SEEDS: &[(u64, &str)] = &[
         "after a start a volume whose store waited for a table was opened with the size 0",
     ),
     (
+        80_304_655,
+        "a server that could not read what was not flushed was started for ever, and the run did not come to its end",
+    ),
+    (
         2_700_000_000_069,
         "a sweep that met a part of the slab that could not be read was not tried again before a restart",
     ),
