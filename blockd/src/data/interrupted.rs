@@ -58,18 +58,27 @@ impl Owner {
 
     /// The requester of a span needs nothing more of it: one that was interrupted has ended.
     pub fn end_span(self: &Rc<Self>, volume: VolumeId, id: u64) {
-        self.end_interrupted(move |of, span| (of, span) == (volume, id));
+        self.now_and_resumed(move |owner| {
+            if let Some(state) = owner.volume(volume) {
+                state.interrupted.gates.borrow_mut().remove(&id);
+            }
+        });
     }
 
     /// As [`Self::end_span`] of all that a requester has begun and that do not go on.
     pub fn end_spans(self: &Rc<Self>, list: SpanList) {
-        self.end_interrupted(move |_, id| list.has_ended(id));
+        self.now_and_resumed(move |owner| {
+            for state in owner.volumes() {
+                let mut gates = state.interrupted.gates.borrow_mut();
+                gates.retain(|id, _| !list.has_ended(*id));
+            }
+        });
     }
 
-    /// After a start the volume may be unknown until the registry has told of it: its spans end then. What has
-    /// ended once has ended for ever.
-    fn end_interrupted(self: &Rc<Self>, has_ended: impl Fn(VolumeId, u64) -> bool + 'static) {
-        self.let_go(&has_ended);
+    /// Ends spans. After a start their volume may be unknown until the registry has told of it: then once more, as
+    /// what has ended once has ended for ever.
+    fn now_and_resumed(self: &Rc<Self>, end: impl Fn(&Self) + 'static) {
+        end(self);
         if self.has_resumed() {
             return;
         }
@@ -78,7 +87,7 @@ impl Owner {
             let deadline = Instant::now() + Duration::from_millis(FORWARD_DEADLINE_MS);
             owner.await_tables(deadline, Self::has_resumed).await;
             owner.spans_resumed.set(true);
-            owner.let_go(&has_ended);
+            end(&owner);
         });
     }
 
@@ -90,13 +99,6 @@ impl Owner {
             self.spans_resumed.set(resumed);
         }
         self.spans_resumed.get()
-    }
-
-    fn let_go(&self, has_ended: &impl Fn(VolumeId, u64) -> bool) {
-        for state in self.volumes() {
-            let mut gates = state.interrupted.gates.borrow_mut();
-            gates.retain(|id, _| !has_ended(state.id, *id));
-        }
     }
 
     /// Keeps the gate of a span whose connection was lost: for who comes back for the rest, before long.
