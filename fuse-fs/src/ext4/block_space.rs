@@ -55,11 +55,43 @@ impl Groups {
             let behind = bitmap::find_run(taken, from..end, want).filter(fits);
             behind.or_else(|| bitmap::find_run(taken, 0..end, want).filter(fits))
         }?;
-        bitmap::fill(taken, run.clone(), true);
+        Some(self.mark_claimed(group, taken, run))
+    }
+
+    /// The first run of at least `least` free blocks of `group` among the bits `within`. It is not claimed.
+    pub(super) fn free_run(
+        &self,
+        group: u32,
+        within: Range<u32>,
+        least: u32,
+    ) -> Option<Range<u32>> {
+        let state = self.state(group);
+        let taken = state.taken_blocks.as_ref()?;
+        let mut at = within.start;
+        while at < within.end {
+            let start = bitmap::next(taken, at..within.end, false);
+            let end = bitmap::next(taken, start..within.end, true);
+            if end - start >= least {
+                return Some(start..end);
+            }
+            at = end;
+        }
+        None
+    }
+
+    /// Claims these blocks of `group`, unless one of them is taken. The caller was promised them.
+    pub(super) fn claim_exactly(&self, group: u32, bits: Range<u32>) -> Option<Range<u64>> {
+        let mut state = self.state(group);
+        let taken = state.taken_blocks.as_mut()?;
+        bitmap::is_all(taken, bits.clone(), false).then(|| self.mark_claimed(group, taken, bits))
+    }
+
+    fn mark_claimed(&self, group: u32, taken: &mut [u8], bits: Range<u32>) -> Range<u64> {
+        bitmap::fill(taken, bits.clone(), true);
         let free = &self.slots[group as usize].free_blocks;
-        free.fetch_sub(run.len() as u32, Ordering::Relaxed);
+        free.fetch_sub(bits.len() as u32, Ordering::Relaxed);
         let first = self.superblock().group_first(group);
-        Some(first + u64::from(run.start)..first + u64::from(run.end))
+        first + u64::from(bits.start)..first + u64::from(bits.end)
     }
 
     /// Gives claimed blocks, or such whose freeing has committed, back to who asks next.

@@ -8,7 +8,7 @@
 //! | [`filesystem`] | a mounted filesystem: open, sync, close |
 //! | [`handle`], [`transaction`], [`commit`] | operations, the transaction they share, its way to the disk |
 //! | [`read`], [`mod@write`], [`writeback`] | data of files: from memory, to memory, to the disk |
-//! | [`truncate`], [`fallocate`], [`statfs`] | sizes and space |
+//! | [`truncate`], [`fallocate`], [`trim`], [`statfs`] | sizes and space |
 //! | [`mapping`], [`extent_tree`], [`indirect`], [`deletion`] | finding, adding and giving up blocks of a file |
 //! | [`inode_cell`], [`raw_inode`], [`orphans`], [`orphan_file`], [`time`] | inodes while they are in use |
 //! | [`groups`], [`block_space`], [`inode_space`], [`bitmap`] | which blocks and inodes are given away |
@@ -72,6 +72,7 @@ pub mod statfs;
 pub mod superblock;
 pub mod time;
 pub mod transaction;
+pub mod trim;
 pub mod truncate;
 pub mod write;
 pub mod writeback;

@@ -23,4 +23,5 @@ mod recorder;
 mod resize;
 mod shadow;
 mod systematic;
+mod trim;
 mod write;
