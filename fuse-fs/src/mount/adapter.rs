@@ -4,23 +4,24 @@
 //! the [`Answerer`].
 
 use super::answer::Answerer;
-use super::attributes::{file_attr, file_type, new_time, timestamp, unknown};
+use super::attributes::{new_time, timestamp};
 use super::change::{Change, Writing};
 use super::files::{Files, Found, Line, MAX_NAME_BYTES};
 use super::grow_command::{Answer, GROW};
+use super::kernel_cache::KernelCache;
 use super::node_id::NodeId;
 use super::options::{Atime, MountOptions};
+use super::replies::{add_plus, attr, created, entry, looked_up, names};
+use super::requests::{TrimRange, allocation, device_of, name_of, rename_mode, set_mode, sought};
 use super::session;
 use super::stats::{Op, Stats};
 use crate::adapter::{Refuse, sized};
 use crate::backend::BackendError;
-use crate::ext4::fallocate::{Allocation, Sought};
-use crate::ext4::inode::Kind;
-use crate::ext4::namespace::{AttributeChange, Content, NewNode, RenameMode, SetMode};
+use crate::ext4::namespace::{AttributeChange, Content, NewNode};
 use bytes::Bytes;
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation,
-    INodeNo, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo,
+    IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr,
     ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,
     ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
@@ -30,13 +31,9 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 use tokio::runtime::Handle;
 
-/// How long the kernel may believe what it was told: nobody else changes it.
-const FOR_EVER: Duration = Duration::from_secs(10 * 365 * 86_400);
-/// A snapshot can be deleted by others.
-const SNAPSHOTS_TTL: Duration = Duration::from_secs(1);
 /// The kernel asks for a page of lines at a time; more than fit are looked up in vain.
 const LINES: usize = 128;
 const LINES_PLUS: usize = 24;
@@ -45,89 +42,17 @@ pub(crate) const STATS_XATTR: &str = "blockd.stats";
 /// `FS_IOC_GETFLAGS` and `FS_IOC_SETFLAGS`; the latter is also known with its argument's size as `int`.
 const GET_FLAGS: u32 = 0x8008_6601;
 const SET_FLAGS: u32 = 0x4008_6602;
+/// `FITRIM`, of fstrim(8).
+const TRIM: u32 = 0xc018_5879;
 
 pub(super) struct Adapter {
     files: Arc<Files>,
     options: MountOptions,
     answers: Answerer,
     stats: Arc<Stats>,
+    pub(super) kernel: KernelCache,
     /// Who mounted it.
     owner: u32,
-}
-
-fn entry(reply: ReplyEntry, found: &Found) {
-    let attr = file_attr(found, found.id.number());
-    let generation = Generation(u64::from(found.attr.generation));
-    reply.entry_with_ttls(&attr_ttl(found), &ttl(found.id), &attr, generation);
-}
-
-/// The number 0 stands for "no such name", which the kernel remembers.
-fn looked_up(reply: ReplyEntry, found: Option<Found>) {
-    match found {
-        Some(found) => entry(reply, &found),
-        None => reply.entry(&FOR_EVER, &unknown(Kind::Regular), Generation(0)),
-    }
-}
-
-/// How many blocks a file has is known when its data has left memory.
-fn attr_ttl(found: &Found) -> Duration {
-    match found.attr.settled {
-        true => ttl(found.id),
-        false => Duration::ZERO,
-    }
-}
-
-fn ttl(id: NodeId) -> Duration {
-    match id {
-        NodeId::Snapshots | NodeId::Frozen(_, crate::ext4::inode::ROOT) => SNAPSHOTS_TTL,
-        NodeId::Main(_) | NodeId::Frozen(..) => FOR_EVER,
-    }
-}
-
-/// Names that are too long are nobody's; the kernel passes them on.
-fn name_of(name: &OsStr) -> Result<Vec<u8>, BackendError> {
-    match name.len() {
-        0..=MAX_NAME_BYTES => Ok(name.as_bytes().to_vec()),
-        _ => Err(BackendError::new(libc::ENAMETOOLONG, "name too long")),
-    }
-}
-
-fn rename_mode(flags: RenameFlags, req: &Request) -> Result<RenameMode, BackendError> {
-    let no_replace = flags.contains(RenameFlags::RENAME_NOREPLACE);
-    let exchange = flags.contains(RenameFlags::RENAME_EXCHANGE);
-    let whiteout = flags.contains(RenameFlags::RENAME_WHITEOUT);
-    match (exchange, whiteout, no_replace) {
-        (false, false, false) => Ok(RenameMode::Replace),
-        (false, false, true) => Ok(RenameMode::NoReplace),
-        (true, false, false) => Ok(RenameMode::Exchange),
-        (false, true, no_replace) => Ok(RenameMode::Whiteout {
-            no_replace,
-            uid: req.uid(),
-            gid: req.gid(),
-        }),
-        _ => Err(BackendError::new(
-            libc::EINVAL,
-            "flags that exclude each other",
-        )),
-    }
-}
-
-fn allocation(mode: i32) -> Result<Allocation, BackendError> {
-    let keep_size = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
-    match mode & !libc::FALLOC_FL_KEEP_SIZE {
-        0 => Ok(Allocation::Allocate { keep_size }),
-        libc::FALLOC_FL_PUNCH_HOLE if keep_size => Ok(Allocation::Punch),
-        libc::FALLOC_FL_ZERO_RANGE => Ok(Allocation::Zero { keep_size }),
-        _ => Err(BackendError::new(libc::EOPNOTSUPP, "this fallocate")),
-    }
-}
-
-/// Numbers of devices as the kernel's `new_encode_dev` has them.
-fn device_of(rdev: u32) -> Content<'static> {
-    Content::Device {
-        major: rdev >> 8 & 0xfff,
-        minor: rdev & 0xff | rdev >> 12 & 0xf_ff00,
-    }
 }
 
 impl Adapter {
@@ -138,6 +63,7 @@ impl Adapter {
             options,
             answers: Answerer::new(runtime, stats.clone()),
             stats,
+            kernel: KernelCache::default(),
             owner: rustix::process::geteuid().as_raw(),
         }
     }
@@ -389,25 +315,23 @@ impl Filesystem for Adapter {
         name: &OsStr,
         mode: u32,
         umask: u32,
-        _flags: i32,
+        flags: i32,
         reply: ReplyCreate,
     ) {
+        let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
         let (parent, name, owner) = (NodeId::of(parent.0), name_of(name), (req.uid(), req.gid()));
         let mode = mode & !libc::S_IFMT | libc::S_IFREG;
         let work = async move |files: Arc<Files>| {
-            make(&files, parent, &name?, (mode, umask), owner, &Made::Nothing).await
+            let made = make(&files, parent, &name?, (mode, umask), owner, &Made::Nothing).await?;
+            if write {
+                files.opened_for_writing(made.id);
+            }
+            Ok(made)
         };
         let how = self.open_flags();
-        self.run(
-            Op::Create,
-            reply,
-            work,
-            move |reply: ReplyCreate, found: Found| {
-                let attr = file_attr(&found, found.id.number());
-                let generation = Generation(u64::from(found.attr.generation));
-                reply.created(&FOR_EVER, &attr, generation, FileHandle(0), how);
-            },
-        );
+        self.run(Op::Create, reply, work, move |reply, found: Found| {
+            created(reply, &found, how)
+        });
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -458,9 +382,28 @@ impl Filesystem for Adapter {
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let write = flags.acc_mode() != OpenAccMode::O_RDONLY;
         match (NodeId::of(ino.0), write) {
-            (NodeId::Frozen(..) | NodeId::Snapshots, true) => reply.error(Errno::EROFS),
-            _ => reply.opened(FileHandle(0), self.open_flags()),
+            (NodeId::Frozen(..) | NodeId::Snapshots, true) => return reply.error(Errno::EROFS),
+            (id, true) => self.files.opened_for_writing(id),
+            (_, false) => {}
         }
+        reply.opened(FileHandle(0), self.open_flags());
+    }
+
+    /// The kernel has written all that this opening left in its cache, also through memory.
+    fn release(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        if flags.acc_mode() != OpenAccMode::O_RDONLY {
+            self.files.closed_by_writer(NodeId::of(ino.0));
+        }
+        reply.ok();
     }
 
     fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -559,17 +502,7 @@ impl Filesystem for Adapter {
     ) {
         let id = NodeId::of(ino.0);
         let work = async move |files: Arc<Files>| files.lines(id, offset, LINES).await;
-        let send = |mut reply: ReplyDirectory, lines: Vec<Line>| {
-            for line in lines {
-                let name = OsStr::from_bytes(&line.name);
-                let ino = INodeNo(line.id.shown());
-                if reply.add(ino, line.next, file_type(line.kind), name) {
-                    break;
-                }
-            }
-            reply.ok();
-        };
-        self.run(Op::ReadDir, reply, work, send);
+        self.run(Op::ReadDir, reply, work, names);
         self.touch_directory(id, offset);
     }
 
@@ -633,21 +566,18 @@ impl Filesystem for Adapter {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        if self.options.writeback && !self.files.is_read_only() {
-            // The kernel does not write its dirty pages first, so what is data is not known here. With
-            // this answer it takes all of a file for data, from now on without asking.
-            return reply.error(Errno::ENOSYS);
-        }
-        let sought = match whence {
-            libc::SEEK_DATA => Sought::Data,
-            libc::SEEK_HOLE => Sought::Hole,
-            _ => return reply.error(Errno::EINVAL),
+        let (id, sought, kernel) = (
+            NodeId::of(ino.0),
+            sought(offset, whence),
+            self.kernel.clone(),
+        );
+        let work = async move |files: Arc<Files>| {
+            let (from, sought) = sought?;
+            if files.has_writers(id) {
+                kernel.give_up_cache(ino).await?;
+            }
+            files.seek(id, from, sought).await
         };
-        let Ok(from) = u64::try_from(offset) else {
-            return reply.error(Errno::ENXIO);
-        };
-        let id = NodeId::of(ino.0);
-        let work = async move |files: Arc<Files>| files.seek(id, from, sought).await;
         self.run(
             Op::Seek,
             reply,
@@ -732,11 +662,7 @@ impl Filesystem for Adapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        let mode = match flags {
-            libc::XATTR_CREATE => SetMode::Create,
-            libc::XATTR_REPLACE => SetMode::Replace,
-            _ => SetMode::Any,
-        };
+        let mode = set_mode(flags);
         let (id, name, value) = (NodeId::of(ino.0), name.as_bytes().to_vec(), value.to_vec());
         let work = async move |files: Arc<Files>| files.set_xattr(id, &name, &value, mode).await;
         self.run(Op::SetXattr, reply, work, |reply, ()| reply.ok());
@@ -748,7 +674,8 @@ impl Filesystem for Adapter {
         self.run(Op::RemoveXattr, reply, work, |reply, ()| reply.ok());
     }
 
-    /// chattr(1), of which immutable and append-only are root's to set; and growth, for root and who mounted it.
+    /// chattr(1), of which immutable and append-only are root's to set; and growth and fstrim(8), for root and who
+    /// mounted it.
     fn ioctl(
         &self,
         req: &Request,
@@ -773,8 +700,13 @@ impl Filesystem for Adapter {
                 let work = async move |files: Arc<Files>| files.set_flags(id, flags, uid).await;
                 self.run(Op::Flags, reply, work, |reply, ()| reply.ioctl(0, &[]));
             }
-            (GROW, _) if id == NodeId::ROOT && uid != 0 && uid != self.owner => {
-                reply.error(Errno::EPERM);
+            (GROW | TRIM, _) if uid != 0 && uid != self.owner => reply.error(Errno::EPERM),
+            (TRIM, _) => {
+                let wanted = TrimRange::parse(in_data);
+                let work = async move |files: Arc<Files>| files.trim(id, wanted?).await;
+                self.run(Op::Trim, reply, work, |reply, done: TrimRange| {
+                    reply.ioctl(0, &done.bytes());
+                });
             }
             (GROW, _) if id == NodeId::ROOT => {
                 let work = async move |files: Arc<Files>| Ok(files.grow().await);
@@ -785,31 +717,4 @@ impl Filesystem for Adapter {
             _ => reply.error(Errno::ENOTTY),
         }
     }
-}
-
-fn attr(reply: ReplyAttr, found: &Found) {
-    reply.attr(&attr_ttl(found), &file_attr(found, found.id.shown()));
-}
-
-/// Adds a line with the attributes of its file; whether it no longer fits. A file that cannot be read
-/// has the number 0, with which its name is shown all the same.
-fn add_plus(
-    reply: &mut ReplyDirectoryPlus,
-    line: &Line,
-    found: Option<&Found>,
-    files: &Files,
-) -> bool {
-    let itself = matches!(line.name.as_slice(), b"." | b"..");
-    let (attr, generation) = match found {
-        Some(found) if itself => (file_attr(found, found.id.shown()), 0),
-        Some(found) => (file_attr(found, found.id.number()), found.attr.generation),
-        None => (unknown(line.kind), 0),
-    };
-    let (name, ttl) = (OsStr::from_bytes(&line.name), ttl(line.id));
-    let generation = Generation(u64::from(generation));
-    let full = reply.add(attr.ino, line.next, name, &ttl, &attr, generation);
-    if !full && !itself && found.is_some() {
-        files.learn(line.id);
-    }
-    full
 }

@@ -3,6 +3,7 @@
 use super::files::{Files, Found, SNAPSHOTS_NAME, errno, found};
 use super::node_id::NodeId;
 use super::options::Atime;
+use super::requests::TrimRange;
 use crate::backend::BackendError;
 use crate::ext4::fallocate::Allocation;
 use crate::ext4::inode::{FLAG_APPEND, FLAG_IMMUTABLE, FLAG_NO_ATIME};
@@ -219,6 +220,20 @@ impl Files {
             .fs
             .copy_range((&source, from.1), (&target, to.1), len_bytes);
         Ok(copied.await?)
+    }
+
+    /// Gives free space back to the volume; the answer says how much.
+    ///
+    /// # Errors
+    /// `EROFS`, `EINVAL`, what the filesystem reports.
+    pub async fn trim(&self, id: NodeId, range: TrimRange) -> Result<TrimRange, BackendError> {
+        self.own(id).await?;
+        let end = range.start_bytes.saturating_add(range.len_bytes);
+        let trimmed = self.fs.trim(range.start_bytes..end, range.least_bytes);
+        Ok(TrimRange {
+            len_bytes: trimmed.await?,
+            ..range
+        })
     }
 
     /// Sets an attribute.

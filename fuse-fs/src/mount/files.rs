@@ -194,6 +194,26 @@ impl Files {
         }
     }
 
+    /// The kernel has opened a file for writing.
+    pub fn opened_for_writing(&self, id: NodeId) {
+        if let NodeId::Main(inode) = id {
+            self.references.opened_for_writing(inode);
+        }
+    }
+
+    /// Who had opened it has closed it.
+    pub fn closed_by_writer(&self, id: NodeId) {
+        if let NodeId::Main(inode) = id {
+            self.references.closed_by_writer(inode);
+        }
+    }
+
+    /// Whether the kernel may hold data of a file that it has not written.
+    #[must_use]
+    pub fn has_writers(&self, id: NodeId) -> bool {
+        matches!(id, NodeId::Main(inode) if self.references.has_writers(inode))
+    }
+
     /// Frees a file without a name that the kernel no longer knows.
     ///
     /// # Errors

@@ -6,7 +6,8 @@
 //! | [`options`] | the options of mount(8) |
 //! | [`session`] | the connection with the kernel |
 //! | [`adapter`], [`answer`] | FUSE requests, and how they get their answers |
-//! | [`attributes`] | attributes in the form of FUSE |
+//! | [`requests`], [`replies`], [`attributes`] | what is asked, and what is answered, in the form of FUSE |
+//! | [`kernel_cache`] | data that the kernel has not written |
 //! | [`files`], [`change`] | the operations |
 //! | [`node_id`], [`references`] | the numbers of files, and which of them the kernel knows |
 //! | [`snapshots`] | `.snapshot` |
@@ -21,9 +22,12 @@ pub mod attributes;
 pub mod change;
 pub mod files;
 pub mod grow_command;
+mod kernel_cache;
 pub mod node_id;
 pub mod options;
 pub mod references;
+mod replies;
+pub mod requests;
 pub mod serve;
 pub mod session;
 pub mod snapshots;

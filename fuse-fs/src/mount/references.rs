@@ -1,4 +1,5 @@
-//! What the kernel still knows of the mounted filesystem: files without a name live as long as that.
+//! What the kernel still knows of the mounted filesystem: files without a name live as long as that, and data
+//! that was not sent may be in its cache as long as a file is open for writing.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,6 +12,8 @@ struct Shard {
     /// Lookups that were answered and not taken back.
     lookups: HashMap<u32, u64>,
     orphans: HashSet<u32>,
+    /// How often a file is open for writing.
+    writers: HashMap<u32, u64>,
 }
 
 /// Counts of lookups, by inode.
@@ -54,7 +57,30 @@ impl References {
             return false;
         }
         shard.lookups.remove(&inode);
+        shard.writers.remove(&inode);
         shard.orphans.remove(&inode)
+    }
+
+    /// `inode` is opened for writing once more.
+    pub fn opened_for_writing(&self, inode: u32) {
+        *self.shard(inode).writers.entry(inode).or_insert(0) += 1;
+    }
+
+    /// Who opened `inode` for writing has closed it.
+    pub fn closed_by_writer(&self, inode: u32) {
+        let mut shard = self.shard(inode);
+        if let Some(count) = shard.writers.get_mut(&inode) {
+            *count -= 1;
+            if *count == 0 {
+                shard.writers.remove(&inode);
+            }
+        }
+    }
+
+    /// Whether the kernel may hold data of `inode` that it has not written.
+    #[must_use]
+    pub fn has_writers(&self, inode: u32) -> bool {
+        self.shard(inode).writers.contains_key(&inode)
     }
 
     /// All files without a name, which nobody can use any more: it is unmounted.
@@ -83,6 +109,23 @@ mod tests {
         assert!(references.forgotten(12, 1));
         assert!(!references.forgotten(12, 1), "once");
         assert!(references.orphaned(13), "the kernel does not know it");
+    }
+
+    #[test]
+    fn a_file_has_writers_until_the_last_one_closes_it() {
+        let references = References::default();
+        assert!(!references.has_writers(12));
+        references.looked_up(12);
+        references.opened_for_writing(12);
+        references.opened_for_writing(12);
+        references.closed_by_writer(12);
+        assert!(references.has_writers(12) && !references.has_writers(28));
+        references.closed_by_writer(12);
+        assert!(!references.has_writers(12));
+        references.closed_by_writer(12);
+        references.opened_for_writing(12);
+        assert!(!references.forgotten(12, 1));
+        assert!(!references.has_writers(12), "the kernel knows it no more");
     }
 
     #[test]

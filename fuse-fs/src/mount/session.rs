@@ -32,6 +32,7 @@ impl MountedFiles {
         check_fuse()?;
         let read_only = files.is_read_only();
         let adapter = Adapter::new(files, options.clone(), runtime.clone());
+        let kernel = adapter.kernel.clone();
         let failed = |error: io::Error| FuseFsError::Mount {
             filesystem: "ext4 (our own)".to_owned(),
             target: source.to_owned(),
@@ -40,6 +41,7 @@ impl MountedFiles {
         };
         let config = config(source, options, read_only);
         let session = Session::new(adapter, dir, &config).map_err(failed)?;
+        kernel.reach(session.notifier());
         Ok(Self {
             session: session.spawn().map_err(failed)?,
         })

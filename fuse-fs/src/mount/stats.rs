@@ -34,11 +34,12 @@ pub enum Op {
     Flags,
     Snapshot,
     Grow,
+    Trim,
     Free,
     Touch,
 }
 
-const OPS: [(Op, &str); 27] = [
+const OPS: [(Op, &str); 28] = [
     (Op::Lookup, "lookup"),
     (Op::Stat, "stat"),
     (Op::SetAttr, "setattr"),
@@ -64,6 +65,7 @@ const OPS: [(Op, &str); 27] = [
     (Op::Flags, "flags"),
     (Op::Snapshot, "snapshot"),
     (Op::Grow, "grow"),
+    (Op::Trim, "trim"),
     (Op::Free, "free"),
     (Op::Touch, "touch"),
 ];

@@ -331,3 +331,99 @@ fn a_mounted_filesystem_grows_with_its_volume() {
     assert_eq!(view.status.code(), Some(32), "{said}");
     assert!(said.contains("no directory on which"), "{said}");
 }
+
+/// Holes are found exactly, though the kernel keeps what programs have written and not yet sent.
+#[test]
+fn holes_are_found_also_in_files_that_are_being_written() {
+    let bench = Bench::new();
+    let (volume, dir) = mounted(&bench, 64, &["-b", "4096"]);
+    let path = dir.join("sparse");
+    let file = File::create(&path).unwrap();
+    let reader = File::open(&path).unwrap();
+    for at in [1, 5, 9] {
+        file.write_all_at(&[at as u8; 1 << 20], at * MIB).unwrap();
+        let mut found = Vec::new();
+        let mut from = 0;
+        while let Ok(start) = rustix::fs::seek(&reader, rustix::fs::SeekFrom::Data(from)) {
+            from = rustix::fs::seek(&reader, rustix::fs::SeekFrom::Hole(start)).unwrap();
+            found.push((start / MIB, from / MIB));
+        }
+        let expected = [1, 5, 9].iter().filter(|other| **other <= at);
+        let expected: Vec<(u64, u64)> = expected.map(|at| (*at, at + 1)).collect();
+        assert_eq!(found, expected, "while it is open for writing");
+        let mut byte = [0];
+        reader.read_exact_at(&mut byte, at * MIB).unwrap();
+        assert_eq!(byte, [at as u8]);
+    }
+    file.set_len(20 * MIB).unwrap();
+    drop((file, reader));
+    let copy = dir.join("copy");
+    tool(&["cp", "--sparse=auto", str_of(&path), str_of(&copy)]);
+    tool(&["cmp", str_of(&path), str_of(&copy)]);
+    tool(&["sync", str_of(&copy)]);
+    let blocks = fs::metadata(&copy).unwrap().blocks();
+    assert_eq!(blocks * 512, 3 * MIB, "the copy has the holes");
+    tool(&["fallocate", "--dig-holes", str_of(&path)]);
+    unmount(&bench);
+    check(&volume);
+}
+
+/// Memory that a program has mapped and changed is data, though nothing was written by a call.
+#[test]
+fn changed_memory_is_data() {
+    let bench = Bench::new();
+    let (volume, dir) = mounted(&bench, 64, &["-b", "4096"]);
+    let path = dir.join("mapped");
+    let mut options = File::options();
+    let options = options.create_new(true).read(true).write(true);
+    let file = options.open(&path).unwrap();
+    file.set_len(8 * MIB).unwrap();
+    // SAFETY: nobody else has the file.
+    let mut map = unsafe { memmap2::MmapMut::map_mut(&file).unwrap() };
+    drop(file);
+    let reader = File::open(&path).unwrap();
+    let data = |from| rustix::fs::seek(&reader, rustix::fs::SeekFrom::Data(from));
+    assert!(data(0).is_err(), "a hole");
+    map[5 << 20] = 7;
+    assert_eq!(data(0).unwrap(), 5 * MIB);
+    map[3 << 20] = 7;
+    assert_eq!(data(0).unwrap(), 3 * MIB, "once more, after its cache went");
+    drop((map, reader));
+    unmount(&bench);
+    check(&volume);
+}
+
+/// fstrim(8), for who may; a mount with `nodiscard` keeps what is free until then.
+#[test]
+fn fstrim_gives_free_space_back() {
+    let bench = Bench::new();
+    let (volume, dir) = mounted(&bench, 64, &[]);
+    let taken = || fs::metadata(&volume).unwrap().blocks() * 512;
+    unmount(&bench);
+    bench.fuse_fs_ok(&[
+        "mount",
+        "v",
+        str_of(&dir),
+        "-o",
+        "nodiscard",
+        "--wait",
+        "10",
+    ]);
+    fs::write(dir.join("kept"), vec![1; 3 << 20]).unwrap();
+    fs::write(dir.join("gone"), vec![2; 30 << 20]).unwrap();
+    tool(&["sync", str_of(&dir.join("gone")), str_of(&dir.join("kept"))]);
+    fs::remove_file(dir.join("gone")).unwrap();
+    File::open(&dir).unwrap().sync_all().unwrap();
+    assert!(taken() > 33 * MIB, "{}", taken());
+    let said = tool(&["fstrim", "-v", str_of(&dir)]);
+    assert!(said.contains("trimmed"), "{said}");
+    assert!(taken() < 12 * MIB, "{} after {said}", taken());
+    assert!(fs::read(dir.join("kept")).unwrap() == vec![1; 3 << 20]);
+    bench.fuse_fs_ok(&["umount", str_of(&dir)]);
+    bench.fuse_fs_ok(&["mount", "v", str_of(&dir), "-o", "ro", "--wait", "10"]);
+    let refused = tool_output(&["fstrim", str_of(&dir)]);
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(text.contains("Read-only"), "{text}");
+    unmount(&bench);
+    check(&volume);
+}
