@@ -70,6 +70,8 @@ mod paths;
 mod procedures;
 #[path = "system/readme.rs"]
 mod readme;
+#[path = "system/rebalance_load.rs"]
+mod rebalance_load;
 #[path = "system/recoveries.rs"]
 mod recoveries;
 #[path = "system/resizes.rs"]

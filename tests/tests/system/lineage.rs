@@ -2,8 +2,10 @@
 
 use super::snapshot_verbs::{ctl, ctl_json, ctl_refused, done};
 use blockd::client::HolderText;
+use blockd::limits::FLATTEN_BYTES_PER_S;
 use blockd_tests::{Cluster, FuseMount, MIB, NbdConnection, NbdError, Random, run};
 use bytes::Bytes;
+use std::collections::BTreeSet;
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -314,4 +316,44 @@ fn a_leased_volume_is_not_rolled_back() {
     assert!(refused.contains("leased exclusively"), "{refused}");
     assert_eq!(cluster.snapshots("v").len(), 1, "no safety snapshot either");
     drop(held);
+}
+
+/// How far a flattening is can be seen while it goes on, and it goes no faster than its bound.
+#[test]
+fn a_flattening_tells_how_far_it_is() {
+    const PAGES: u64 = 512;
+    let cluster = Cluster::three();
+    let page_bytes = MIB;
+    cluster.create_on("v", PAGES * page_bytes, 2048, &[1]);
+    let volume = cluster.open("v");
+    let piece = Bytes::from(Random::new(8).bytes(usize::try_from(page_bytes).unwrap()));
+    for page in 0..PAGES {
+        let write = volume.write(page * page_bytes, piece.clone());
+        cluster.block(write).unwrap();
+    }
+    cluster.snapshot("v@s");
+    done(&cluster, "volume clone v@s c");
+    let started = Instant::now();
+    let mut seen = BTreeSet::new();
+    std::thread::scope(|scope| {
+        let flattening = scope.spawn(|| done(&cluster, "volume flatten c"));
+        while !flattening.is_finished() {
+            let shown = ctl_json(&cluster, "volume show c");
+            let (now, total) = (
+                &shown["flatten"]["pages_done"],
+                &shown["flatten"]["pages_total"],
+            );
+            if let (Some(now), Some(total @ 1..)) = (now.as_u64(), total.as_u64()) {
+                assert_eq!(total, PAGES, "{shown}");
+                let last = seen.last().copied().unwrap_or(0);
+                assert!((last..=PAGES).contains(&now), "{now} after {last}");
+                seen.insert(now);
+            }
+        }
+    });
+    let middle = seen.iter().filter(|pages| (1..PAGES).contains(*pages));
+    assert!(middle.count() >= 2, "in the middle: {seen:?}");
+    let bound = FLATTEN_BYTES_PER_S as f64 * started.elapsed().as_secs_f64();
+    assert!(bound * 1.25 > (PAGES * page_bytes) as f64, "{started:?}");
+    same_through_all(&cluster, "c", &piece);
 }
