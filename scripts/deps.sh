@@ -28,7 +28,9 @@ packages_of() {
             'python3-libnbd python:nbd' 'qemu-utils qemu-nbd' 'fuse3 fusermount3' \
             'gnutls-bin certtool' 'xfsprogs mkfs.xfs' 'e2fsprogs mkfs.ext4' 'util-linux losetup' 'mount mount' \
             'jq jq' 'python3 python3' 'shellcheck shellcheck' 'ceph-common rbd' \
-            'qemu-system-x86 qemu-system-x86_64' 'busybox-static busybox' 'cpio cpio' 'acl setfacl' ;;
+            'qemu-system-x86 qemu-system-x86_64' 'busybox-static busybox' 'cpio cpio' 'acl setfacl' \
+            'libacl1-dev /usr/include/acl/libacl.h' 'stress-ng stress-ng' 'sqlite3 sqlite3' \
+            'postgresql pg_lsclusters' ;;
         bench) printf '%s\n' 'fio fio' 'nbdkit nbdkit' 'qemu-utils qemu-nbd' 'python3 python3' 'fuse2fs fuse2fs' ;;
         *)
             echo "deps.sh: unknown set '$1'; the sets are build, run, test, bench" >&2

@@ -31,7 +31,8 @@ const FILES_AT_ONCE: usize = 32;
 #[derive(Default)]
 pub(super) struct Dirty {
     bytes: AtomicU64,
-    files: Mutex<BTreeMap<u32, Arc<InodeCell>>>,
+    /// By number and by cell: a number is given away again while the file that had it is still here.
+    files: Mutex<BTreeMap<(u32, usize), Arc<InodeCell>>>,
     /// Held by who writes back: a sync has to wait for what another one took.
     writing_back: tokio::sync::Mutex<()>,
     /// There is less now.
@@ -41,7 +42,7 @@ pub(super) struct Dirty {
 }
 
 impl Dirty {
-    fn files(&self) -> MutexGuard<'_, BTreeMap<u32, Arc<InodeCell>>> {
+    fn files(&self) -> MutexGuard<'_, BTreeMap<(u32, usize), Arc<InodeCell>>> {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -99,7 +100,8 @@ impl Filesystem {
     /// The file is looked at by the next writeback.
     pub(super) fn note_dirty(&self, cell: &Arc<InodeCell>) {
         let mut files = self.dirty().files();
-        files.entry(cell.number()).or_insert_with(|| cell.clone());
+        let key = (cell.number(), Arc::as_ptr(cell).addr());
+        files.entry(key).or_insert_with(|| cell.clone());
     }
 
     /// Waits while too much is only in memory.

@@ -1,4 +1,5 @@
-//! The fourteen known ways in which a journaling filesystem loses data, and the tests that none of them is ours:
+//! The fourteen known ways in which a journaling filesystem loses data, one that was ours, and the tests that none
+//! of them is:
 //! ```text
 //!  1 old metadata over data      crash::a_revoked_block_does_not_come_back_over_data, journal
 //!  2 reuse before the commit     crash::nothing_freed_is_written_over_before_its_freeing_commits
@@ -14,6 +15,7 @@
 //! 12 names that are too long     here: no_operation_takes_a_name_of_256_bytes; mounts
 //! 13 listings that jump          crowd::a_listing_has_every_name_that_stays_exactly_once
 //! 14 inodes given away too early here: an_inode_is_not_given_away_while_somebody_holds_it
+//! 15 data mistaken for another's here: data_waits_also_where_a_removed_file_had_the_number
 //! ```
 
 use crate::crash::{STALE, fill_up};
@@ -347,6 +349,43 @@ fn an_inode_is_not_given_away_while_somebody_holds_it() {
         let (again, other) = id(create("again".to_owned()).await.unwrap()).await;
         assert_eq!(again, number);
         assert_ne!(other, generation);
+        fs.close().await.unwrap();
+    });
+    assert!(e2fsck(&image).0);
+}
+
+/// (15) The number of a file that was removed while its data waited to be written is given to another file, whose
+/// data waits as well.
+#[test]
+fn data_waits_also_where_a_removed_file_had_the_number() {
+    let workshop = Workshop::new();
+    let image = workshop.make(16, "-t ext4 -N 64");
+    let (mut name, data) = (String::new(), vec![2_u8; 5000]);
+    run(async {
+        let fs = open(&image).await;
+        let root = resolve(&fs, "").await.unwrap();
+        let new = node(REGULAR | 0o644, Content::Nothing);
+        let create = async |name: &str| fs.create(&root, name.as_bytes(), &new).await.unwrap();
+        let (old, other) = (create("old").await, create("other").await);
+        fs.write(&old, 0, vec![1; 5000].into()).await.unwrap();
+        drop(fs.unlink(&root, b"old").await.unwrap());
+        fs.free_orphan(&old).await.unwrap();
+        // Commits the freeing, and leaves data in memory.
+        fs.fsync(&other, false).await.unwrap();
+        let again = loop {
+            name.push('n');
+            let cell = create(&name).await;
+            if cell.number() == old.number() {
+                break cell;
+            }
+        };
+        fs.write(&again, 0, data.clone().into()).await.unwrap();
+        fs.close().await.unwrap();
+    });
+    run(async {
+        let fs = open(&image).await;
+        let cell = resolve(&fs, &name).await.unwrap();
+        assert!(fs.read(&cell, 0, 10_000).await.unwrap() == data);
         fs.close().await.unwrap();
     });
     assert!(e2fsck(&image).0);
