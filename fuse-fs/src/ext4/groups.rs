@@ -194,13 +194,18 @@ impl Groups {
         };
         let end = self.superblock().block_bytes * 8;
         bitmap::fill(&mut taken, count..end, true);
-        if bitmap::count_free(&taken, 0..count) != descriptor.free_blocks {
-            return Err(corrupt(
-                group,
-                "its free blocks are not those of its bitmap",
-            ));
+        let free = bitmap::count_free(&taken, 0..count);
+        let mut state = self.state(group);
+        // Nobody changes a bitmap that is not known; one that got known meanwhile may have changed since.
+        if state.taken_blocks.is_none() {
+            if free != descriptor.free_blocks {
+                return Err(corrupt(
+                    group,
+                    "its free blocks are not those of its bitmap",
+                ));
+            }
+            state.taken_blocks = Some(taken);
         }
-        self.state(group).taken_blocks.get_or_insert(taken);
         Ok(())
     }
 
@@ -222,13 +227,17 @@ impl Groups {
                 .await?
         };
         bitmap::fill(&mut taken, count..self.superblock().block_bytes * 8, true);
-        if bitmap::count_free(&taken, 0..count) != descriptor.free_inodes {
-            return Err(corrupt(
-                group,
-                "its free inodes are not those of its bitmap",
-            ));
+        let free = bitmap::count_free(&taken, 0..count);
+        let mut state = self.state(group);
+        if state.taken_inodes.is_none() {
+            if free != descriptor.free_inodes {
+                return Err(corrupt(
+                    group,
+                    "its free inodes are not those of its bitmap",
+                ));
+            }
+            state.taken_inodes = Some(taken);
         }
-        self.state(group).taken_inodes.get_or_insert(taken);
         Ok(())
     }
 

@@ -2,9 +2,10 @@
 
 use crate::data::Random;
 use crate::image::{Workshop, check_file};
+use crate::late::Late;
 use crate::operations::{DIRECTORY, How, Operation, REGULAR, operation};
 use crate::our_side::{apply, names, node, open, release, resolve};
-use crate::write::{assert_clean, run};
+use crate::write::{assert_clean, options, run};
 use fuse_fs::ext4::filesystem::Filesystem;
 use fuse_fs::ext4::namespace::Content;
 use std::collections::{BTreeMap, BTreeSet};
@@ -52,6 +53,52 @@ fn tasks_on_the_same_names_leave_a_clean_filesystem() {
         });
         assert_clean(&image);
     }
+}
+
+/// The first operations after a mount read the bitmaps at the same time, and one changes them before the others
+/// have looked: that is no damage.
+#[test]
+fn the_first_at_once_find_the_bitmaps_right() {
+    let shop = Workshop::new();
+    let image = shop.make(64, "-t ext4 -b 1024");
+    let new = node(REGULAR | 0o644, Content::Nothing);
+    run(async {
+        let fs = open(&image).await;
+        let root = resolve(&fs, "").await.unwrap();
+        for name in 0..8 {
+            fs.create(&root, format!("old{name}").as_bytes(), &new)
+                .await
+                .unwrap();
+        }
+        fs.close().await.unwrap();
+    });
+    for round in 0..20 {
+        run(async {
+            let device = Arc::new(Late::open(&image));
+            let fs = Filesystem::open(device, options()).await.unwrap();
+            let root = resolve(&fs, "").await.unwrap();
+            let tasks = (0..8).map(|task| {
+                let (fs, root) = (fs.clone(), root.clone());
+                tokio::spawn(async move {
+                    let new = node(REGULAR | 0o644, Content::Nothing);
+                    let (from, to) = match round % 2 {
+                        0 => (format!("old{task}"), format!("new{task}")),
+                        _ => (format!("new{task}"), format!("old{task}")),
+                    };
+                    let gone = fs.unlink(&root, from.as_bytes()).await?;
+                    fs.free_orphan(&gone).await?;
+                    let cell = fs.create(&root, to.as_bytes(), &new).await?;
+                    fs.write(&cell, 0, vec![7; 3000].into()).await?;
+                    fs.fsync(&cell, false).await
+                })
+            });
+            for task in tasks.collect::<Vec<_>>() {
+                task.await.unwrap().unwrap();
+            }
+            fs.close().await.unwrap();
+        });
+    }
+    assert_clean(&image);
 }
 
 /// Names that stay are listed exactly once, whatever comes and goes between two parts of the listing.

@@ -15,6 +15,7 @@ mod hostile;
 mod image;
 mod journal;
 mod kernel_side;
+mod late;
 mod losses;
 mod mkfs;
 mod operations;

@@ -2,16 +2,15 @@
 
 use crate::data::Random;
 use crate::image::Workshop;
+use crate::late::Late;
 use crate::write::{KINDS, assert_clean, open, options, run};
 use bytes::Bytes;
-use fuse_fs::ext4::device::{Device, FileDevice, Pending};
 use fuse_fs::ext4::error::{FsError, Refusal};
 use fuse_fs::ext4::filesystem::Filesystem;
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
 
@@ -98,34 +97,6 @@ fn only_what_was_asked_for_goes_back() {
     assert_clean(&image);
 }
 
-/// Gives space back some time after it was asked to.
-struct Late(FileDevice);
-
-impl Device for Late {
-    fn size_bytes(&self) -> u64 {
-        self.0.size_bytes()
-    }
-
-    fn read(&self, offset_bytes: u64, len_bytes: u32) -> Pending<'_, Bytes> {
-        self.0.read(offset_bytes, len_bytes)
-    }
-
-    fn write(&self, offset_bytes: u64, data: Bytes) -> Pending<'_, ()> {
-        self.0.write(offset_bytes, data)
-    }
-
-    fn zero(&self, offset_bytes: u64, len_bytes: u64) -> Pending<'_, ()> {
-        Box::pin(async move {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-            self.0.zero(offset_bytes, len_bytes).await
-        })
-    }
-
-    fn flush(&self) -> Pending<'_, ()> {
-        self.0.flush()
-    }
-}
-
 /// Files are written and removed while free space is given back over and over.
 #[test]
 fn what_is_written_meanwhile_stays() {
@@ -142,7 +113,7 @@ fn what_is_written_meanwhile_stays() {
     });
     let numbers = numbers.into_inner().unwrap();
     run(async {
-        let device = Late(FileDevice::open(&image, true).unwrap());
+        let device = Late::open(&image);
         let fs = Filesystem::open(Arc::new(device), options()).await.unwrap();
         let trimming = {
             let fs = fs.clone();
