@@ -2,9 +2,7 @@
 # Every check of the repository; all run, the exit code tells.
 set -euo pipefail
 
-STEPS=(fmt clippy doc build test sim deny tidy tidytest requirements shell)
-# Only when named: see scripts/check.sh --help.
-EXTRA=(conformance)
+STEPS=(fmt clippy doc build test conformance sim deny tidy tidytest requirements shell)
 
 usage() {
     cat <<EOF
@@ -16,14 +14,14 @@ Runs the steps named, or these: ${STEPS[*]}
   doc       cargo doc with private items, warnings are errors
   build     cargo build
   test      cargo test (unit, system and doc tests)
+  conformance  our own ext4 as a mount against pjdfstest, fsx, stress-ng, sqlite, postgres and kill -9; the
+            first two are not Debian's and are built here
   deny      licences and duplicate versions (scripts/deny.txt)
   tidy      the rules of the house (scripts/tidy.py)
   tidytest  plants one violation of each rule and sees that it is caught
   requirements  each requirement of tests/requirements.txt has a test that names it
   sim       the simulator: fixed seeds, the planted faults, and two minutes of fresh seeds, which are told
   shell     shellcheck, if it is installed, and bash -n
-Only when named, as it needs tools that are no Debian packages:
-  conformance  our own ext4 as a mount against pjdfstest, fsx, stress-ng, sqlite and kill -9
 The last line counts tests and steps: 'N passed, N failed'.
 EOF
 }
@@ -54,8 +52,14 @@ step_sim() {
 }
 
 step_conformance() {
-    cargo build --locked --quiet -p fuse-fs --examples
-    scripts/conformance.sh
+    local target tools
+    target=$(realpath "${CARGO_TARGET_DIR:-target}")
+    tools=$target/tools
+    if [ ! -x "$tools/bin/pjdfstest" ] || [ ! -x "$tools/bin/fsx" ]; then
+        cargo install --quiet --debug --locked --root "$tools" pjdfstest@0.2.2 fsx@0.3.2
+    fi
+    cargo build --workspace --example fuse-fs-double --locked --quiet
+    PATH="$tools/bin:$PATH" tests/conformance.sh --bin "$target/debug/examples"
 }
 
 metadata() {
@@ -76,7 +80,7 @@ step_requirements() { scripts/requirements.sh; }
 
 step_shell() {
     local scripts
-    mapfile -t scripts < <(find scripts .ci -type f \( -name '*.sh' -o -path .ci/run \) | sort)
+    mapfile -t scripts < <(find scripts tests .ci -type f \( -name '*.sh' -o -path .ci/run \) | sort)
     bash -n "${scripts[@]}"
     if command -v shellcheck >/dev/null; then
         shellcheck "${scripts[@]}"
@@ -131,7 +135,7 @@ run_tests() {
 }
 
 for arg in "$@"; do
-    case " ${STEPS[*]} ${EXTRA[*]} " in
+    case " ${STEPS[*]} " in
         *" $arg "*) ;;
         *)
             case $arg in

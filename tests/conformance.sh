@@ -8,11 +8,11 @@ STEPS=(pjdfstest fsx stress sqlite kill postgres)
 
 usage() {
     cat <<END
-Usage: scripts/conformance.sh [--bin DIR] [--long] [STEP...]
+Usage: tests/conformance.sh [--bin DIR] [--long] [STEP...]
 
 Mounts a volume in a file (the tests' double in place of servers) and runs the steps named, or all:
   pjdfstest  the Rust pjdfstest: no test that passes on the kernel's ext4 may fail or be skipped,
-             but those of scripts/conformance.txt
+             but those of tests/conformance.txt
   fsx        random operations of every kind on one file, several seeds
   stress     the filesystem class of stress-ng
   sqlite     a database under load
@@ -156,7 +156,7 @@ END
     [ "$(wc -l <"$work/verdicts.kernel")" -gt 300 ]
     # What the kernel's ext4 passes and ours does not.
     comm -23 <(grep ' ok$' "$work/verdicts.kernel") "$work/verdicts.ours" | cut -d' ' -f1 |
-        grep -vxFf <(grep -v '^#' "$root/scripts/conformance.txt") >"$work/worse" || true
+        grep -vxFf <(grep -v '^#' "$root/tests/conformance.txt") >"$work/worse" || true
     if [ -s "$work/worse" ]; then
         cat "$work/worse"
         return 1
