@@ -2,11 +2,13 @@
 //!
 //! A pure function of what the servers hold. Pages of one volume on one server count alike, by the
 //! mean of their data, and a thin page for a small share of its size, so that new volumes are spread.
-//! Every page that moves goes from a server above its share to one below, at once to its place; below
-//! a tolerance nothing moves, so that a balanced cluster stays as it is.
+//! Every page that moves for space goes from a server above its share to one below, at once to its place; below
+//! a tolerance nothing moves, so that a balanced cluster stays as it is. For load, busy pages are exchanged for idle
+//! ones where space has no room.
 
 use crate::control::registry::routes::{assign, owners};
 use crate::id::{NodeNo, RouteRun, VolumeId};
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 /// A page without data counts as this share of its size.
@@ -17,6 +19,11 @@ const SPACE_TOLERANCE: u64 = 20;
 const LOAD_TOLERANCE: u64 = 5;
 /// Requests a second of a server below which load is not worth a move.
 const LOAD_MIN: u64 = 100;
+
+/// Pages are exchanged for such that have at most one part in this many of their load for each byte.
+const WORTH_EXCHANGING: u128 = 2;
+/// Shifts of load for each server; more are left to the next plan.
+const EXCHANGES: usize = 4;
 
 /// A server's space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +112,12 @@ impl Level {
     fn tolerance(&self) -> u64 {
         self.share / SPACE_TOLERANCE
     }
+}
+
+/// Pages of a volume that go to an idler server, and such that come back from there.
+struct Exchange {
+    busy: (usize, u64),
+    idle: Option<(usize, u64)>,
 }
 
 struct Balance {
@@ -239,7 +252,7 @@ impl Balance {
             .map(|(_, index, pages)| (index, pages))
     }
 
-    /// Moves busy pages to idle servers as far as space stays even.
+    /// Moves busy pages to idle servers. Where that would make space uneven, idle pages come back in exchange.
     fn even_load(&mut self) {
         let open = self.levels.iter().filter(|level| level.is_open);
         let loads: Vec<u64> = open.map(|level| level.load).collect();
@@ -247,38 +260,73 @@ impl Balance {
         if mean < LOAD_MIN {
             return;
         }
-        for _ in 0..self.levels.len() {
+        for _ in 0..EXCHANGES * self.levels.len() {
             let open = || self.levels.iter().filter(|level| level.is_open);
             let busiest = open().max_by_key(|level| level.load).copied();
             let idlest = open().min_by_key(|level| level.load).copied();
             let (Some(from), Some(to)) = (busiest, idlest) else {
                 return;
             };
-            let excess = (from.load.saturating_sub(mean)).min(mean.saturating_sub(to.load));
-            let spare = (to.share + to.tolerance()).saturating_sub(to.bytes);
-            let spare = spare.min((from.bytes + from.tolerance()).saturating_sub(from.share));
             if from.load <= mean + mean / LOAD_TOLERANCE {
                 return;
             }
-            let Some((index, pages)) = self.busiest(from.node, excess, spare) else {
+            let excess = (from.load.saturating_sub(mean)).min(mean.saturating_sub(to.load));
+            let Some(exchange) = self.exchange(from, to, excess) else {
                 return;
             };
+            let (index, pages) = exchange.busy;
             self.shift(index, from.node, to.node, pages);
+            if let Some((index, pages)) = exchange.idle {
+                self.shift(index, to.node, from.node, pages);
+            }
         }
     }
 
-    /// The volume whose pages bring an amount of load away from a server with the fewest bytes.
-    fn busiest(&self, node: NodeNo, load: u64, spare: u64) -> Option<(usize, u64)> {
-        let volumes = self.volumes.iter().enumerate();
-        let movable = volumes.filter_map(|(index, volume)| {
-            let weight = volume.weight(node);
-            let pages = load.checked_div(weight.load)?.min(spare / weight.bytes);
-            let pages = pages.min(volume.pages(node));
-            (pages > 0).then_some((weight.load, index, pages))
+    /// The busiest bytes of `from` with at most `excess` load, as far as `to` has room for them or has bytes to give
+    /// back that are much less busy.
+    fn exchange(&self, from: Level, to: Level, excess: u64) -> Option<Exchange> {
+        let (index, busy) = self.densest(from.node)?;
+        let wanted = excess.checked_div(busy.load)?;
+        let wanted = wanted.min(self.volumes[index].pages(from.node));
+        let spare = (to.share + to.tolerance()).saturating_sub(to.bytes);
+        let spare = spare.min((from.bytes + from.tolerance()).saturating_sub(from.share));
+        let fits = wanted.min(spare / busy.bytes);
+        let alone = (fits > 0).then_some(Exchange {
+            busy: (index, fits),
+            idle: None,
         });
-        movable
-            .max_by_key(|(load, index, _)| (*load, std::cmp::Reverse(*index)))
-            .map(|(_, index, pages)| (index, pages))
+        let back = self.lightest(to.node).filter(|(_, idle)| {
+            u128::from(idle.load) * u128::from(busy.bytes) * WORTH_EXCHANGING
+                <= u128::from(busy.load) * u128::from(idle.bytes)
+        });
+        let Some((other, idle)) = back.filter(|_| fits < wanted) else {
+            return alone;
+        };
+        let room = spare + self.volumes[other].pages(to.node) * idle.bytes;
+        let pages = wanted.min(room / busy.bytes);
+        let returned = (pages * busy.bytes).saturating_sub(spare);
+        (pages > 0).then_some(Exchange {
+            busy: (index, pages),
+            idle: Some((other, returned.div_ceil(idle.bytes))),
+        })
+    }
+
+    /// The volume with the most load for its bytes on a server, and what a page of it counts there.
+    fn densest(&self, node: NodeNo) -> Option<(usize, Held)> {
+        self.held_on(node)
+            .filter(|(_, weight)| weight.load > 0)
+            .max_by(|(_, one), (_, other)| compare_density(one, other))
+    }
+
+    fn lightest(&self, node: NodeNo) -> Option<(usize, Held)> {
+        self.held_on(node)
+            .min_by(|(_, one), (_, other)| compare_density(one, other))
+    }
+
+    fn held_on(&self, node: NodeNo) -> impl Iterator<Item = (usize, Held)> {
+        let volumes = self.volumes.iter().enumerate();
+        let held = volumes.filter(move |(_, volume)| volume.pages(node) > 0);
+        held.map(move |(index, volume)| (index, volume.weight(node)))
     }
 
     /// Gives up to so many pages of a volume to another server, from all over it.
@@ -319,6 +367,12 @@ impl Balance {
             }
         }
     }
+}
+
+/// By load for each byte.
+fn compare_density(one: &Held, other: &Held) -> Ordering {
+    let one_load = u128::from(one.load) * u128::from(other.bytes);
+    one_load.cmp(&(u128::from(other.load) * u128::from(one.bytes)))
 }
 
 fn at(index: u64) -> usize {

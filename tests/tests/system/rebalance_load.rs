@@ -1,4 +1,4 @@
-//! Pages leave a busy server for idle ones, and only as far as space stays even.
+//! Busy pages go to idle servers, in exchange for idle ones, so that space stays even.
 
 use super::moves::owners_of;
 use blockd::id::NodeNo;
@@ -66,8 +66,8 @@ fn rebalance(cluster: &Cluster) {
     cluster.blockctl("volume rebalance --all --rate 1GiB");
 }
 
-/// S003-13: space is even, so nothing moves until a server has more to do than the others; then some of its busy
-/// pages go to idle ones, under the readers' eyes.
+/// S003-13: space is even, so nothing moves until a server has more to do than the others; then its busy pages
+/// are shared by all, and idle ones come back for them, under the readers' eyes.
 #[test]
 fn busy_pages_go_to_idle_servers() {
     let (cluster, data) = even_cluster();
@@ -86,14 +86,17 @@ fn busy_pages_go_to_idle_servers() {
     let total = u32::try_from(SIZE / (u64::from(PAGE_BLOCKS) * 512)).unwrap();
     eprintln!("rebalance: {pages:?} of {total} pages");
     assert_eq!(pages.values().sum::<u32>(), total);
-    let moved = total - pages[&1];
-    assert!(moved > 0, "an idle server helps");
-    // A twentieth of its share is what space may differ by, and a page of rounding.
-    assert!(moved <= total / 20 + 2, "space stays even: {pages:?}");
-    for (name, owner) in [("second", 2), ("third", 3)] {
-        assert_eq!(pages_of(&cluster, name).len(), 1, "{name} has no load");
-        assert_eq!(owners_of(&cluster, 0, name), [NodeNo(owner)].into());
+    for idle in [2, 3] {
+        let got = pages.get(&idle).copied().unwrap_or(0);
+        assert!(got > total / 6, "server {idle} helps: {pages:?}");
     }
+    let mut held = BTreeMap::new();
+    for (owner, pages) in VOLUMES.iter().flat_map(|name| pages_of(&cluster, name)) {
+        *held.entry(owner).or_insert(0) += pages;
+    }
+    // A twentieth of its share is what space may differ by, and some pages of rounding.
+    let differs = |pages: &u32| pages.abs_diff(total) > total / 20 + 4;
+    assert!(!held.values().any(differs), "space stays even: {held:?}");
     let before = answered.load(Ordering::Relaxed);
     let deadline = Instant::now() + Duration::from_secs(30);
     while answered.load(Ordering::Relaxed) < before + 1000 {
