@@ -261,7 +261,8 @@ def parse(arguments):
     settings.many = settings.many or (20_000 if settings.quick else 1_000_000)
     settings.tree_files = 2000 if settings.quick else 40_000
     settings.stream_mib = 256 if settings.quick else 1024
-    settings.size_bytes = 8 << 30
+    # An inode for every 16 KiB: a million of them need 16 GiB.
+    settings.size_bytes = 32 << 30
     settings.dir = settings.dir or os.path.join(settings.root, "var")
     settings.rows, settings.only = settings.rows.split(","), settings.only.split(",")
     unknown = set(settings.rows) - set(ROWS)
