@@ -114,7 +114,7 @@ class Ours(Mount):
         self.server = One("one", self.settings, os.path.join(self.base, "server"), sockets)
         self.server.start()
         self.fuse_fs("mkfs", VOLUME, "--force")
-        self.fuse_fs("mount", VOLUME, self.dir, "--runtime-dir", self.base)
+        self.fuse_fs("mount", VOLUME, self.dir, "--runtime-dir", self.base, "-o", self.settings.options)
 
     def fuse_fs(self, *words):
         program = os.path.join(self.settings.bin, "fuse-fs")
@@ -252,6 +252,7 @@ def parse(arguments):
     parser.add_argument("--many", type=int, help="entries of the large directory")
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--only", default="kernel,fuse2fs,nbd,ours")
+    parser.add_argument("--options", default="defaults", help="how ours is mounted, such as low_latency")
     parser.add_argument("--json")
     parser.add_argument("--dir")
     parser.add_argument("--bin", required=True)

@@ -49,7 +49,7 @@ pub(super) struct Adapter {
     files: Arc<Files>,
     options: MountOptions,
     answers: Answerer,
-    stats: Arc<Stats>,
+    pub(super) stats: Arc<Stats>,
     pub(super) kernel: KernelCache,
     /// Who mounted it.
     owner: u32,

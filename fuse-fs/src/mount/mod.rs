@@ -12,13 +12,14 @@
 //! | [`node_id`], [`references`] | the numbers of files, and which of them the kernel knows |
 //! | [`snapshots`] | `.snapshot` |
 //! | [`timely`] | deadlines of the device |
-//! | [`tuning`] | what the kernel must be told besides |
+//! | [`tuning`], [`awake`] | what the kernel must be told besides |
 //! | [`stats`], [`stats_command`] | counts and latencies |
 //! | [`grow_command`] | growth, as it is asked for |
 
 pub mod adapter;
 pub mod answer;
 pub mod attributes;
+pub mod awake;
 pub mod change;
 pub mod files;
 pub mod grow_command;

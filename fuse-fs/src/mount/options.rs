@@ -45,6 +45,8 @@ pub struct MountOptions {
     pub acl: bool,
     pub writeback: bool,
     pub direct_io: bool,
+    /// Idle processors wait awake while the mount is busy.
+    pub low_latency: bool,
     pub allow_other: Option<bool>,
     /// Bytes of data that may wait to be written.
     pub cache_bytes: Option<u64>,
@@ -70,6 +72,7 @@ impl Default for MountOptions {
             acl: true,
             writeback: true,
             direct_io: false,
+            low_latency: false,
             allow_other: None,
             cache_bytes: None,
             wait: Duration::ZERO,
@@ -127,6 +130,7 @@ impl MountOptions {
             "writeback" => self.writeback = true,
             "nowriteback" => self.writeback = false,
             "direct_io" => self.direct_io = true,
+            "low_latency" => self.low_latency = true,
             "allow_other" => self.allow_other = Some(true),
             _ => return Err(format!("{name}: no such mount option")),
         }

@@ -1,6 +1,7 @@
 //! The connection with the kernel: what is asked of it, and how it begins and ends.
 
 use super::adapter::Adapter;
+use super::awake;
 use super::files::Files;
 use super::options::{Atime, MountOptions};
 use crate::adapter::{MAX_BACKGROUND, MAX_WRITE_BYTES, check_fuse, reader_threads};
@@ -21,7 +22,8 @@ impl MountedFiles {
     /// kernel's table of mounts shows.
     ///
     /// # Errors
-    /// [`FuseFsError::NoFuse`] without the device, [`FuseFsError::Mount`] otherwise.
+    /// [`FuseFsError::NoFuse`] without the device, [`FuseFsError::System`] for `low_latency` where that cannot be,
+    /// [`FuseFsError::Mount`] otherwise.
     pub fn mount(
         files: Arc<Files>,
         source: &str,
@@ -33,6 +35,10 @@ impl MountedFiles {
         let read_only = files.is_read_only();
         let adapter = Adapter::new(files, options.clone(), runtime.clone());
         let kernel = adapter.kernel.clone();
+        if options.low_latency {
+            awake::check()?;
+            runtime.spawn(awake::keep_awake(adapter.stats.clone()));
+        }
         let failed = |error: io::Error| FuseFsError::Mount {
             filesystem: "ext4 (our own)".to_owned(),
             target: source.to_owned(),

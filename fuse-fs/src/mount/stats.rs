@@ -162,6 +162,12 @@ impl Stats {
         self.ops[op as usize].ended(began.elapsed(), failed);
     }
 
+    /// How many requests had their answer.
+    #[must_use]
+    pub fn requests(&self) -> u64 {
+        self.ops.iter().map(|op| op.count.load(Relaxed)).sum()
+    }
+
     /// It had its answer without waiting for anything.
     pub fn answered_at_once(&self, op: Op) {
         self.ops[op as usize].inline.fetch_add(1, Relaxed);

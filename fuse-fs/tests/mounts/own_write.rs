@@ -427,3 +427,42 @@ fn fstrim_gives_free_space_back() {
     unmount(&bench);
     check(&volume);
 }
+
+/// With `low_latency` processors are kept awake while the mount is busy, and only then.
+#[test]
+fn low_latency_is_held_while_the_mount_is_busy() {
+    let bench = Bench::new();
+    let (volume, dir) = mounted(&bench, 64, &[]);
+    unmount(&bench);
+    let words = [
+        "mount",
+        "v",
+        str_of(&dir),
+        "-o",
+        "low_latency",
+        "--wait",
+        "10",
+    ];
+    if !Path::new("/dev/cpu_dma_latency").exists() {
+        let said = String::from_utf8(bench.fuse_fs(&words).stderr).unwrap();
+        assert!(said.contains("/dev/cpu_dma_latency"), "{said}");
+        return;
+    }
+    bench.fuse_fs_ok(&words);
+    let daemon = bench.daemons()[0];
+    let is_held = || {
+        let open = fs::read_dir(format!("/proc/{daemon}/fd")).unwrap();
+        let mut links = open.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+        links.any(|link| link == Path::new("/dev/cpu_dma_latency"))
+    };
+    assert!(!is_held());
+    wait_until("busy", || {
+        for number in 0..500 {
+            File::create(dir.join(format!("f{number}"))).unwrap();
+        }
+        is_held()
+    });
+    wait_until("idle", || !is_held());
+    unmount(&bench);
+    check(&volume);
+}
