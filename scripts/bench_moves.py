@@ -128,6 +128,7 @@ def report(copies, moves, clients):
     rows = [
         ("idle move / sequential copy on the same disk", moved / copy, ">= 0.5x", moved / copy >= 0.5),
         ("client p99 during a move / beside it", during / beside, "<= 3x", during / beside <= 3),
+        ("longest pause of a client in seconds", longest / 1000, "< 1", longest < 1000),
     ]
     lines = [[what, f"{v:.2f}", goal, "pass" if met else "MISS"] for what, v, goal, met in rows]
     table(["what", "measured", "target", ""], lines)

@@ -297,6 +297,9 @@ impl Runner {
                 let version = (self.reader.moved)(version);
                 let data = &data[..version.data_bytes()];
                 self.attempt(|engine, _| engine.take_in(id, at, &history.order(), &version, data));
+                if self.below(6) == 0 {
+                    self.delete_on_the_way(of);
+                }
             }
         }
         self.attempt(|engine, _| engine.adopt_page(id, PAGE, Epoch(1)));
@@ -310,6 +313,21 @@ impl Runner {
         }
         self.attempt(|engine, _| engine.drop_page(id, PAGE));
         self.attempt(|engine, _| engine.forget_empty_volume(id));
+    }
+
+    /// A snapshot that is no clone's parent goes while the page comes to this store.
+    fn delete_on_the_way(&mut self, of: usize) {
+        let volume = self.volumes[of].id;
+        let is_parent = |snapshot: SnapshotId| {
+            let parent = Some(Parent { volume, snapshot });
+            self.volumes.iter().any(|clone| clone.parent == parent)
+        };
+        let mut all = self.volumes[of].snapshots.iter();
+        if let Some(index) = all.position(|(snapshot, _)| !is_parent(*snapshot)) {
+            let (snapshot, _) = self.volumes[of].snapshots.remove(index);
+            let groups = self.attempt(|engine, _| engine.drop_snapshot(volume, snapshot));
+            self.sweep(volume, groups);
+        }
     }
 
     fn export(&mut self, id: VolumeId, chunk: u16) -> Exported {

@@ -238,24 +238,38 @@ impl World {
             let exported = self
                 .owner()
                 .attempt(|engine, f| engine.export_chunk(VOLUME, (PAGE, chunk), from, f));
-            let to = &mut self.sites[1];
             if exported.moved.is_first && self.fault != Fault::OldChunkKept {
-                to.attempt(|engine, _| engine.drop_chunk(VOLUME, PAGE, chunk));
+                self.sites[1].attempt(|engine, _| engine.drop_chunk(VOLUME, PAGE, chunk));
             }
             let mut rest = exported.data.as_slice();
             for version in &exported.moved.versions {
                 let (data, after) = rest.split_at(version.data_bytes());
                 rest = after;
                 let version = self.fault.apply(version);
-                to.attempt(|engine, _| {
+                self.sites[1].attempt(|engine, _| {
                     engine.take_in(VOLUME, (PAGE, chunk), &order, &version, data)
                 });
+                if !self.is_quiet && self.below(6) == 0 {
+                    self.delete_at_receiver();
+                }
             }
             match exported.next {
                 Some(next) => from = Some(next),
                 None => return,
             }
         }
+    }
+
+    /// A snapshot goes between two versions that come: the receiver places the second as if the
+    /// snapshot had never been.
+    fn delete_at_receiver(&mut self) {
+        if self.snapshots.is_empty() {
+            return;
+        }
+        let index = self.below(self.snapshots.len());
+        let (id, _) = self.snapshots.remove(index);
+        let sweep = self.below(2) == 0;
+        self.sites[1].drop_snapshot(id, sweep);
     }
 
     /// Snapshots that the receiver must know before it takes in what was written after them.

@@ -169,4 +169,8 @@ pub(crate) const SEEDS: &[(u64, &str)] = &[
         2_700_000_000_069,
         "a sweep that met a part of the slab that could not be read was not tried again before a restart",
     ),
+    (
+        74_891_000_542,
+        "a version that moved in after its snapshot was dropped was filed below an older one, and lost",
+    ),
 ];

@@ -236,7 +236,8 @@ impl<D: Disk> Engine<D> {
         Ok(subs.collect::<Vec<_>>().concat())
     }
 
-    /// Takes in one version of a chunk. `order` are the sender's snapshots, oldest first.
+    /// Takes in one version of a chunk, behind those that came before: what was there earlier is
+    /// dropped. `order` are the sender's snapshots, oldest first.
     pub fn take_in(
         &mut self,
         volume: VolumeId,
@@ -259,6 +260,10 @@ impl<D: Disk> Engine<D> {
         let era = known.unwrap_or(&nothing).era_at(order, moved.place);
         let unknown = "a version behind a snapshot or rollback that is unknown here";
         let era = era.ok_or_else(|| bad_move(chunk, 0, unknown))?;
+        // The versions before it were placed when there may have been a snapshot between them that was
+        // dropped since. No view tells their eras apart any more, but this one is still the newer.
+        let before = known.and_then(|known| known.chunk(page, chunk).first());
+        let era = era.max(before.map_or(0, |before| before.era));
         let at = ChunkAt {
             volume,
             page,
