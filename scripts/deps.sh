@@ -30,7 +30,7 @@ packages_of() {
             'jq jq' 'python3 python3' 'shellcheck shellcheck' 'ceph-common rbd' \
             'qemu-system-x86 qemu-system-x86_64' 'busybox-static busybox' 'cpio cpio' 'acl setfacl' \
             'libacl1-dev /usr/include/acl/libacl.h' 'stress-ng stress-ng' 'sqlite3 sqlite3' \
-            'postgresql pg_lsclusters' ;;
+            'postgresql pg_lsclusters' 'iproute2 ip' ;;
         bench) printf '%s\n' 'fio fio' 'nbdkit nbdkit' 'qemu-utils qemu-nbd' 'python3 python3' 'fuse2fs fuse2fs' ;;
         *)
             echo "deps.sh: unknown set '$1'; the sets are build, run, test, bench" >&2

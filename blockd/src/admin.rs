@@ -4,13 +4,18 @@
 //! printed by `blockctl --json` as they are. Adding a variant at the end keeps older peers
 //! readable; anything else takes a new protocol version.
 
-use crate::control::registry::{LeaseHolder, LeaseState, MovePhase, MoveWish, ScrubRecord};
+use crate::control::network::{Prefix, Service};
+use crate::control::registry::{
+    AddressRecord, LeaseHolder, LeaseState, MovePhase, MoveWish, NetworkRecord, PriorityChange,
+    ScrubRecord, SubnetworkRecord,
+};
 use crate::control::snapshot::Procedure;
 use crate::data::page_store::DamagedRange;
 use crate::id::{
     Epoch, LeaseEpoch, NodeNo, Revision, RouteRun, ScrubPosition, SnapshotId, TicketId, VolumeId,
 };
 use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
 
 /// A request to any server of the group; each is carried out by the server that receives it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -187,6 +192,38 @@ pub enum AdminRequest {
     NodeForget {
         node: NodeNo,
     },
+    /// Networks, subnetworks and addresses of nodes (S004-103).
+    NetworkList,
+    NetworkDefine {
+        name: String,
+        priorities: Vec<PriorityChange>,
+    },
+    NetworkModify {
+        name: String,
+        new_name: Option<String>,
+        priorities: Vec<PriorityChange>,
+    },
+    NetworkUndefine {
+        name: String,
+    },
+    SubnetworkDefine {
+        prefix: Prefix,
+        name: Option<String>,
+        network: String,
+    },
+    SubnetworkModify {
+        /// Name or prefix.
+        subnetwork: String,
+        new_name: Option<String>,
+        network: Option<String>,
+    },
+    SubnetworkUndefine {
+        subnetwork: String,
+    },
+    /// In which order nodes try the addresses of the others for a service (S004-110).
+    ServiceOrder {
+        service: Service,
+    },
 }
 
 /// `VOL@SNAP`.
@@ -249,6 +286,24 @@ pub enum AdminReply {
     VolumeDetails(VolumeDetails),
     SnapshotDetails(Vec<SnapshotDetails>),
     RolledBack(RollbackInfo),
+    Networks(NetworksInfo),
+    ServiceOrder(Vec<ServiceOrder>),
+}
+
+/// The networks of the cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworksInfo {
+    pub networks: Vec<NetworkRecord>,
+    pub subnetworks: Vec<SubnetworkRecord>,
+    pub addresses: Vec<AddressRecord>,
+}
+
+/// The order in which one node tries addresses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceOrder {
+    pub node: NodeNo,
+    /// Of all other nodes, with whose each one is.
+    pub addresses: Vec<(SocketAddr, NodeNo)>,
 }
 
 /// What a step of a scrub found.

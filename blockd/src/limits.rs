@@ -20,6 +20,15 @@ pub const PEER_RECEIVE_BYTES: usize = 128 << 10;
 /// Milliseconds without a byte from a peer that owes answers, after which it counts as lost.
 /// Longer than the slowest fdatasync seen on a busy disk.
 pub const PEER_STALL_MS: u64 = 30_000;
+/// Milliseconds for which a peer's machine may leave what it was sent unacknowledged, after which the
+/// path counts as cut: several retransmissions, and little beside a hold.
+pub const PEER_UNACKED_MS: u32 = 5_000;
+/// Milliseconds that a path to a server gets before the next one is tried beside it.
+pub const PATH_HEAD_START_MS: u64 = 200;
+/// Milliseconds between tries to publish the addresses of a server.
+pub const ADDRESSES_RETRY_MS: u64 = 1_000;
+/// Addresses of one node: more adapters than machines have.
+pub const NODE_ADDRESSES_MAX: usize = 32;
 /// Milliseconds for connecting and for the hello of either side.
 pub const PEER_HELLO_MS: u64 = 5_000;
 /// Connections a server keeps open on its peer port; the rest is refused.

@@ -27,6 +27,8 @@ pub struct Server {
     pub config: String,
     /// Variables of the next start.
     pub environment: Vec<(String, String)>,
+    /// Network namespace in which it runs; that of the test, if none.
+    pub namespace: Option<String>,
     process: Option<Child>,
 }
 
@@ -42,6 +44,7 @@ impl Server {
             state: directory.join("state"),
             config: String::new(),
             environment: Vec::new(),
+            namespace: None,
             process: None,
         }
     }
@@ -84,7 +87,7 @@ impl Server {
             .append(true)
             .open(self.log_path())
             .unwrap();
-        let mut command = Command::new(binary("blockd"));
+        let mut command = self.program(&binary("blockd"));
         command.arg("serve").arg("--state").arg(&self.state);
         command.args(["--listen", &self.address.to_string()]);
         command
@@ -99,6 +102,20 @@ impl Server {
             .stdout(log.try_clone().unwrap())
             .stderr(log);
         self.process = Some(command.spawn().unwrap());
+    }
+
+    /// A program beside the server, which sees the networks that it sees.
+    #[must_use]
+    pub fn program(&self, path: &Path) -> Command {
+        match &self.namespace {
+            None => Command::new(path),
+            Some(namespace) => {
+                // `ip` becomes the program: it has its process id.
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", namespace]).arg(path);
+                command
+            }
+        }
     }
 
     /// Starts the process and waits until it serves.

@@ -58,6 +58,8 @@ mod nbd_oracle;
 mod nbd_restarts;
 #[path = "system/nbd_tls.rs"]
 mod nbd_tls;
+#[path = "system/networks.rs"]
+mod networks;
 #[path = "system/offline_check.rs"]
 mod offline_check;
 #[path = "system/orders.rs"]

@@ -3,6 +3,7 @@
 pub mod balance;
 pub mod calendar;
 pub mod lease;
+pub mod network;
 pub mod recovery;
 pub mod registry;
 pub mod schedule;

@@ -11,6 +11,7 @@ mod machine;
 pub mod marks;
 pub mod moves;
 mod name;
+pub mod networks;
 pub mod nodes;
 mod object;
 pub mod routes;
@@ -26,6 +27,7 @@ pub use lineage::{OriginRecord, RollbackRecord};
 pub use machine::{Command, Machine};
 pub use moves::{Duty, MoveBatch, MovePhase, MoveRecord, MoveWish};
 pub use name::{NameError, check_name, split_volume_name};
+pub use networks::{AddressRecord, NetworkRecord, PriorityChange, SubnetworkRecord};
 pub use nodes::DrainRecord;
 pub use object::{
     ClusterRecord, Key, Mark, NodeRecord, Object, SnapshotRecord, SnapshotState, UniqueId,

@@ -1,7 +1,10 @@
 //! What the machine says of itself: randomness, wall clock, boot.
 
+use crate::control::network::Prefix;
+use if_addrs::{IfAddr, get_if_addrs};
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// 128 random bits from the kernel.
@@ -42,4 +45,21 @@ pub fn hostname() -> String {
 #[must_use]
 pub fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
+}
+
+/// The bits of the mask of an address of this machine: that of its adapter, or of the one whose
+/// subnetwork it is in, as all of 127.0.0.0/8 is of the loopback adapter. All of its bits, if there is none.
+#[must_use]
+pub fn mask_bits(address: IpAddr) -> u8 {
+    let adapters = get_if_addrs().unwrap_or_default().into_iter();
+    let known: Vec<(IpAddr, u8)> = adapters
+        .map(|adapter| match adapter.addr {
+            IfAddr::V4(v4) => (v4.ip.into(), v4.prefixlen),
+            IfAddr::V6(v6) => (v6.ip.into(), v6.prefixlen),
+        })
+        .collect();
+    let exact = known.iter().find(|(ip, _)| *ip == address);
+    let around = |(ip, bits): &&(IpAddr, u8)| Prefix::of(*ip, *bits) == Prefix::of(address, *bits);
+    let found = exact.or_else(|| known.iter().filter(around).max_by_key(|(_, bits)| *bits));
+    found.map_or(u8::MAX, |(_, bits)| *bits)
 }

@@ -14,7 +14,7 @@ pub use open_spans::SpanList;
 
 use super::framed::FrameStream;
 use super::hlc::Hlc;
-use super::net::{BoxStream, Network, Tcp};
+use super::net::{BoxStream, Network, Tcp, connect_first};
 use super::wire::{self, Frame, Kind, Status};
 use crate::id::{NodeNo, Stamp, VolumeId};
 use crate::limits::{PEER_HELLO_MS, PEER_STALL_MS};
@@ -158,17 +158,19 @@ impl Link {
     /// # Errors
     /// [`LinkError::Connect`] or [`LinkError::Refused`] (wrong cluster or version).
     pub async fn connect(address: &str, hello: &Hello) -> Result<Self, LinkError> {
-        Self::connect_over(&Tcp, None, address, hello).await
+        let paths = [address.to_owned()];
+        Self::connect_over(&Tcp, None, (address, &paths), hello).await
     }
 
-    /// As [`Self::connect`], over this network; requests and replies carry the clock.
+    /// As [`Self::connect`], over this network and by the first of these paths that answers; requests
+    /// and replies carry the clock.
     ///
     /// # Errors
     /// As [`Self::connect`].
     pub async fn connect_over(
         network: &dyn Network,
         hlc: Option<&Arc<Hlc>>,
-        address: &str,
+        (address, paths): (&str, &[String]),
         hello: &Hello,
     ) -> Result<Self, LinkError> {
         let connect = |reason: String| LinkError::Connect {
@@ -176,7 +178,7 @@ impl Link {
             reason,
         };
         let limit = Duration::from_millis(PEER_HELLO_MS);
-        let stream = timeout(limit, network.connect(address)).await;
+        let stream = timeout(limit, connect_first(network, paths)).await;
         let stream = stream
             .map_err(|_| connect("timed out".to_owned()))?
             .map_err(|error| connect(error.to_string()))?;
@@ -378,6 +380,8 @@ pub struct Peers {
     cluster_id: Mutex<Option<String>>,
     node: Mutex<NodeNo>,
     slots: Mutex<HashMap<String, Arc<Slot>>>,
+    /// Of addresses that are reached by others or in another order.
+    paths: Mutex<HashMap<String, Vec<String>>>,
 }
 
 struct Slot {
@@ -408,7 +412,30 @@ impl Peers {
             cluster_id: Mutex::new(cluster_id),
             node: Mutex::new(node),
             slots: Mutex::default(),
+            paths: Mutex::default(),
         }
+    }
+
+    /// Says by which addresses, in order, servers are reached that are known under another one
+    /// (S004-110). Links to servers whose first path is another one than before are made anew for the
+    /// next call, which ends them.
+    pub fn publish_paths(&self, paths: HashMap<String, Vec<String>>) {
+        let first = |all: &HashMap<String, Vec<String>>, address: &String| {
+            let known = all.get(address).and_then(|paths| paths.first());
+            known.unwrap_or(address).clone()
+        };
+        let mut known = lock(&self.paths);
+        for (address, slot) in lock(&self.slots).iter() {
+            if first(&known, address) != first(&paths, address) {
+                lock(&slot.link).take();
+            }
+        }
+        *known = paths;
+    }
+
+    fn paths(&self, address: &str) -> Vec<String> {
+        let known = lock(&self.paths).get(address).cloned();
+        known.unwrap_or_else(|| vec![address.to_owned()])
     }
 
     /// The spans of this requester are all that a node begins, before the first of them.
@@ -485,7 +512,9 @@ impl Peers {
         }
         *connections += 1;
         let hello = self.hello(slot.requester, *connections);
-        let link = Link::connect_over(&*self.network, Some(&self.hlc), address, &hello).await?;
+        let (network, hlc) = (&*self.network, Some(&self.hlc));
+        let paths = self.paths(address);
+        let link = Link::connect_over(network, hlc, (address, &paths), &hello).await?;
         slot.made.fetch_add(1, Ordering::Relaxed);
         *lock(&slot.link) = Some(link.clone());
         // Only now: of a span that ends meanwhile either this tells, or its end finds the link.

@@ -3,11 +3,16 @@
 //! [`Tcp`] is the real one. A simulator gives its own, so that every delay, cut and loss is chosen by
 //! a seed. A call through the seam costs one indirect call beside a system call.
 
+use crate::limits::{PATH_HEAD_START_MS, PEER_UNACKED_MS};
+use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
 use std::io;
 use std::net::SocketAddr;
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::time::sleep;
 
 /// A connected byte stream.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -32,7 +37,31 @@ pub trait Listen: Send {
     fn accept(&mut self) -> BoxFuture<'_, io::Result<(BoxStream, SocketAddr)>>;
 }
 
-/// TCP of the operating system, without delay of small messages and with keepalive.
+/// Connects to the first of several paths to one server that answers. Each has a head start before the
+/// next one is tried beside it (after RFC 8305), so a path that is cut costs that and no more.
+///
+/// # Errors
+/// That of the last path, when all have failed.
+pub async fn connect_first(network: &dyn Network, paths: &[String]) -> io::Result<BoxStream> {
+    let mut failed = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    let mut trying = FuturesUnordered::new();
+    let mut rest = paths.iter();
+    loop {
+        trying.extend(rest.next().map(|path| network.connect(path)));
+        tokio::select! {
+            biased;
+            done = trying.next() => match done {
+                Some(Ok(stream)) => return Ok(stream),
+                Some(Err(error)) => failed = error,
+                None => return Err(failed),
+            },
+            () = sleep(Duration::from_millis(PATH_HEAD_START_MS)), if rest.len() > 0 => {}
+        }
+    }
+}
+
+/// TCP of the operating system, without delay of small messages, with keepalive, and with an end when
+/// the other machine acknowledges nothing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tcp;
 
@@ -58,12 +87,60 @@ impl Listen for TcpListener {
 fn prepare(stream: TcpStream) -> io::Result<BoxStream> {
     stream.set_nodelay(true)?;
     rustix::net::sockopt::set_socket_keepalive(&stream, true)?;
+    rustix::net::sockopt::set_tcp_user_timeout(&stream, PEER_UNACKED_MS)?;
     Ok(Box::new(stream))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A network on which a path is refused, silent, or open after some milliseconds.
+    struct Paths;
+
+    impl Network for Paths {
+        fn connect<'a>(&'a self, address: &'a str) -> BoxFuture<'a, io::Result<BoxStream>> {
+            Box::pin(async move {
+                match address {
+                    "refused" => return Err(io::ErrorKind::ConnectionRefused.into()),
+                    "silent" => std::future::pending().await,
+                    millis => sleep(Duration::from_millis(millis.parse().unwrap())).await,
+                }
+                Ok(Box::new(tokio::io::duplex(1).0) as BoxStream)
+            })
+        }
+
+        fn listen(&self, _: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn Listen>>> {
+            Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
+        }
+    }
+
+    async fn connecting(paths: &[&str]) -> (io::Result<BoxStream>, Duration) {
+        let paths: Vec<String> = paths.iter().map(ToString::to_string).collect();
+        let began = tokio::time::Instant::now();
+        (connect_first(&Paths, &paths).await, began.elapsed())
+    }
+
+    /// S004-110: the paths are tried in their order, and one that is cut costs its head start.
+    #[tokio::test(start_paused = true)]
+    async fn the_next_path_is_tried_when_one_does_not_answer() {
+        let head_start = Duration::from_millis(PATH_HEAD_START_MS);
+        for (paths, took) in [
+            (&["0", "0"][..], Duration::ZERO),
+            (&["refused", "0"], Duration::ZERO),
+            (&["silent", "0"], head_start),
+            (&["silent", "silent", "0"], 2 * head_start),
+            (&["250", "100"], Duration::from_millis(250)),
+            (&["silent", "refused", "0"], head_start),
+        ] {
+            let (stream, found) = connecting(paths).await;
+            assert!(stream.is_ok(), "{paths:?}");
+            assert_eq!(found, took, "{paths:?}");
+        }
+        let refused = connecting(&["refused", "refused"]).await.0.err().unwrap();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        assert!(connecting(&[]).await.0.is_err());
+    }
 
     #[tokio::test]
     async fn vectored_writes_pass_through_the_seam() {

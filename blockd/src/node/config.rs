@@ -1,6 +1,7 @@
 //! What an operator can set: a TOML file, overridden by the command line of `blockd serve`.
 
 use crate::io::hlc::Skew;
+use crate::limits::NODE_ADDRESSES_MAX;
 use nbd_server::limits::{CONNECTIONS_MAX, CONNECTIONS_PER_ADDRESS_MAX};
 use nbd_server::{Access, Rule, RuleError, TlsSettings};
 use serde::Deserialize;
@@ -19,6 +20,8 @@ pub const NBD_PORT: u16 = 10_809;
 pub struct ConfigFile {
     /// `ADDR[:PORT]` of the peer protocol.
     pub listen: Option<String>,
+    /// `ADDR[:PORT]` list of further addresses of the peer protocol, on other networks.
+    pub adapters: Option<Vec<String>>,
     /// `ADDR[:PORT]` list of NBD; the address of `listen` unless set.
     pub nbd_listen: Option<Vec<String>>,
     /// Path of the NBD unix socket.
@@ -75,6 +78,8 @@ fn parse_all<T: FromStr<Err = RuleError>>(texts: &[String]) -> Result<Vec<T>, Ru
 pub struct Config {
     pub state: PathBuf,
     pub listen: SocketAddr,
+    /// All addresses of the peer protocol, `listen` first.
+    pub adapters: Vec<SocketAddr>,
     pub nbd_listen: Vec<SocketAddr>,
     pub nbd_unix: Option<PathBuf>,
     pub nbd_tls: TlsSettings,
@@ -117,8 +122,10 @@ pub enum ConfigError {
          --nbd-tls-certificates DIR or --nbd-tls-psk FILE, or say --nbd-tls off if that is wanted"
     )]
     PlainNbd(SocketAddr),
-    #[error("listen: {0} is no address that other servers could reach; name one of this machine's")]
-    Unspecified(SocketAddr),
+    #[error("{0}: {1} is no address that other servers could reach; name one of this machine's")]
+    Unspecified(&'static str, SocketAddr),
+    #[error("adapters: {0} addresses are more than {NODE_ADDRESSES_MAX}")]
+    TooManyAdapters(usize),
     #[error("listen: not set; give --listen ADDR[:PORT] or the key `listen` of the configuration")]
     NoListen,
 }
@@ -144,6 +151,7 @@ impl ConfigFile {
     pub fn or(self, below: Self) -> Self {
         Self {
             listen: self.listen.or(below.listen),
+            adapters: self.adapters.or(below.adapters),
             nbd_listen: self.nbd_listen.or(below.nbd_listen),
             nbd_unix: self.nbd_unix.or(below.nbd_unix),
             nbd_tls: self.nbd_tls.or(below.nbd_tls),
@@ -180,9 +188,7 @@ impl ConfigFile {
         let nbd_tls = self.tls_settings()?;
         let listen = self.listen.ok_or(ConfigError::NoListen)?;
         let listen = parse_address("listen", &listen, PEER_PORT)?;
-        if listen.ip().is_unspecified() {
-            return Err(ConfigError::Unspecified(listen));
-        }
+        let adapters = resolve_adapters(listen, self.adapters.as_deref().unwrap_or_default())?;
         let nbd_listen = match self.nbd_listen {
             None => vec![SocketAddr::new(listen.ip(), NBD_PORT)],
             Some(list) => list
@@ -213,6 +219,7 @@ impl ConfigFile {
         Ok(Config {
             state,
             listen,
+            adapters,
             nbd_listen,
             nbd_unix: self.nbd_unix,
             nbd_tls,
@@ -226,6 +233,30 @@ impl ConfigFile {
             snapshot_hold_max_ms: hold,
             clock_skew: self.clock_skew,
         })
+    }
+}
+
+/// The addresses of the peer protocol, each once.
+fn resolve_adapters(
+    listen: SocketAddr,
+    further: &[String],
+) -> Result<Vec<SocketAddr>, ConfigError> {
+    let further = further
+        .iter()
+        .map(|text| Ok(("adapters", parse_address("adapters", text, listen.port())?)));
+    let mut all: Vec<SocketAddr> = Vec::new();
+    for address in std::iter::once(Ok(("listen", listen))).chain(further) {
+        let (key, address) = address?;
+        if address.ip().is_unspecified() {
+            return Err(ConfigError::Unspecified(key, address));
+        }
+        if !all.contains(&address) {
+            all.push(address);
+        }
+    }
+    match all.len() {
+        0..=NODE_ADDRESSES_MAX => Ok(all),
+        many => Err(ConfigError::TooManyAdapters(many)),
     }
 }
 
@@ -324,6 +355,11 @@ mod tests {
                 "listen = '127.0.0.1'\n[[nbd_access]]\nnames = ['alice']",
                 "nbd_access",
             ),
+            (
+                "listen = '127.0.0.1'\nadapters = ['::']",
+                "adapters: [::]:10808",
+            ),
+            ("listen = '127.0.0.1'\nadapters = ['eth0']", "adapters"),
             ("", "listen"),
         ] {
             let error = file(text).unwrap().resolve(PathBuf::new()).unwrap_err();
@@ -351,6 +387,21 @@ mod tests {
         for way_out in ["--nbd-tls-certificates", "--nbd-tls-psk", "--nbd-tls off"] {
             assert!(error.contains(way_out), "{error}");
         }
+    }
+
+    /// S004-106: no address twice, that of `listen` first, on its port unless another one is given.
+    #[test]
+    fn adapters_are_further_addresses() {
+        let text = "listen = '127.0.0.1:7'\nadapters = ['127.0.0.2', '127.0.0.1', '[::1]:9']";
+        let config = file(text).unwrap().resolve(PathBuf::new()).unwrap();
+        let found: Vec<String> = config.adapters.iter().map(ToString::to_string).collect();
+        assert_eq!(found, ["127.0.0.1:7", "127.0.0.2:7", "[::1]:9"]);
+        let many = ConfigFile {
+            listen: Some("127.0.0.1".to_owned()),
+            adapters: Some((0..40).map(|n| format!("127.0.1.{n}")).collect()),
+            ..ConfigFile::default()
+        };
+        assert!(many.resolve(PathBuf::new()).is_err());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! registry, whose log is synced to disk and must not delay a request. A server is nothing but a
 //! page store until it is defined in a cluster; then it is a `Member`.
 
+mod adapters;
 mod admin;
 pub mod check;
 pub mod config;
@@ -19,6 +20,7 @@ mod lineage;
 mod moves;
 mod nbd;
 mod participant;
+mod paths;
 mod peer_server;
 pub mod recover;
 pub mod registry;
@@ -84,6 +86,7 @@ pub(crate) struct Member {
     pub(crate) leases: lease::Leases,
     pub(crate) moves: moves::Moves,
     pub(crate) flattenings: lineage::Flattenings,
+    pub(crate) paths: paths::Paths,
 }
 
 /// Why nobody reads or writes a volume that is off-line.
@@ -149,6 +152,7 @@ impl Member {
             .map(|node| (node.number, node.peer_address.clone()))
             .collect();
         self.group.publish_addresses(addresses);
+        self.paths.publish(&state, self.number());
         self.owner().publish(tables);
         for record in state.page_moves() {
             if let Some(volume) = self.owner().volume(record.volume) {

@@ -17,8 +17,8 @@ use crate::io::wire::{
     self, Frame, Kind, Payload, Run, Status, encode_extents, encode_layers, encode_runs, flags,
 };
 use crate::limits::{
-    FORWARD_DEADLINE_MS, FORWARD_RETRY_MS, PEER_CONNECTIONS, PEER_HELLO_MS, REQUEST_PART_BYTES,
-    SPAN_MAX_MS,
+    FORWARD_DEADLINE_MS, FORWARD_RETRY_MS, NODE_ADDRESSES_MAX, PEER_CONNECTIONS, PEER_HELLO_MS,
+    REQUEST_PART_BYTES, SPAN_MAX_MS,
 };
 use crate::planted::{Plant, planted};
 use serde::{Deserialize, Serialize};
@@ -57,12 +57,21 @@ struct Live {
 /// or `None` while the begin waits.
 type Spans = Rc<RefCell<HashMap<(VolumeId, u64), Option<Rc<Executing>>>>>;
 
-/// Accepts peer connections for ever.
-pub(crate) async fn accept(node: Rc<Node>, mut listener: Box<dyn Listen>) {
+/// Accepts peer connections for ever, at all addresses of the server.
+pub(crate) fn accept_all(node: &Rc<Node>, listeners: Vec<Box<dyn Listen>>) {
     let open = Rc::new(());
+    for listener in listeners {
+        tokio::task::spawn_local(accept(Rc::clone(node), listener, Rc::clone(&open)));
+    }
+}
+
+/// `open` is shared by all connections that there are.
+async fn accept(node: Rc<Node>, mut listener: Box<dyn Listen>, open: Rc<()>) {
     loop {
         match listener.accept().await {
-            Ok((stream, from)) if Rc::strong_count(&open) <= PEER_CONNECTIONS => {
+            Ok((stream, from))
+                if Rc::strong_count(&open) <= PEER_CONNECTIONS + NODE_ADDRESSES_MAX =>
+            {
                 let (node, open) = (Rc::clone(&node), Rc::clone(&open));
                 tokio::task::spawn_local(async move {
                     if let Err(error) = connection(node, stream).await {

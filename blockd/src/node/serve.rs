@@ -7,8 +7,12 @@ use super::identity::{Identity, IdentityError, Membership, claim};
 use super::lease::Leases;
 use super::lease_file::{LeaseFile, LeaseFileError};
 use super::moves::{self, Moves};
+use super::paths::Paths;
 use super::registry::{RaftTransport, Registry, RegistryError, RegistryOptions};
-use super::{Member, Node, lease, lineage, nbd, participant, peer_server, schedule, sweep};
+use super::{
+    Member, Node, adapters, lease, lineage, nbd, participant, peer_server, schedule, sweep,
+};
+use crate::control::network::Service;
 use crate::data::owner::Owner;
 use crate::data::page_store::{PageStore, StoreError, StoreOptions};
 use crate::data::volume::Group;
@@ -94,6 +98,7 @@ async fn run(config: Config, control: Handle) -> Result<(), ServeError> {
     }
     let server = Server::start(config, environment, control).await?;
     let node = &server.node;
+    tokio::task::spawn_local(adapters::run(Rc::clone(node)));
     let (stop, stopped) = Shutdown::new();
     tokio::task::spawn_local(async move {
         stop_signal().await;
@@ -132,15 +137,17 @@ impl Server {
         environment: Environment,
         control: Handle,
     ) -> Result<Self, ServeError> {
-        let address = config.listen;
-        let listening = environment.network.listen(address).await;
-        let listener = listening.map_err(|source| ServeError::Listen {
-            what: "peer protocol",
-            address: address.to_string(),
-            source,
-        })?;
+        let mut listeners = Vec::new();
+        for address in &config.adapters {
+            let listening = environment.network.listen(*address).await;
+            listeners.push(listening.map_err(|source| ServeError::Listen {
+                what: "peer protocol",
+                address: address.to_string(),
+                source,
+            })?);
+        }
         let node = start(config, environment, control).await?;
-        tokio::task::spawn_local(peer_server::accept(Rc::clone(&node), listener));
+        peer_server::accept_all(&node, listeners);
         tokio::task::spawn_local(sweep::run(Rc::clone(&node)));
         tokio::task::spawn_local(lease::run(Rc::clone(&node)));
         tokio::task::spawn_local(schedule::run(Rc::clone(&node)));
@@ -285,7 +292,17 @@ impl Node {
         self: &Rc<Self>,
         membership: Membership,
     ) -> Result<Rc<Member>, ServeError> {
-        let registry = self.open_registry(&membership).await?;
+        let cluster_id = Some(membership.id.clone());
+        let requester = || {
+            peers(
+                &self.environment,
+                &self.hlc,
+                cluster_id.clone(),
+                membership.number,
+            )
+        };
+        let (forwarding, agreeing) = (requester()?, requester()?);
+        let registry = self.open_registry(&membership, &agreeing).await?;
         self.note_registry()?;
         let confirmed = LeaseFile::open(&*self.environment.state)?;
         let owner = Rc::new(Owner::new(
@@ -297,8 +314,12 @@ impl Node {
         ));
         let moves = Moves::open(&self.environment, &self.hlc, &membership)?;
         owner.doubt(moves.doubted().into_iter());
-        let cluster_id = Some(membership.id.clone());
-        let forwarding = peers(&self.environment, &self.hlc, cluster_id, membership.number)?;
+        let paths = Paths::new(vec![
+            (Service::Registry, agreeing),
+            (Service::Administration, Arc::clone(&self.peers)),
+            (Service::Data, Arc::clone(&forwarding)),
+            (Service::Moves, Arc::clone(moves.peers())),
+        ]);
         let group = Rc::new(Group::new(owner, forwarding));
         let incarnation = host::random_u64().map_err(ServeError::Random)?;
         let participant =
@@ -313,6 +334,7 @@ impl Node {
             flattenings: lineage::Flattenings::default(),
             leases: Leases::new(confirmed, Arc::clone(&self.environment.state)),
             moves,
+            paths,
         });
         member.publish();
         tokio::task::spawn_local(follow(Rc::clone(&member)));
@@ -343,12 +365,14 @@ impl Node {
     }
 
     /// Opens the registry on the control thread.
-    async fn open_registry(&self, membership: &Membership) -> Result<Registry, ServeError> {
+    async fn open_registry(
+        &self,
+        membership: &Membership,
+        peers: &Arc<Peers>,
+    ) -> Result<Registry, ServeError> {
         let state = Arc::clone(&self.environment.state);
         claim(&*state, "registry", &format!("cluster {}", membership.id))?;
-        let cluster_id = Some(membership.id.clone());
-        let peers = peers(&self.environment, &self.hlc, cluster_id, membership.number)?;
-        let transport = transport(peers);
+        let transport = transport(Arc::clone(peers));
         let (number, address) = (membership.number, membership.address.clone());
         let opened = self.control.spawn(async move {
             Registry::open_in(

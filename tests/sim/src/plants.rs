@@ -38,7 +38,7 @@ pub(crate) const CAUGHT: &[(Plant, u64, u32)] = &[
     (Plant::EarlyCut, 136, ALL_FAULTS),
     (Plant::SkipEpochCheck, 66, ALL_FAULTS),
     (Plant::FlipBeforeTail, 422, ALL_FAULTS),
-    (Plant::ReadBehindMark, 863, ALL_FAULTS),
+    (Plant::ReadBehindMark, 1532, ALL_FAULTS),
     (Plant::KeepOldConnection, 853, RESETS),
     (Plant::SlabBeforeLog, 106, ALL_FAULTS),
     (Plant::EntryHalfSpan, 1, ALL_FAULTS),

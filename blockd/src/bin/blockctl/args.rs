@@ -4,6 +4,7 @@ use crate::archive::{Archive, Restore};
 use crate::attach::{Attach, AttachmentVerb, Detach};
 use crate::backup::{Diff, Export, Import};
 use crate::moves::{Drain, MoveVerb, PageVerb, Rebalance};
+use crate::network::{NetworkVerb, SubnetVerb};
 use crate::size::{parse_duration, parse_volume_size};
 use blockd::admin::SnapshotName;
 use blockd::control::snapshot::Procedure;
@@ -74,6 +75,12 @@ pub(crate) enum Noun {
     /// Which server owns which pages
     #[command(subcommand)]
     Route(RouteVerb),
+    /// Networks, and which traffic between servers takes which
+    #[command(subcommand, visible_alias = "net")]
+    Network(NetworkVerb),
+    /// Subnetworks, and the networks that they belong to
+    #[command(subcommand)]
+    Subnet(SubnetVerb),
     /// A volume as a block device of this host, or as a unix socket for QEMU
     Attach(Attach),
     /// Give the device or socket of a volume back

@@ -10,8 +10,8 @@ use crate::interrupt::Interrupt;
 use crate::output::{print, reply_json, reply_text};
 use crate::session::Session;
 use crate::{
-    archive, attach, backup, documents, lease, lineage, mount, moves, page_map, progress, scrub,
-    settings,
+    archive, attach, backup, documents, lease, lineage, mount, moves, network, page_map, progress,
+    scrub, settings,
 };
 use blockd::admin::{
     AdminErrorKind, AdminReply, AdminRequest, SnapshotDetails, SnapshotName, VolumeClone,
@@ -31,6 +31,8 @@ pub(crate) async fn run(cli: &Cli) -> Result<(), Failure> {
         Noun::Node(verb) => ask_and_print(cli, node_request(verb)).await,
         Noun::Page(verb) => moves::page(cli, verb).await,
         Noun::Move(verb) => moves::moves(cli, verb).await,
+        Noun::Network(verb) => network::run(cli, verb).await,
+        Noun::Subnet(verb) => network::run_subnet(cli, verb).await,
         Noun::Volume(verb) => run_volume(cli, verb).await,
         Noun::Snapshot(verb) => run_snapshot(cli, verb).await,
         Noun::Route(RouteVerb::Show { volume }) => moves::show_route(cli, volume).await,

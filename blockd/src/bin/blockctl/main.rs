@@ -17,6 +17,7 @@ mod lease;
 mod lineage;
 mod mount;
 mod moves;
+mod network;
 mod output;
 mod page_map;
 mod progress;

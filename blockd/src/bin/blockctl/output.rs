@@ -5,6 +5,7 @@ use crate::failure::Failure;
 use crate::holds::{holds_json, holds_text};
 use crate::lease::{lease_json, leases_text};
 use crate::moves::{drains_text, move_json, moves_text};
+use crate::network::{networks_json, networks_text, orders_json, orders_text};
 use crate::settings::{settings_json, settings_text};
 use crate::size::{human_age, human_bytes};
 use blockd::admin::{
@@ -59,6 +60,8 @@ pub(crate) fn reply_json(reply: &AdminReply) -> Value {
         AdminReply::Given(given) => json!(given),
         AdminReply::VolumeDetails(volume) => details::volume_json(volume),
         AdminReply::RolledBack(rollback) => json!(rollback),
+        AdminReply::Networks(networks) => networks_json(networks),
+        AdminReply::ServiceOrder(orders) => orders_json(orders),
         AdminReply::SnapshotDetails(snapshots) => {
             snapshots.iter().map(details::snapshot_json).collect()
         }
@@ -94,6 +97,8 @@ pub(crate) fn reply_text(reply: &AdminReply) -> String {
         AdminReply::Drains(drains) => drains_text(drains),
         AdminReply::VolumeDetails(volume) => details::volume_text(volume, now_unix_ms()),
         AdminReply::RolledBack(rollback) => details::rollback_text(rollback),
+        AdminReply::Networks(networks) => networks_text(networks),
+        AdminReply::ServiceOrder(orders) => orders_text(orders),
         AdminReply::SnapshotDetails(snapshots) => details::snapshots_text(snapshots, now_unix_ms()),
         AdminReply::Open(_)
         | AdminReply::Identity(_)

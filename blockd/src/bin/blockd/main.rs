@@ -47,6 +47,9 @@ struct Serve {
     /// Address of the peer protocol (port 10808 unless given).
     #[arg(long, value_name = "ADDR[:PORT]")]
     listen: Option<String>,
+    /// Another address of the peer protocol, on another network; may be repeated.
+    #[arg(long, value_name = "ADDR[:PORT]")]
+    adapter: Vec<String>,
     /// Address of NBD (port 10809 unless given); may be repeated. Default: that of --listen.
     #[arg(long, value_name = "ADDR[:PORT]")]
     nbd_listen: Vec<String>,
@@ -102,6 +105,7 @@ fn run(arguments: Serve) -> anyhow::Result<()> {
     };
     let command_line = ConfigFile {
         listen: arguments.listen,
+        adapters: Some(arguments.adapter).filter(|list| !list.is_empty()),
         nbd_listen: Some(arguments.nbd_listen).filter(|list| !list.is_empty()),
         nbd_unix: arguments.nbd_unix,
         nbd_tls_psk: arguments.nbd_tls_psk,

@@ -10,7 +10,9 @@ use super::object::{
 use super::routes::{self, RouteError};
 use super::state::RegistryState;
 use super::transaction::Transaction;
+use crate::control::network::Service;
 use crate::id::{Epoch, LeaseEpoch, NodeNo, SnapshotId, TicketId, VolumeId};
+use std::net::SocketAddr;
 
 /// Why a change is not possible in this state.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -101,6 +103,30 @@ pub enum ChangeError {
     /// Every other node is drained.
     #[error("node {0} is the last one that may own pages: define another one first")]
     LastNode(NodeNo),
+    /// The address belongs to another node.
+    #[error("address {0} is one of node {1}: give each node addresses of its own")]
+    AddressTaken(SocketAddr, NodeNo),
+    /// A network of this name is there.
+    #[error("network {0} exists already")]
+    NetworkExists(String),
+    /// No such network.
+    #[error("there is no network {0}: `blockctl network define {0}` makes it")]
+    NoNetwork(String),
+    /// Subnetworks are mapped to the network; names of both.
+    #[error("network {0} has subnetwork {1}: `blockctl subnet modify {1} --network OTHER` first")]
+    NetworkInUse(String, String),
+    /// A subnetwork with this prefix or name is there.
+    #[error("subnetwork {0} exists already")]
+    SubnetworkExists(String),
+    /// No such subnetwork.
+    #[error("there is no subnetwork {0}: give its name or prefix, see `blockctl network tree`")]
+    NoSubnetwork(String),
+    /// A node has an address in the subnetwork.
+    #[error("subnetwork {0} has address {1} of node {2}")]
+    SubnetworkInUse(String, SocketAddr, NodeNo),
+    /// The service would be kept off every address of a node.
+    #[error("node {0} would have no address left for {1}: leave it one network")]
+    CutOff(NodeNo, Service),
     /// All ids of a kind are used.
     #[error("no number is left for a new {0}")]
     NumbersUsedUp(&'static str),

@@ -4,11 +4,13 @@ use super::lease::{LeaseRecord, LeaseState};
 use super::lineage::{OriginRecord, RollbackRecord};
 use super::moves::{MovePhase, MoveRecord};
 use super::name::{NameError, check_name};
+use super::networks::{AddressRecord, NetworkRecord, SubnetworkRecord};
 use super::nodes::DrainRecord;
 use super::routes::{self, RouteError, RouteRun};
 use super::scrub::ScrubRecord;
 use super::settings::VolumeSettings;
 use super::transaction::Refusal;
+use crate::control::network::Prefix;
 use crate::control::schedule::ScheduleProgress;
 use crate::id::{Epoch, NodeNo, SnapshotId, TicketId, VolumeId, page_count};
 use crate::limits::{
@@ -16,6 +18,7 @@ use crate::limits::{
 };
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::net::SocketAddr;
 
 /// A 128-bit number that is the same nowhere else; text and serialised form are 32 hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
@@ -85,6 +88,12 @@ pub enum Key {
     Rollback(VolumeId),
     /// What a clone was made of, as long as it needs that.
     Origin(VolumeId),
+    /// An address of a node.
+    Address(SocketAddr),
+    /// A subnetwork by its prefix.
+    Subnetwork(Prefix),
+    /// A network by its name.
+    Network(String),
 }
 
 impl fmt::Display for Key {
@@ -112,6 +121,9 @@ impl fmt::Display for Key {
             }
             Key::Rollback(volume) => write!(f, "rollback of volume {volume}"),
             Key::Origin(volume) => write!(f, "origin of volume {volume}"),
+            Key::Address(address) => write!(f, "address {address}"),
+            Key::Subnetwork(prefix) => write!(f, "subnetwork {prefix}"),
+            Key::Network(name) => write!(f, "network {name}"),
         }
     }
 }
@@ -149,6 +161,12 @@ pub enum Object {
     Rollback(RollbackRecord),
     /// Under [`Key::Origin`].
     Origin(OriginRecord),
+    /// Under [`Key::Address`].
+    Address(AddressRecord),
+    /// Under [`Key::Subnetwork`].
+    Subnetwork(SubnetworkRecord),
+    /// Under [`Key::Network`].
+    Network(NetworkRecord),
 }
 
 /// Says by being there that something is so.
@@ -316,6 +334,17 @@ impl Object {
             (Key::Origin(id), Object::Origin(record)) if *id == record.volume => {
                 check_owners(&record.owners)
             }
+            (Key::Address(address), Object::Address(record)) if *address == record.address => {
+                match record.node {
+                    NodeNo(0) => Err(Refusal::NodeZero),
+                    _ => Ok(()),
+                }
+            }
+            (Key::Subnetwork(prefix), Object::Subnetwork(record)) if *prefix == record.prefix => {
+                named(&record.name)?;
+                named(&record.network)
+            }
+            (Key::Network(name), Object::Network(record)) if *name == record.name => named(name),
             _ => Err(Refusal::WrongObject(key.clone())),
         }
     }

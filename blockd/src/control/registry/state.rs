@@ -97,6 +97,12 @@ impl RegistryState {
         self.objects.range(keys).map(|(_, (_, object))| &**object)
     }
 
+    /// Objects from a key on.
+    pub(super) fn objects_from(&self, key: Key) -> impl Iterator<Item = (&Key, &Object)> {
+        let from = self.objects.range(key..);
+        from.map(|(key, (_, object))| (key, &**object))
+    }
+
     /// The cluster, once it is defined.
     #[must_use]
     pub fn cluster(&self) -> Option<&ClusterRecord> {

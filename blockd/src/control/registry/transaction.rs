@@ -111,7 +111,9 @@ impl Transaction {
 
 fn check_key(key: &Key) -> Result<(), Refusal> {
     match key {
-        Key::VolumeName(name) | Key::SnapshotName(_, name) if name.len() > NAME_CHARS_MAX => {
+        Key::VolumeName(name) | Key::SnapshotName(_, name) | Key::Network(name)
+            if name.len() > NAME_CHARS_MAX =>
+        {
             Err(NameError::TooLong(name.len()).into())
         }
         _ => Ok(()),

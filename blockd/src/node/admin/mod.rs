@@ -6,6 +6,7 @@ mod holds;
 mod lease;
 mod lineage;
 mod moves;
+mod network;
 mod settings;
 mod target;
 mod volume;
@@ -117,6 +118,33 @@ async fn dispatch(node: &Rc<Node>, request: AdminRequest) -> Answer {
         } => moves::drain(member, node, drain, rate_bytes).await,
         AdminRequest::NodeForget { node } => cluster::forget_node(member, node).await,
         AdminRequest::DrainList => moves::drains(member).await,
+        AdminRequest::NetworkList => network::list(member).await,
+        AdminRequest::NetworkDefine { name, priorities } => {
+            network::define(member, &name, &priorities).await
+        }
+        AdminRequest::NetworkModify {
+            name,
+            new_name,
+            priorities,
+        } => network::modify(member, &name, new_name.as_deref(), &priorities).await,
+        AdminRequest::NetworkUndefine { name } => network::undefine(member, &name).await,
+        AdminRequest::SubnetworkDefine {
+            prefix,
+            name,
+            network,
+        } => network::define_subnetwork(member, prefix, name, network).await,
+        AdminRequest::SubnetworkModify {
+            subnetwork,
+            new_name,
+            network,
+        } => {
+            let (new_name, network) = (new_name.as_deref(), network.as_deref());
+            network::modify_subnetwork(member, &subnetwork, new_name, network).await
+        }
+        AdminRequest::SubnetworkUndefine { subnetwork } => {
+            network::undefine_subnetwork(member, &subnetwork).await
+        }
+        AdminRequest::ServiceOrder { service } => network::order(member, service).await,
         AdminRequest::MoveGiven { volume } => moves::given(member, volume).await,
         AdminRequest::VolumeDetails { name } => volume::details(member, &name).await,
         AdminRequest::SnapshotDetails { volume } => {
@@ -198,15 +226,23 @@ impl From<ChangeError> for AdminError {
             | ChangeError::NotDrained(_)
             | ChangeError::Owns(..)
             | ChangeError::NoClone(_)
+            | ChangeError::NetworkInUse(..)
+            | ChangeError::SubnetworkInUse(..)
+            | ChangeError::CutOff(..)
             | ChangeError::TooDeep(_)
             | ChangeError::NotInSnapshot(..) => AdminErrorKind::Conflict,
             ChangeError::ClusterExists(_)
             | ChangeError::NodeTaken(_)
             | ChangeError::VolumeExists(_)
+            | ChangeError::AddressTaken(..)
+            | ChangeError::NetworkExists(_)
+            | ChangeError::SubnetworkExists(_)
             | ChangeError::SnapshotExists(..) => AdminErrorKind::Exists,
-            ChangeError::NoNode(_) | ChangeError::NoVolume(_) | ChangeError::NoSnapshot(..) => {
-                AdminErrorKind::NotFound
-            }
+            ChangeError::NoNode(_)
+            | ChangeError::NoVolume(_)
+            | ChangeError::NoNetwork(_)
+            | ChangeError::NoSubnetwork(_)
+            | ChangeError::NoSnapshot(..) => AdminErrorKind::NotFound,
             ChangeError::SnapshotState(..)
             | ChangeError::EpochChanged(..)
             | ChangeError::Leased(..)

@@ -155,6 +155,11 @@ impl Moves {
         })
     }
 
+    /// What carries moved data.
+    pub(super) fn peers(&self) -> &Arc<Peers> {
+        &self.peers
+    }
+
     /// Pages that may have been handed over before the start.
     pub(super) fn doubted(&self) -> BTreeMap<VolumeId, Range<u32>> {
         self.doubted.clone()
