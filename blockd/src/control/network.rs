@@ -5,10 +5,10 @@
 //! Among equals the nearest come first, and of those at one distance every client begins with another
 //! one, so that the load is spread (FIG. 24).
 
+use core::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
 /// What makes traffic between servers that can be kept to chosen networks (S004-102).

@@ -12,7 +12,7 @@ use super::state::RegistryState;
 use super::transaction::Transaction;
 use crate::control::network::Service;
 use crate::id::{Epoch, LeaseEpoch, NodeNo, SnapshotId, TicketId, VolumeId};
-use std::net::SocketAddr;
+use core::net::SocketAddr;
 
 /// Why a change is not possible in this state.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]

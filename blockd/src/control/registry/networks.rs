@@ -10,9 +10,9 @@ use super::state::RegistryState;
 use super::transaction::Transaction;
 use crate::control::network::{Candidate, Prefix, Priority, Service, in_order};
 use crate::id::{NodeNo, Revision};
+use core::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
 
 /// The network of subnetworks that nobody has put into another one.
 pub const DEFAULT_NETWORK: &str = "default";

@@ -16,9 +16,9 @@ use crate::id::{Epoch, NodeNo, SnapshotId, TicketId, VolumeId, page_count};
 use crate::limits::{
     PAGE_BLOCKS_MAX, REGISTRY_TEXT_BYTES_MAX, ROUTE_RUNS_MAX, VOLUME_OWNERS_MAX, VOLUME_PAGES_MAX,
 };
+use core::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::net::SocketAddr;
 
 /// A 128-bit number that is the same nowhere else; text and serialised form are 32 hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
