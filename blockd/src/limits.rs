@@ -25,6 +25,9 @@ pub const PEER_STALL_MS: u64 = 30_000;
 pub const PEER_UNACKED_MS: u32 = 5_000;
 /// Milliseconds that a path to a server gets before the next one is tried beside it.
 pub const PATH_HEAD_START_MS: u64 = 200;
+/// Milliseconds between looks whether a server that was reached by another path is reached by the first
+/// one again.
+pub const PATH_LOOK_MS: u64 = 10_000;
 /// Milliseconds between tries to publish the addresses of a server.
 pub const ADDRESSES_RETRY_MS: u64 = 1_000;
 /// Addresses of one node: more adapters than machines have.

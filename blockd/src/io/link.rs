@@ -17,7 +17,7 @@ use super::hlc::Hlc;
 use super::net::{BoxStream, Network, Tcp, connect_first};
 use super::wire::{self, Frame, Kind, Status};
 use crate::id::{NodeNo, Stamp, VolumeId};
-use crate::limits::{PEER_HELLO_MS, PEER_STALL_MS};
+use crate::limits::{PATH_LOOK_MS, PEER_HELLO_MS, PEER_STALL_MS};
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
 use open_spans::OpenSpans;
@@ -83,6 +83,8 @@ struct LinkOwner {
 
 struct Shared {
     address: String,
+    /// Made by the path that is tried first.
+    by_first_path: bool,
     /// Set if both sides know stamps.
     hlc: Option<Arc<Hlc>>,
     welcome: Welcome,
@@ -179,7 +181,7 @@ impl Link {
         };
         let limit = Duration::from_millis(PEER_HELLO_MS);
         let stream = timeout(limit, connect_first(network, paths)).await;
-        let stream = stream
+        let (stream, by_first_path) = stream
             .map_err(|_| connect("timed out".to_owned()))?
             .map_err(|error| connect(error.to_string()))?;
         let mut frames = FrameStream::new(stream);
@@ -188,6 +190,7 @@ impl Link {
         let is_stamped = welcome.version >= wire::STAMPED_VERSION;
         let shared = Arc::new(Shared {
             address: address.to_owned(),
+            by_first_path,
             hlc: hlc.filter(|_| is_stamped).map(Arc::clone),
             welcome,
             state: Mutex::default(),
@@ -392,6 +395,8 @@ struct Slot {
     connecting: tokio::sync::Mutex<u64>,
     /// Connections that were welcomed.
     made: AtomicU64,
+    /// When the first path was looked at last, while the link is of another one.
+    looked: Mutex<Option<Instant>>,
 }
 
 impl Peers {
@@ -504,6 +509,9 @@ impl Peers {
     pub async fn link(&self, address: &str) -> Result<Link, LinkError> {
         let slot = self.slot(address);
         if let Some(link) = slot.live() {
+            if !link.owner.shared.by_first_path && slot.is_look_due() {
+                self.look_at_first_path(address, &slot);
+            }
             return Ok(link);
         }
         let mut connections = slot.connecting.lock().await;
@@ -532,6 +540,20 @@ impl Peers {
         self.link(address).await?.call(request).await
     }
 
+    /// The link goes once the first path is open again; the next call makes one by that.
+    fn look_at_first_path(&self, address: &str, slot: &Arc<Slot>) {
+        let Some(first) = self.paths(address).into_iter().next() else {
+            return;
+        };
+        let (network, slot) = (Arc::clone(&self.network), Arc::clone(slot));
+        tokio::spawn(async move {
+            let limit = Duration::from_millis(PEER_HELLO_MS);
+            if let Ok(Ok(_)) = timeout(limit, network.connect(&first)).await {
+                lock(&slot.link).take();
+            }
+        });
+    }
+
     fn slot(&self, address: &str) -> Arc<Slot> {
         let mut slots = lock(&self.slots);
         if let Some(slot) = slots.get(address) {
@@ -542,6 +564,7 @@ impl Peers {
             link: Mutex::default(),
             connecting: tokio::sync::Mutex::default(),
             made: AtomicU64::default(),
+            looked: Mutex::default(),
         });
         slots.insert(address.to_owned(), Arc::clone(&slot));
         slot
@@ -560,6 +583,17 @@ impl Peers {
 }
 
 impl Slot {
+    /// Whether the first path is to be looked at now.
+    fn is_look_due(&self) -> bool {
+        let mut looked = lock(&self.looked);
+        let interval = Duration::from_millis(PATH_LOOK_MS);
+        let is_due = looked.is_none_or(|at| at.elapsed() > interval);
+        if is_due {
+            *looked = Some(Instant::now());
+        }
+        is_due
+    }
+
     fn live(&self) -> Option<Link> {
         lock(&self.link).clone().filter(|link| !link.is_ended())
     }

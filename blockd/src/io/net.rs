@@ -38,21 +38,28 @@ pub trait Listen: Send {
 }
 
 /// Connects to the first of several paths to one server that answers. Each has a head start before the
-/// next one is tried beside it (after RFC 8305), so a path that is cut costs that and no more.
+/// next one is tried beside it (after RFC 8305), so a path that is cut costs that and no more. Says
+/// whether it is the first path.
 ///
 /// # Errors
 /// That of the last path, when all have failed.
-pub async fn connect_first(network: &dyn Network, paths: &[String]) -> io::Result<BoxStream> {
+pub async fn connect_first(
+    network: &dyn Network,
+    paths: &[String],
+) -> io::Result<(BoxStream, bool)> {
     let mut failed = io::Error::from(io::ErrorKind::AddrNotAvailable);
     let mut trying = FuturesUnordered::new();
-    let mut rest = paths.iter();
+    let mut rest = paths.iter().enumerate();
     loop {
-        trying.extend(rest.next().map(|path| network.connect(path)));
+        trying.extend(rest.next().map(async |(index, path)| {
+            let connected = network.connect(path).await;
+            (connected, index == 0)
+        }));
         tokio::select! {
             biased;
             done = trying.next() => match done {
-                Some(Ok(stream)) => return Ok(stream),
-                Some(Err(error)) => failed = error,
+                Some((Ok(stream), is_first)) => return Ok((stream, is_first)),
+                Some((Err(error), _)) => failed = error,
                 None => return Err(failed),
             },
             () = sleep(Duration::from_millis(PATH_HEAD_START_MS)), if rest.len() > 0 => {}
@@ -115,26 +122,27 @@ mod tests {
         }
     }
 
-    async fn connecting(paths: &[&str]) -> (io::Result<BoxStream>, Duration) {
+    async fn connecting(paths: &[&str]) -> (io::Result<bool>, Duration) {
         let paths: Vec<String> = paths.iter().map(ToString::to_string).collect();
         let began = tokio::time::Instant::now();
-        (connect_first(&Paths, &paths).await, began.elapsed())
+        let connected = connect_first(&Paths, &paths).await;
+        (connected.map(|(_, is_first)| is_first), began.elapsed())
     }
 
     /// S004-110: the paths are tried in their order, and one that is cut costs its head start.
     #[tokio::test(start_paused = true)]
     async fn the_next_path_is_tried_when_one_does_not_answer() {
         let head_start = Duration::from_millis(PATH_HEAD_START_MS);
-        for (paths, took) in [
-            (&["0", "0"][..], Duration::ZERO),
-            (&["refused", "0"], Duration::ZERO),
-            (&["silent", "0"], head_start),
-            (&["silent", "silent", "0"], 2 * head_start),
-            (&["250", "100"], Duration::from_millis(250)),
-            (&["silent", "refused", "0"], head_start),
+        for (paths, is_first, took) in [
+            (&["0", "0"][..], true, Duration::ZERO),
+            (&["refused", "0"], false, Duration::ZERO),
+            (&["silent", "0"], false, head_start),
+            (&["silent", "silent", "0"], false, 2 * head_start),
+            (&["250", "100"], true, Duration::from_millis(250)),
+            (&["silent", "refused", "0"], false, head_start),
         ] {
-            let (stream, found) = connecting(paths).await;
-            assert!(stream.is_ok(), "{paths:?}");
+            let (connected, found) = connecting(paths).await;
+            assert_eq!(connected.unwrap(), is_first, "{paths:?}");
             assert_eq!(found, took, "{paths:?}");
         }
         let refused = connecting(&["refused", "refused"]).await.0.err().unwrap();
