@@ -2,7 +2,13 @@
 //!
 //! The values travel as postcard in the payload of an `admin` frame (see `io::wire`) and are
 //! printed by `blockctl --json` as they are. Adding a variant at the end keeps older peers
-//! readable; anything else takes a new protocol version.
+//! readable; anything else takes a new protocol version. In JSON (`node::http`) a request is written
+//! `{"volume_show": {"name": "data"}}`; postcard writes no names, so these and the defaults are JSON's alone.
+
+mod effect;
+pub mod json;
+
+pub use effect::Effect;
 
 use crate::control::network::{Prefix, Service};
 use crate::control::registry::{
@@ -12,13 +18,15 @@ use crate::control::registry::{
 use crate::control::snapshot::Procedure;
 use crate::data::page_store::DamagedRange;
 use crate::id::{
-    Epoch, LeaseEpoch, NodeNo, Revision, RouteRun, ScrubPosition, SnapshotId, TicketId, VolumeId,
+    DEFAULT_PAGE_BLOCKS, Epoch, LeaseEpoch, NodeNo, Revision, RouteRun, ScrubPosition, SnapshotId,
+    TicketId, VolumeId,
 };
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
 /// A request to any server of the group; each is carried out by the server that receives it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum AdminRequest {
     /// Makes this server, which belongs to no cluster, the first node of a new cluster.
     ClusterDefine {
@@ -29,6 +37,7 @@ pub enum AdminRequest {
     NodeDefine {
         address: String,
         name: Option<String>,
+        #[serde(default)]
         online: bool,
     },
     NodeList,
@@ -40,6 +49,7 @@ pub enum AdminRequest {
     VolumeResize {
         name: String,
         size_bytes: u64,
+        #[serde(default)]
         allow_shrink: bool,
     },
     VolumeRename {
@@ -130,12 +140,14 @@ pub enum AdminRequest {
         /// First page and number of pages; `None`: all.
         pages: Option<(u32, u32)>,
         to: NodeNo,
-        /// Bytes a second, at the most.
+        /// Bytes a second, at the most; 0: by what clients leave.
+        #[serde(default)]
         rate_bytes: u64,
     },
     /// Evens space, then load, over the nodes; `None`: all volumes. Answers the moves that it takes.
     VolumeRebalance {
         volume: Option<String>,
+        #[serde(default)]
         rate_bytes: u64,
     },
     /// Moves under way and, of each volume, the last one that ended.
@@ -150,6 +162,7 @@ pub enum AdminRequest {
     NodeDrain {
         node: NodeNo,
         drain: bool,
+        #[serde(default)]
         rate_bytes: u64,
     },
     /// What nodes are to own nothing and how far that is.
@@ -234,15 +247,22 @@ pub struct SnapshotName {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct VolumeCreate {
     pub name: String,
     pub size_bytes: u64,
     /// Empty means every node of the cluster.
+    #[serde(default)]
     pub servers: Vec<NodeNo>,
     /// A power of two from 1 to 2^20 (S003-02).
+    #[serde(default = "default_page_blocks")]
     pub page_blocks: u32,
     /// The filesystem that `blockctl` will make on it; recorded, not made, by the server.
     pub format: Option<String>,
+}
+
+fn default_page_blocks() -> u32 {
+    DEFAULT_PAGE_BLOCKS
 }
 
 /// The identity that a joining server takes on.
@@ -298,6 +318,23 @@ pub struct NetworksInfo {
     pub addresses: Vec<AddressRecord>,
 }
 
+impl NetworksInfo {
+    /// The subnetworks of a network.
+    pub fn subnetworks_of(
+        &self,
+        network: &NetworkRecord,
+    ) -> impl Iterator<Item = &SubnetworkRecord> {
+        let all = self.subnetworks.iter();
+        all.filter(move |subnet| subnet.network == network.name)
+    }
+
+    /// The addresses in a subnetwork.
+    pub fn addresses_of(&self, subnet: &SubnetworkRecord) -> impl Iterator<Item = &AddressRecord> {
+        let all = self.addresses.iter();
+        all.filter(move |address| address.prefix() == subnet.prefix)
+    }
+}
+
 /// The order in which one node tries addresses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceOrder {
@@ -334,6 +371,8 @@ pub enum AdminErrorKind {
     /// A server or the registry's majority cannot be reached.
     Unavailable,
     Internal,
+    /// Whoever asks may not.
+    Forbidden,
 }
 
 impl AdminErrorKind {
@@ -347,6 +386,7 @@ impl AdminErrorKind {
             Self::Conflict => "conflict",
             Self::Unavailable => "unavailable",
             Self::Internal => "internal",
+            Self::Forbidden => "forbidden",
         }
     }
 }
@@ -442,10 +482,12 @@ pub struct FlattenInfo {
 
 /// A clone to be made.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct VolumeClone {
     pub source: SnapshotName,
     pub name: String,
     /// Off-line from the beginning.
+    #[serde(default)]
     pub offline: bool,
 }
 
@@ -598,6 +640,26 @@ pub struct ScheduleInfo {
     pub snapshot_count: u64,
     /// What failed since.
     pub last_error: Option<String>,
+}
+
+impl MoveInfo {
+    /// Whether it has not ended well or by order.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        !matches!(self.phase, MovePhase::Done | MovePhase::Cancelled)
+    }
+}
+
+impl LeaseInfo {
+    /// The state in a word, who holds or held it, and why it ended.
+    #[must_use]
+    pub fn parts(&self) -> (&'static str, Option<&LeaseHolder>, Option<String>) {
+        match &self.state {
+            LeaseState::Free => ("free", None, None),
+            LeaseState::Held(holder) => ("held", Some(holder), None),
+            LeaseState::Closed(holder, why) => ("closed", Some(holder), Some(why.to_string())),
+        }
+    }
 }
 
 impl std::fmt::Display for LeaseInfo {

@@ -59,6 +59,7 @@ fn failed(error: ClientError) -> BackendError {
             AdminErrorKind::Invalid => libc::EINVAL,
             AdminErrorKind::Exists => libc::EEXIST,
             AdminErrorKind::Conflict => libc::EBUSY,
+            AdminErrorKind::Forbidden => libc::EACCES,
             AdminErrorKind::Unavailable | AdminErrorKind::Internal => libc::EIO,
         },
     };

@@ -135,10 +135,10 @@ async fn show_volume(cli: &Cli, name: &str) -> Result<(), Failure> {
         return print(&format!("{text}\n{last}{moving}"));
     }
     let mut json = reply_json(&reply);
-    json["scrub"] = scrub::last_json(last.as_ref());
+    json["scrub"] = blockd::admin::json::scrub(last.as_ref());
     json["move"] = moving
         .as_ref()
-        .map_or(serde_json::Value::Null, moves::move_json);
+        .map_or(serde_json::Value::Null, blockd::admin::json::page_move);
     print(&json.to_string())
 }
 

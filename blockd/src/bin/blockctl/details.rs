@@ -3,37 +3,6 @@
 use crate::output::{ago, bytes_or_unknown, facts_of, table, yes};
 use crate::size::human_bytes;
 use blockd::admin::{RollbackInfo, SnapshotDetails, VolumeDetails};
-use serde_json::{Value, json};
-
-/// The keys of `more` beside those of `info`.
-fn beside(info: Value, more: Value) -> Value {
-    match (info, more) {
-        (Value::Object(mut all), Value::Object(more)) => {
-            all.extend(more);
-            Value::Object(all)
-        }
-        (info, _) => info,
-    }
-}
-
-pub(crate) fn volume_json(volume: &VolumeDetails) -> Value {
-    let VolumeDetails {
-        info,
-        offline,
-        origin,
-        clones,
-        flatten,
-        copied_up_bytes,
-    } = volume;
-    let more = json!({
-        "offline": offline,
-        "origin": origin,
-        "clones": clones,
-        "flatten": flatten,
-        "copied_up_bytes": copied_up_bytes,
-    });
-    beside(json!(info), more)
-}
 
 pub(crate) fn volume_text(volume: &VolumeDetails, now_ms: u64) -> String {
     let mut facts = facts_of(&volume.info, now_ms);
@@ -52,23 +21,6 @@ pub(crate) fn volume_text(volume: &VolumeDetails, now_ms: u64) -> String {
     }
     facts.push(("copied up", bytes_or_unknown(volume.copied_up_bytes)));
     crate::output::facts(&facts)
-}
-
-pub(crate) fn snapshot_json(snapshot: &SnapshotDetails) -> Value {
-    let SnapshotDetails {
-        info,
-        used_bytes,
-        protected,
-        offline,
-        clones,
-    } = snapshot;
-    let more = json!({
-        "used_bytes": used_bytes,
-        "protected": protected,
-        "offline": offline,
-        "clones": clones,
-    });
-    beside(json!(info), more)
 }
 
 pub(crate) fn snapshots_text(snapshots: &[SnapshotDetails], now_ms: u64) -> String {
@@ -132,8 +84,9 @@ pub(crate) fn rollback_text(rollback: &RollbackInfo) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use blockd::admin::SnapshotInfo;
+    use blockd::admin::{SnapshotInfo, json};
     use blockd::id::SnapshotId;
+    use serde_json::Value;
 
     fn snapshot(used_bytes: Option<u64>) -> SnapshotDetails {
         SnapshotDetails {
@@ -164,8 +117,8 @@ mod tests {
             "demo@monday  4 GiB      ?       3 MiB       ?  2 d ago  yes        -         test,more",
         ];
         assert_eq!(text.lines().collect::<Vec<_>>(), expected);
-        assert_eq!(snapshot_json(&snapshot(None))["used_bytes"], Value::Null);
-        let json = snapshot_json(&snapshot(Some(5)));
+        assert_eq!(json::snapshot(&snapshot(None))["used_bytes"], Value::Null);
+        let json = json::snapshot(&snapshot(Some(5)));
         assert_eq!(json["used_bytes"], 5);
         assert_eq!(json["unique_bytes"], 1 << 20);
     }

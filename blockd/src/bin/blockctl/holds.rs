@@ -2,24 +2,6 @@
 
 use crate::output::table;
 use blockd::admin::HoldsInfo;
-use serde_json::{Value, json};
-
-pub(crate) fn holds_json(holds: &HoldsInfo) -> Value {
-    let list = holds.holds.iter().map(|(volume, hold)| {
-        json!({
-            "volume": volume,
-            "server": hold.server,
-            "ticket": format!("{:016x}", hold.ticket.0),
-            "coordinator": hold.coordinator,
-            "reason": hold.reason,
-            "age_ms": hold.age_ms,
-            "left_ms": hold.left_ms,
-            "waiting": hold.waiting,
-            "parked": hold.parked,
-        })
-    });
-    json!({"holds": list.collect::<Vec<_>>(), "unreachable": holds.unreachable})
-}
 
 pub(crate) fn holds_text(holds: &HoldsInfo) -> String {
     let rows = holds.holds.iter().map(|(volume, hold)| {
@@ -51,7 +33,7 @@ pub(crate) fn holds_text(holds: &HoldsInfo) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use blockd::admin::HoldInfo;
+    use blockd::admin::{HoldInfo, json};
     use blockd::id::{NodeNo, TicketId, VolumeId};
 
     /// a hold has an owner, a reason, an age and a deadline; silence is no proof of none.
@@ -72,7 +54,7 @@ mod tests {
             holds: vec![("demo".to_owned(), hold)],
             unreachable: vec![NodeNo(3)],
         };
-        let json = holds_json(&holds);
+        let json = json::holds(&holds);
         assert_eq!(json["holds"][0]["ticket"], "00000000000000ab");
         assert_eq!(json["holds"][0]["left_ms"], 493);
         assert_eq!(json["unreachable"][0], 3);

@@ -5,8 +5,7 @@ use crate::command::{ask_and_print, connect};
 use crate::failure::Failure;
 use crate::output::{ago, table};
 use blockd::admin::{AdminErrorKind, AdminReply, AdminRequest, LeaseInfo};
-use blockd::control::registry::{LeaseHolder, LeaseState};
-use serde_json::{Value, json};
+use blockd::control::registry::LeaseHolder;
 
 pub(crate) async fn run(cli: &Cli, verb: &LeaseVerb) -> Result<(), Failure> {
     match verb {
@@ -43,27 +42,9 @@ async fn warning(cli: &Cli, volume: &str) -> Result<Failure, Failure> {
     })
 }
 
-/// The holder's keys stand beside those of the lease; `null` if nobody holds or held it.
-pub(crate) fn lease_json(lease: &LeaseInfo) -> Value {
-    let (state, holder, ended) = parts(lease);
-    json!({
-        "volume": lease.volume,
-        "volume_id": lease.volume_id,
-        "epoch": lease.epoch,
-        "state": state,
-        "ended": ended,
-        "holder_id": holder.map(|holder| format!("{:016x}", holder.id)),
-        "host": holder.map(|holder| &holder.host),
-        "pid": holder.map(|holder| holder.pid),
-        "purpose": holder.map(|holder| &holder.purpose),
-        "ttl_ms": holder.map(|holder| holder.ttl_ms),
-        "since_unix_ms": holder.map(|holder| holder.since_unix_ms),
-    })
-}
-
 pub(crate) fn leases_text(leases: &[LeaseInfo], now_ms: u64) -> String {
     let rows = leases.iter().map(|lease| {
-        let (state, holder, ended) = parts(lease);
+        let (state, holder, ended) = lease.parts();
         let of_holder =
             |text: fn(&LeaseHolder) -> String| holder.map_or_else(|| "-".to_owned(), text);
         vec![
@@ -85,19 +66,13 @@ pub(crate) fn leases_text(leases: &[LeaseInfo], now_ms: u64) -> String {
     table(&header, &[3, 6], rows)
 }
 
-fn parts(lease: &LeaseInfo) -> (&'static str, Option<&LeaseHolder>, Option<String>) {
-    match &lease.state {
-        LeaseState::Free => ("free", None, None),
-        LeaseState::Held(holder) => ("held", Some(holder), None),
-        LeaseState::Closed(holder, why) => ("closed", Some(holder), Some(why.to_string())),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use blockd::control::registry::LeaseEnd;
+    use blockd::admin::json;
+    use blockd::control::registry::{LeaseEnd, LeaseState};
     use blockd::id::{LeaseEpoch, VolumeId};
+    use serde_json::Value;
 
     fn lease(state: LeaseState) -> LeaseInfo {
         LeaseInfo {
@@ -130,9 +105,10 @@ mod tests {
              demo    held             h1     42  attach /dev/nbd0  5 s ago      3\n\
              demo    closed (broken)  h1     42  attach /dev/nbd0  5 s ago      3"
         );
-        let json = lease_json(&held);
+        let json = json::lease(&held);
         assert_eq!(json["holder_id"], "00000000000000ff");
-        assert_eq!((&json["state"], &json["pid"]), (&json!("held"), &json!(42)));
-        assert_eq!(lease_json(&lease(LeaseState::Free))["host"], Value::Null);
+        assert_eq!(json["state"], "held");
+        assert_eq!(json["pid"], 42);
+        assert_eq!(json::lease(&lease(LeaseState::Free))["host"], Value::Null);
     }
 }

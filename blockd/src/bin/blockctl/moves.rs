@@ -8,12 +8,13 @@ use crate::output::{ago, print, reply_json, reply_text, table};
 use crate::progress;
 use crate::session::Session;
 use crate::size::{human_bytes, parse_volume_size};
+use blockd::admin::json::page_move;
 use blockd::admin::{AdminErrorKind, AdminReply, AdminRequest, DrainInfo, MoveInfo};
 use blockd::control::registry::{MovePhase, MoveWish};
 use blockd::id::NodeNo;
 use clap::{Args, Subcommand};
 use indicatif::ProgressBar;
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::time::Duration;
 use tokio::time::sleep;
 
@@ -279,8 +280,7 @@ pub(crate) async fn moving(session: &Session, volume: &str) -> Option<MoveInfo> 
     let volume = Some(volume.to_owned());
     // An older server knows no moves.
     let moves = session.ask(AdminRequest::MoveList { volume }).await.ok()?;
-    let is_on = |one: &MoveInfo| !matches!(one.phase, MovePhase::Done | MovePhase::Cancelled);
-    moves_of(moves).ok()?.into_iter().find(is_on)
+    moves_of(moves).ok()?.into_iter().find(MoveInfo::is_on)
 }
 
 pub(crate) fn moving_text(moving: Option<&MoveInfo>) -> String {
@@ -300,7 +300,7 @@ pub(crate) async fn show_route(cli: &Cli, volume: &str) -> Result<(), Failure> {
         return print(&format!("{text}{}", moving_text(moving.as_ref())));
     }
     let mut json = reply_json(&reply);
-    json["move"] = moving.as_ref().map_or(Value::Null, move_json);
+    json["move"] = moving.as_ref().map_or(Value::Null, page_move);
     print(&json.to_string())
 }
 
@@ -335,35 +335,6 @@ fn state(one: &MoveInfo) -> String {
         MoveWish::Cancel if !is_over(one) => format!("{now}, then cancelled"),
         _ => now,
     }
-}
-
-/// `phase` is a word; what belongs to it stands beside it.
-pub(crate) fn move_json(one: &MoveInfo) -> Value {
-    let (phase, batch, error) = match &one.phase {
-        MovePhase::Planned => ("planned", None, None),
-        MovePhase::Copying(batch) => ("copying", Some(batch), None),
-        MovePhase::Flipped(batch, _) => ("flipped", Some(batch), None),
-        MovePhase::Dropping(batch) => ("dropping", Some(batch), None),
-        MovePhase::Paused => ("paused", None, None),
-        MovePhase::Done => ("done", None, None),
-        MovePhase::Cancelled => ("cancelled", None, None),
-        MovePhase::Failed(why) => ("failed", None, Some(why)),
-    };
-    json!({
-        "volume": one.volume,
-        "reason": one.reason,
-        "phase": phase,
-        "batch": batch,
-        "error": error,
-        "trouble": one.trouble,
-        "wish": one.wish,
-        "pages_total": one.pages_total,
-        "pages_moved": one.pages_moved,
-        "bytes_moved": one.bytes_moved,
-        "rate_bytes": one.rate_bytes,
-        "started_unix_ms": one.started_unix_ms,
-        "left": one.left,
-    })
 }
 
 /// `auto`: by what clients leave.

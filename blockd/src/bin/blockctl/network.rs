@@ -4,11 +4,11 @@ use crate::args::Cli;
 use crate::command::{ask_and_print, connect, print_reply};
 use crate::failure::Failure;
 use crate::output::table;
-use blockd::admin::{AdminErrorKind, AdminReply, AdminRequest, NetworksInfo, ServiceOrder};
+use blockd::admin::{AdminErrorKind, AdminReply, AdminRequest, NetworksInfo, ServiceOrder, json};
 use blockd::control::network::{Prefix, Priority, Service};
 use blockd::control::registry::{NetworkRecord, PriorityChange, SubnetworkRecord};
 use clap::Subcommand;
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::fmt::Write as _;
 
 #[derive(Debug, Subcommand)]
@@ -176,11 +176,15 @@ async fn show_subnets(cli: &Cli, which: Option<&str>) -> Result<(), Failure> {
     }
     let all = networks.subnetworks.iter();
     if cli.json {
-        let all: Vec<Value> = all.map(|subnet| subnet_json(&networks, subnet)).collect();
-        return crate::output::print(&json!(all).to_string());
+        let all: Vec<Value> = all
+            .map(|subnet| json::subnetwork(&networks, subnet))
+            .collect();
+        return crate::output::print(&Value::from(all).to_string());
     }
     let rows = all.map(|subnet| {
-        let nodes = addresses_of(&networks, subnet).map(|a| format!("{} ({})", a.address, a.node));
+        let nodes = networks
+            .addresses_of(subnet)
+            .map(|a| format!("{} ({})", a.address, a.node));
         let prefix = subnet.prefix.to_string();
         let inside = nodes.collect::<Vec<_>>().join(", ");
         vec![subnet.name.clone(), prefix, subnet.network.clone(), inside]
@@ -189,60 +193,13 @@ async fn show_subnets(cli: &Cli, which: Option<&str>) -> Result<(), Failure> {
     crate::output::print(&table(&header, &[], rows))
 }
 
-fn addresses_of<'a>(
-    networks: &'a NetworksInfo,
-    subnet: &'a SubnetworkRecord,
-) -> impl Iterator<Item = &'a blockd::control::registry::AddressRecord> {
-    let all = networks.addresses.iter();
-    all.filter(|address| address.prefix() == subnet.prefix)
-}
-
-fn subnets_of<'a>(
-    networks: &'a NetworksInfo,
-    network: &'a NetworkRecord,
-) -> impl Iterator<Item = &'a SubnetworkRecord> {
-    let all = networks.subnetworks.iter();
-    all.filter(|subnet| subnet.network == network.name)
-}
-
-fn subnet_json(networks: &NetworksInfo, subnet: &SubnetworkRecord) -> Value {
-    let addresses: Vec<_> = addresses_of(networks, subnet).collect();
-    json!({
-        "id": subnet.id,
-        "name": subnet.name,
-        "prefix": subnet.prefix,
-        "network": subnet.network,
-        "addresses": addresses,
-    })
-}
-
-pub(crate) fn networks_json(networks: &NetworksInfo) -> Value {
-    let all = networks.networks.iter().map(|network| {
-        let subnets = subnets_of(networks, network).map(|subnet| subnet_json(networks, subnet));
-        let priorities = network.priorities.iter().map(|(service, priority)| {
-            let priority = match priority {
-                Priority::Never => json!("never"),
-                Priority::Of(number) => json!(number),
-            };
-            (service.name().to_owned(), priority)
-        });
-        json!({
-            "id": network.id,
-            "name": network.name,
-            "priorities": priorities.collect::<serde_json::Map<_, _>>(),
-            "subnetworks": subnets.collect::<Vec<_>>(),
-        })
-    });
-    all.collect()
-}
-
 pub(crate) fn networks_text(networks: &NetworksInfo) -> String {
     let mut text = String::new();
     for network in &networks.networks {
         let _ = writeln!(text, "network {}  {}", network.name, worth(network));
-        for subnet in subnets_of(networks, network) {
+        for subnet in networks.subnetworks_of(network) {
             let _ = writeln!(text, "  subnet {}  {}", subnet.name, subnet.prefix);
-            for address in addresses_of(networks, subnet) {
+            for address in networks.addresses_of(subnet) {
                 let _ = writeln!(text, "    {}  node {}", address.address, address.node);
             }
         }
@@ -264,20 +221,13 @@ fn worth(network: &NetworkRecord) -> String {
 
 fn networks_table(networks: &NetworksInfo) -> String {
     let rows = networks.networks.iter().map(|network| {
-        let subnets = subnets_of(networks, network).map(|subnet| subnet.name.clone());
+        let subnets = networks
+            .subnetworks_of(network)
+            .map(|subnet| subnet.name.clone());
         let subnets = subnets.collect::<Vec<_>>().join(", ");
         vec![network.name.clone(), worth(network), subnets]
     });
     table(&["NETWORK", "PRIORITIES", "SUBNETS"], &[], rows)
-}
-
-pub(crate) fn orders_json(orders: &[ServiceOrder]) -> Value {
-    let all = orders.iter().map(|order| {
-        let addresses = order.addresses.iter();
-        let addresses = addresses.map(|(address, node)| json!({"address": address, "node": node}));
-        json!({"node": order.node, "addresses": addresses.collect::<Vec<_>>()})
-    });
-    all.collect()
 }
 
 pub(crate) fn orders_text(orders: &[ServiceOrder]) -> String {
@@ -330,7 +280,7 @@ mod tests {
             networks_text(&networks()),
             "network back  registry 3, moves never\n  subnet rack  10.0.1.0/24\n    10.0.1.1:10808  node 1"
         );
-        let json = networks_json(&networks());
+        let json = json::networks(&networks());
         assert_eq!(json[0]["priorities"]["registry"], 3);
         assert_eq!(json[0]["priorities"]["moves"], "never");
         assert_eq!(json[0]["subnetworks"][0]["addresses"][0]["node"], 1);

@@ -2,18 +2,18 @@
 
 use crate::details;
 use crate::failure::Failure;
-use crate::holds::{holds_json, holds_text};
-use crate::lease::{lease_json, leases_text};
-use crate::moves::{drains_text, move_json, moves_text};
-use crate::network::{networks_json, networks_text, orders_json, orders_text};
-use crate::settings::{settings_json, settings_text};
+use crate::holds::holds_text;
+use crate::lease::leases_text;
+use crate::moves::{drains_text, moves_text};
+use crate::network::{networks_text, orders_text};
+use crate::settings::settings_text;
 use crate::size::{human_age, human_bytes};
 use blockd::admin::{
-    AdminReply, ClusterStatus, NodeInfo, RouteInfo, SnapshotInfo, VersionInfo, VolumeInfo,
+    AdminReply, ClusterStatus, NodeInfo, RouteInfo, SnapshotInfo, VersionInfo, VolumeInfo, json,
 };
 use blockd::id::{BLOCK_BYTES, NodeNo};
 use comfy_table::{CellAlignment, Table, presets};
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{ErrorKind, Write as _};
@@ -34,47 +34,13 @@ pub(crate) fn print(text: &str) -> Result<(), Failure> {
     }
 }
 
-/// The value inside a reply, as documented in the README; `{"done":true}` for a bare success.
+/// The value inside a reply; the version of this program stands beside that of the server.
 pub(crate) fn reply_json(reply: &AdminReply) -> Value {
-    match reply {
-        AdminReply::Done => json!({"done": true}),
-        AdminReply::Cluster(cluster) => json!(cluster),
-        AdminReply::Node(node) => json!(node),
-        AdminReply::Nodes(nodes) => json!(nodes),
-        AdminReply::Volume(volume) => json!(volume),
-        AdminReply::Volumes(volumes) => json!(volumes),
-        AdminReply::Snapshots(snapshots) => json!(snapshots),
-        AdminReply::Route(route) => json!(route),
-        AdminReply::Version(version) => version_json(version),
-        AdminReply::Open(open) => json!(open),
-        AdminReply::Identity(identity) => json!(identity),
-        AdminReply::Refused(refusal) => json!(refusal),
-        AdminReply::ScrubStep(step) => json!(step),
-        AdminReply::Scrub(record) => json!(record),
-        AdminReply::Leases(leases) => leases.iter().map(lease_json).collect(),
-        AdminReply::Lease(lease) | AdminReply::LeaseConflict(lease) => lease_json(lease),
-        AdminReply::Settings(settings) => settings_json(settings),
-        AdminReply::Holds(holds) => holds_json(holds),
-        AdminReply::Moves(moves) => moves.iter().map(move_json).collect(),
-        AdminReply::Drains(drains) => json!(drains),
-        AdminReply::Given(given) => json!(given),
-        AdminReply::VolumeDetails(volume) => details::volume_json(volume),
-        AdminReply::RolledBack(rollback) => json!(rollback),
-        AdminReply::Networks(networks) => networks_json(networks),
-        AdminReply::ServiceOrder(orders) => orders_json(orders),
-        AdminReply::SnapshotDetails(snapshots) => {
-            snapshots.iter().map(details::snapshot_json).collect()
-        }
+    let mut value = json::reply(reply);
+    if let AdminReply::Version(_) = reply {
+        value["blockctl"] = env!("CARGO_PKG_VERSION").into();
     }
-}
-
-fn version_json(version: &VersionInfo) -> Value {
-    json!({
-        "blockctl": env!("CARGO_PKG_VERSION"),
-        "server": version.server,
-        "protocol": version.protocol,
-        "node": version.node,
-    })
+    value
 }
 
 /// The reply as people read it, without a newline at the end.
@@ -338,6 +304,7 @@ pub(crate) fn now_unix_ms() -> u64 {
 mod tests {
     use super::*;
     use blockd::id::{Epoch, Revision, RouteRun, SnapshotId, VolumeId};
+    use serde_json::json;
 
     fn volume(name: &str) -> VolumeInfo {
         VolumeInfo {

@@ -165,20 +165,6 @@ pub(crate) fn last_text(last: Option<&ScrubRecord>) -> String {
     format!("last scrub  {text}")
 }
 
-/// The key `scrub` of `volume show`.
-pub(crate) fn last_json(last: Option<&ScrubRecord>) -> Value {
-    let value = |record: &ScrubRecord| {
-        json!({
-            "started_unix_ms": record.started_unix_ms,
-            "ended_unix_ms": record.ended_unix_ms,
-            "complete": record.paused_at.is_empty(),
-            "verified_bytes": record.verified_bytes,
-            "damaged_bytes": record.damaged_bytes,
-        })
-    };
-    last.map_or(Value::Null, value)
-}
-
 async fn snapshots(session: &Session, volume: &VolumeInfo) -> Result<Vec<SnapshotInfo>, Failure> {
     let volume = Some(volume.name.clone());
     match session.ask(AdminRequest::SnapshotList { volume }).await? {

@@ -6,7 +6,6 @@ use crate::failure::Failure;
 use crate::output::{facts, table};
 use blockd::admin::{AdminErrorKind, AdminReply, AdminRequest, SettingsInfo};
 use blockd::control::calendar::utc;
-use serde_json::{Map, Value, json};
 
 pub(crate) async fn set(cli: &Cli, name: &str, key: &str, value: &str) -> Result<(), Failure> {
     let request = AdminRequest::VolumeSet {
@@ -49,20 +48,6 @@ fn keep(settings: &mut SettingsInfo, key: &str) -> Result<(), Failure> {
             ),
         }),
     }
-}
-
-/// The settings stand beside the volume's name, each under its key.
-pub(crate) fn settings_json(settings: &SettingsInfo) -> Value {
-    let mut object = Map::new();
-    object.insert("volume".to_owned(), settings.volume.clone().into());
-    for (key, value) in &settings.settings {
-        object.insert(key.clone(), value.clone().into());
-    }
-    if object.contains_key("snapshots") {
-        let rules = settings.schedule.iter().map(|rule| json!(rule));
-        object.insert("schedule".to_owned(), rules.collect());
-    }
-    Value::Object(object)
 }
 
 /// The settings, and below them how each rule of the schedule is doing.
