@@ -92,7 +92,8 @@ impl Owner {
     }
 
     /// Whether every volume is known of which spans were under way before the start.
-    fn has_resumed(&self) -> bool {
+    #[must_use]
+    pub fn has_resumed(&self) -> bool {
         if !self.spans_resumed.get() {
             let volumes = self.store.volumes_with_spans();
             let resumed = volumes.into_iter().all(|id| self.volume(id).is_some());

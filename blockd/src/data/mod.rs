@@ -11,4 +11,5 @@ pub mod owner;
 pub mod page_store;
 pub mod router;
 pub mod span;
+pub mod traffic;
 pub mod volume;

@@ -14,6 +14,7 @@ use super::lineage::{LineageGate, Published};
 use super::moving::{Hold, Moving, Noted};
 use super::page_store::{PageAt, PageStore, ReadPart, StoreError};
 use super::router::{EpochVerdict, RoutingTable, judge_epoch};
+use super::traffic::Traffic;
 use crate::id::{Epoch, LayerRun, LeaseEpoch, NodeNo, PageNo, SnapshotId, VolumeId};
 use crate::io::hlc::Hlc;
 use crate::limits::FORWARD_DEADLINE_MS;
@@ -53,6 +54,7 @@ pub struct VolumeState {
     given: RefCell<Vec<(NodeNo, u64)>>,
     /// Requests for pages since the start.
     requests: Cell<u64>,
+    pub traffic: Traffic,
     pub(super) lineage: LineageGate,
     pub(super) interrupted: Interrupted,
 }
@@ -334,7 +336,8 @@ impl Owner {
     ) -> Result<Vec<ReadPart>, DataError> {
         let state = self.admit(volume, at, Hold::Everything).await?;
         state.lineage.check_online(snapshot)?;
-        let parts = self.store.read(at.in_store(volume), snapshot).await?;
+        let read = self.store.read(at.in_store(volume), snapshot).await;
+        let parts = state.traffic.reads.count(at.len_bytes, read)?;
         // The store may have dropped the page while its bytes were fetched.
         let epoch = state.table.borrow().epoch;
         if epoch != at.epoch {
@@ -410,7 +413,9 @@ impl Owner {
         let width = Width::of(store_at.is_written_at_once());
         let passed = self.pass_gates(volume, at, width, span).await?;
         self.record(store_at, at.epoch);
-        self.store.write(store_at, data, at.epoch).await?;
+        let written = self.store.write(store_at, data, at.epoch).await;
+        let traffic = &passed.1.state.traffic;
+        traffic.writes.count(at.len_bytes, written)?;
         self.complete(passed, fua).await
     }
 
@@ -489,7 +494,9 @@ impl Owner {
             return Ok(());
         }
         self.record(store_at, at.epoch);
-        self.store.zero(store_at, keep_allocated, at.epoch).await?;
+        let zeroed = self.store.zero(store_at, keep_allocated, at.epoch).await;
+        let traffic = &passed.1.state.traffic;
+        traffic.zeroes.count(at.len_bytes, zeroed)?;
         self.complete(passed, fua).await
     }
 
@@ -524,6 +531,7 @@ impl VolumeState {
             moving: Rc::default(),
             given: RefCell::default(),
             requests: Cell::new(0),
+            traffic: Traffic::default(),
             lineage: LineageGate::default(),
             interrupted: Interrupted::default(),
         }

@@ -104,6 +104,7 @@ fn after_any_failed_operation_the_store_stops_and_recovers() {
             matches!(again, Err(StoreError::Failed { .. })),
             "operation {nth}: still writing"
         );
+        assert!(engine.failure().is_some(), "operation {nth}: not told");
         let crashed = Arc::new(disk.crashed(CrashKeeps::All, &mut SimRandom(nth)));
         check(
             &open(&crashed).unwrap(),

@@ -503,6 +503,12 @@ impl PageStore {
         Ok(scan.finish())
     }
 
+    /// The error that stopped all writing, if one did.
+    #[must_use]
+    pub fn failure(&self) -> Option<StoreError> {
+        self.runner.engine.borrow().failure()
+    }
+
     /// Totals of the store.
     #[must_use]
     pub fn usage(&self) -> StoreUsage {
