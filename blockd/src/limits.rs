@@ -37,6 +37,13 @@ pub const PEER_HELLO_MS: u64 = 5_000;
 /// Connections a server keeps open on its peer port; the rest is refused.
 pub const PEER_CONNECTIONS: usize = 4096;
 
+/// Bytes of the audit log, after which it begins anew and the former one is kept.
+pub const AUDIT_BYTES_MAX: u64 = 16 << 20;
+/// Bytes of a request that the audit log tells; of a longer one it has the beginning.
+pub const AUDIT_REQUEST_BYTES_MAX: usize = 4096;
+/// Lines that may wait for the disk before further ones are lost.
+pub const AUDIT_LINES_WAITING: usize = 1024;
+
 /// Milliseconds that a forwarded request waits for a restarting owner or for a newer routing
 /// table, before the entry answers an error.
 pub const FORWARD_DEADLINE_MS: u64 = 30_000;

@@ -50,9 +50,24 @@ pub fn utc(unix_ms: u64) -> String {
     format!("{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
 }
 
+/// A point in time as `2026-11-21T13:11:01.999Z`.
+#[must_use]
+pub fn rfc3339(unix_ms: u64) -> String {
+    let Date {
+        year,
+        month,
+        day,
+        hour,
+        minute,
+        second,
+    } = Date::of(unix_ms / 1000);
+    let ms = unix_ms % 1000;
+    format!("{year}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{ms:03}Z")
+}
+
 #[cfg(test)]
 mod tests {
-    use super::utc;
+    use super::{rfc3339, utc};
 
     #[test]
     fn points_in_time_are_read_by_people() {
@@ -60,5 +75,6 @@ mod tests {
         assert_eq!(utc(951_782_400_000), "2000-02-29 00:00:00 UTC");
         assert_eq!(utc(1_795_266_661_999), "2026-11-21 13:11:01 UTC");
         assert_eq!(utc(4_107_542_399_000), "2100-02-28 23:59:59 UTC");
+        assert_eq!(rfc3339(1_795_266_661_009), "2026-11-21T13:11:01.009Z");
     }
 }

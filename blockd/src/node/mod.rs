@@ -5,8 +5,10 @@
 //! registry, whose log is synced to disk and must not delay a request. A server is nothing but a
 //! page store until it is defined in a cluster; then it is a `Member`.
 
+pub mod access;
 mod adapters;
 mod admin;
+mod audit;
 pub mod check;
 pub mod config;
 mod facts;
@@ -71,6 +73,8 @@ pub(crate) struct Node {
     member: OnceCell<Rc<Member>>,
     /// Held while the server becomes a member.
     pub(crate) joining: tokio::sync::Mutex<()>,
+    /// Set by `serve`: a server without it, as in a simulator, is not audited.
+    pub(crate) audit: OnceCell<audit::AuditLog>,
     /// Held during a step of a scrub.
     pub(crate) scrubbing: tokio::sync::Mutex<()>,
 }

@@ -5,6 +5,7 @@
 //! second time behind the answer to the repetition.
 
 use super::{Member, Node, admin, lineage, moves, scrub};
+use crate::admin::HoldInfo;
 use crate::data::cut::Executing;
 use crate::data::error::DataError;
 use crate::data::owner::Target;
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -74,7 +76,7 @@ async fn accept(node: Rc<Node>, mut listener: Box<dyn Listen>, open: Rc<()>) {
             {
                 let (node, open) = (Rc::clone(&node), Rc::clone(&open));
                 tokio::task::spawn_local(async move {
-                    if let Err(error) = connection(node, stream).await {
+                    if let Err(error) = connection(node, stream, from).await {
                         tracing::debug!(%from, %error, "peer connection ended");
                     }
                     drop(open);
@@ -92,6 +94,7 @@ async fn accept(node: Rc<Node>, mut listener: Box<dyn Listen>, open: Rc<()>) {
 async fn connection(
     node: Rc<Node>,
     stream: BoxStream,
+    from: SocketAddr,
 ) -> Result<(), crate::io::framed::ConnectionError> {
     let mut frames = FrameStream::new(stream);
     let limit = Duration::from_millis(PEER_HELLO_MS);
@@ -115,7 +118,7 @@ async fn connection(
     let spans = Spans::default();
     let served = serve(frames, |request| {
         let (node, spans) = (Rc::clone(&node), Rc::clone(&spans));
-        async move { handle_stamped(node, spans, request).await }
+        async move { handle_stamped(node, from, spans, request).await }
     });
     let result = tokio::select! {
         biased;
@@ -221,20 +224,20 @@ impl Connections {
 
 /// U-07: what is executed here is later than what the requester knows of, and what it does after the
 /// reply is later than that.
-async fn handle_stamped(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
+async fn handle_stamped(node: Rc<Node>, from: SocketAddr, spans: Spans, request: Frame) -> Frame {
     if request.stamp == Stamp(0) {
-        return handle(node, spans, request).await;
+        return handle(node, from, spans, request).await;
     }
     node.hlc.observe(request.stamp);
     let hlc = Arc::clone(&node.hlc);
-    let mut reply = handle(node, spans, request).await;
+    let mut reply = handle(node, from, spans, request).await;
     reply.stamp = hlc.tick();
     reply
 }
 
-async fn handle(node: Rc<Node>, spans: Spans, request: Frame) -> Frame {
+async fn handle(node: Rc<Node>, from: SocketAddr, spans: Spans, request: Frame) -> Frame {
     match request.kind {
-        Kind::Admin => return administer(node, request).await,
+        Kind::Admin => return administer(node, from, request).await,
         Kind::Hello => return request.refuse(Status::Malformed, "a second hello"),
         _ => {}
     }
@@ -282,9 +285,10 @@ async fn member_in_time(node: &Node) -> Option<Rc<Member>> {
 }
 
 /// In a task of its own: what was begun is carried out also when the requester goes away.
-async fn administer(node: Rc<Node>, request: Frame) -> Frame {
+async fn administer(node: Rc<Node>, from: SocketAddr, request: Frame) -> Frame {
     let refusal = request.refuse(Status::Unavailable, "the request was not carried out");
-    let carried_out = tokio::task::spawn_local(async move { admin::answer(&node, &request).await });
+    let carried_out =
+        tokio::task::spawn_local(async move { admin::answer(&node, &request, from).await });
     carried_out.await.unwrap_or(refusal)
 }
 
@@ -360,12 +364,7 @@ async fn execute(node: &Node, member: &Rc<Member>, spans: &Spans, request: &Fram
             encode_control(&usage(node, member, volume, snapshot).await?),
         )),
         Kind::Scrub => Ok((0, scrub::answer(node, member, request).await?)),
-        Kind::Holds => {
-            let mut holds = member.participant.holds(member);
-            holds.extend(member.moves.holds(member));
-            holds.extend(lineage::holds(member));
-            Ok((0, encode_control(&holds)))
-        }
+        Kind::Holds => Ok((0, encode_control(&holds(member)))),
         Kind::Load => Ok((0, encode_control(&owner.requests()))),
         Kind::MoveTrouble => Ok((0, encode_control(&member.moves.trouble(volume)))),
         Kind::Hello
@@ -376,6 +375,14 @@ async fn execute(node: &Node, member: &Rc<Member>, spans: &Spans, request: &Fram
         | Kind::Move
         | Kind::MoveData => Err(DataError::Malformed("not a request for an owner")),
     }
+}
+
+/// Everything that keeps requests waiting on this server.
+pub(crate) fn holds(member: &Member) -> Vec<HoldInfo> {
+    let mut holds = member.participant.holds(member);
+    holds.extend(member.moves.holds(member));
+    holds.extend(lineage::holds(member));
+    holds
 }
 
 fn target(request: &Frame) -> Result<Target, DataError> {

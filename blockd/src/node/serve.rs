@@ -1,5 +1,6 @@
 //! Starting and stopping a server.
 
+use super::audit::{AUDIT_FILE, AuditLog};
 use super::config::Config;
 use super::facts::FactsFile;
 use super::handover_file::HandoverFileError;
@@ -98,6 +99,8 @@ async fn run(config: Config, control: Handle) -> Result<(), ServeError> {
     }
     let server = Server::start(config, environment, control).await?;
     let node = &server.node;
+    node.audit
+        .get_or_init(|| AuditLog::start(node.config.state.join(AUDIT_FILE)));
     tokio::task::spawn_local(adapters::run(Rc::clone(node)));
     let (stop, stopped) = Shutdown::new();
     tokio::task::spawn_local(async move {
@@ -231,6 +234,7 @@ async fn start(
         connections: peer_server::Connections::default(),
         member: OnceCell::new(),
         joining: tokio::sync::Mutex::new(()),
+        audit: OnceCell::new(),
         scrubbing: tokio::sync::Mutex::new(()),
         config,
         environment: environment.clone(),

@@ -15,26 +15,52 @@ pub(super) use lineage::drive;
 pub(super) use target::check_online;
 pub(super) use volume::find_snapshot;
 
+use super::access::Caller;
+use super::audit::Outcome;
 use super::registry::{RegistryError, UpdateError};
 use super::{Member, Node, scrub, snapshot};
-use crate::admin::{AdminError, AdminErrorKind, AdminReply, AdminRequest, VersionInfo};
+use crate::admin::{AdminError, AdminErrorKind, AdminReply, AdminRequest, Effect, VersionInfo};
 use crate::control::registry::{ChangeError, NameError, SettingError};
 use crate::id::NodeNo;
 use crate::io::link::{decode_control, encode_control};
 use crate::io::wire::{self, Frame, Status};
+use std::net::SocketAddr;
 use std::rc::Rc;
+use tokio::time::Instant;
 
-type Answer = Result<AdminReply, AdminError>;
+pub(super) type Answer = Result<AdminReply, AdminError>;
 
 /// Carries out the request in a frame.
-pub(super) async fn answer(node: &Rc<Node>, frame: &Frame) -> Frame {
+pub(super) async fn answer(node: &Rc<Node>, frame: &Frame, from: SocketAddr) -> Frame {
     let request: AdminRequest = match decode_control(frame.payload.clone()) {
         Ok(request) => request,
         Err(_) => return frame.refuse(Status::Malformed, "unknown administrative request"),
     };
-    let reply = dispatch(node, request).await;
+    let reply = carry_out(node, &Caller::admin(from), request).await;
     let reply = reply.unwrap_or_else(AdminReply::Refused);
     frame.answer(Status::Ok, encode_control(&reply))
+}
+
+/// Carries out a request, if its caller may ask for it. What changes something is noted in the audit log.
+pub(super) async fn carry_out(node: &Rc<Node>, caller: &Caller, request: AdminRequest) -> Answer {
+    let effect = request.effect();
+    let audit = node.audit.get().filter(|_| Effect::GoesOn < effect);
+    let audited = audit.map(|log| (log, request.clone()));
+    let began = Instant::now();
+    let answer = match caller.check(effect) {
+        Ok(()) => dispatch(node, request).await,
+        Err(refusal) => Err(refusal),
+    };
+    if let Some((log, request)) = audited {
+        log.note(&Outcome {
+            unix_ms: node.environment.clock.unix_ms(),
+            caller,
+            request: &request,
+            error: answer.as_ref().err(),
+            took: began.elapsed(),
+        });
+    }
+    answer
 }
 
 async fn dispatch(node: &Rc<Node>, request: AdminRequest) -> Answer {
