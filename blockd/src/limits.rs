@@ -37,6 +37,14 @@ pub const PEER_HELLO_MS: u64 = 5_000;
 /// Connections a server keeps open on its peer port; the rest is refused.
 pub const PEER_CONNECTIONS: usize = 4096;
 
+/// Bytes of the body of an HTTP request: the longest command is far shorter.
+pub const HTTP_BODY_BYTES_MAX: usize = 1 << 20;
+/// Connections that each HTTP socket serves at a time; further ones wait in the kernel.
+pub const HTTP_CONNECTIONS: usize = 128;
+/// Milliseconds that an HTTP client has for the head of its request, and again for its body.
+pub const HTTP_REQUEST_MS: u64 = 10_000;
+/// Milliseconds that an HTTP connection lasts at the most: one request, its work and its answer.
+pub const HTTP_CONNECTION_MS: u64 = 600_000;
 /// Bytes of the audit log, after which it begins anew and the former one is kept.
 pub const AUDIT_BYTES_MAX: u64 = 16 << 20;
 /// Bytes of a request that the audit log tells; of a longer one it has the beginning.

@@ -34,6 +34,15 @@ pub fn unix_ms() -> u64 {
     })
 }
 
+/// Bytes of memory that this process has; 0 if the kernel does not say.
+#[must_use]
+pub fn resident_bytes() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok());
+    kib.unwrap_or(0u64) * 1024
+}
+
 /// The name of this host; empty if the kernel does not say.
 #[must_use]
 pub fn hostname() -> String {

@@ -1,5 +1,6 @@
 //! What an operator can set: a TOML file, overridden by the command line of `blockd serve`.
 
+use super::access::{AccessToken, TokenError, Tokens};
 use crate::io::hlc::Skew;
 use crate::limits::NODE_ADDRESSES_MAX;
 use nbd_server::limits::{CONNECTIONS_MAX, CONNECTIONS_PER_ADDRESS_MAX};
@@ -13,6 +14,9 @@ use std::str::FromStr;
 pub const PEER_PORT: u16 = 10_808;
 /// Port of NBD, as assigned by IANA.
 pub const NBD_PORT: u16 = 10_809;
+
+/// Port of the HTTP face: administration and metrics.
+pub const HTTP_PORT: u16 = 10_810;
 
 /// The configuration file; every key is optional and documented in the README.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -40,6 +44,10 @@ pub struct ConfigFile {
     pub nbd_connections: Option<usize>,
     /// NBD connections at a time from one address.
     pub nbd_connections_per_address: Option<usize>,
+    /// `ADDR[:PORT]` of HTTP; besides, there is a unix socket in the state directory.
+    pub http_listen: Option<String>,
+    /// Who may ask what over it; without tokens, everyone on this machine everything.
+    pub http_access: Option<Vec<AccessToken>>,
     /// Bytes of the store's log when a state directory is first used.
     pub log_bytes: Option<u64>,
     /// Bytes that writes leave free on the file system of the state directory.
@@ -86,6 +94,8 @@ pub struct Config {
     pub nbd_access: Access,
     pub nbd_connections: usize,
     pub nbd_connections_per_address: usize,
+    pub http_listen: Option<SocketAddr>,
+    pub http_access: Tokens,
     pub log_bytes: Option<u64>,
     pub reserve_bytes: Option<u64>,
     pub snapshot_hold_max_ms: u64,
@@ -122,6 +132,13 @@ pub enum ConfigError {
          --nbd-tls-certificates DIR or --nbd-tls-psk FILE, or say --nbd-tls off if that is wanted"
     )]
     PlainNbd(SocketAddr),
+    #[error(
+        "http_listen: {0} is not a loopback address, so whoever reaches it could do everything: add \
+         [[http_access]] tables with tokens to the configuration file, or name a loopback address"
+    )]
+    OpenHttp(SocketAddr),
+    #[error("http_access: {0}")]
+    Token(#[from] TokenError),
     #[error("{0}: {1} is no address that other servers could reach; name one of this machine's")]
     Unspecified(&'static str, SocketAddr),
     #[error("adapters: {0} addresses are more than {NODE_ADDRESSES_MAX}")]
@@ -163,6 +180,8 @@ impl ConfigFile {
             nbd_connections_per_address: self
                 .nbd_connections_per_address
                 .or(below.nbd_connections_per_address),
+            http_listen: self.http_listen.or(below.http_listen),
+            http_access: self.http_access.or(below.http_access),
             log_bytes: self.log_bytes.or(below.log_bytes),
             reserve_bytes: self.reserve_bytes.or(below.reserve_bytes),
             snapshot_hold_max_ms: self.snapshot_hold_max_ms.or(below.snapshot_hold_max_ms),
@@ -216,6 +235,8 @@ impl ConfigFile {
         if nbd_access.asks_for_names() && !nbd_tls.proves_names() {
             return Err(ConfigError::NamesWithoutTls);
         }
+        let http_access = Tokens::new(self.http_access.as_deref().unwrap_or_default())?;
+        let http_listen = resolve_http(self.http_listen.as_deref(), &http_access)?;
         Ok(Config {
             state,
             listen,
@@ -228,6 +249,8 @@ impl ConfigFile {
             nbd_connections_per_address: self
                 .nbd_connections_per_address
                 .unwrap_or(CONNECTIONS_PER_ADDRESS_MAX),
+            http_listen,
+            http_access,
             log_bytes: self.log_bytes,
             reserve_bytes: self.reserve_bytes,
             snapshot_hold_max_ms: hold,
@@ -241,9 +264,9 @@ fn resolve_adapters(
     listen: SocketAddr,
     further: &[String],
 ) -> Result<Vec<SocketAddr>, ConfigError> {
-    let further = further
-        .iter()
-        .map(|text| Ok(("adapters", parse_address("adapters", text, listen.port())?)));
+    let further = further.iter().map(|text| {
+        Ok::<_, ConfigError>(("adapters", parse_address("adapters", text, listen.port())?))
+    });
     let mut all: Vec<SocketAddr> = Vec::new();
     for address in std::iter::once(Ok(("listen", listen))).chain(further) {
         let (key, address) = address?;
@@ -269,6 +292,17 @@ fn resolve_access(rules: &[AccessRule]) -> Result<Access, ConfigError> {
     };
     let rules = rules.iter().enumerate().map(resolve);
     Ok(Access::new(rules.collect::<Result<_, _>>()?))
+}
+
+/// Without tokens HTTP stays on the machine.
+fn resolve_http(text: Option<&str>, tokens: &Tokens) -> Result<Option<SocketAddr>, ConfigError> {
+    let parse = |text| parse_address("http_listen", text, HTTP_PORT);
+    let address = text.map(parse).transpose()?;
+    let far = address.filter(|address| !address.ip().is_loopback());
+    match far.filter(|_| tokens.is_empty()) {
+        Some(address) => Err(ConfigError::OpenHttp(address)),
+        None => Ok(address),
+    }
 }
 
 /// Reads `ADDR[:PORT]`.
@@ -360,6 +394,15 @@ mod tests {
                 "adapters: [::]:10808",
             ),
             ("listen = '127.0.0.1'\nadapters = ['eth0']", "adapters"),
+            (
+                "listen = '127.0.0.1'\nhttp_listen = '0.0.0.0'",
+                "http_listen",
+            ),
+            ("listen = '127.0.0.1'\nhttp_listen = 'ten'", "http_listen"),
+            (
+                "listen = '127.0.0.1'\n[[http_access]]\nname = 'a'\nrole = 'admin'\ntoken_sha256 = 'x'",
+                "http_access",
+            ),
             ("", "listen"),
         ] {
             let error = file(text).unwrap().resolve(PathBuf::new()).unwrap_err();
@@ -402,6 +445,25 @@ mod tests {
             ..ConfigFile::default()
         };
         assert!(many.resolve(PathBuf::new()).is_err());
+    }
+
+    #[test]
+    fn http_leaves_the_machine_only_with_tokens() {
+        let config = |text: &str| file(text).unwrap().resolve(PathBuf::new());
+        let local = config("listen = '127.0.0.1'\nhttp_listen = '::1'").unwrap();
+        assert_eq!(local.http_listen.unwrap().to_string(), "[::1]:10810");
+        let far = "listen = '127.0.0.1'\nhttp_listen = '10.0.0.1:80'";
+        let error = config(far).unwrap_err().to_string();
+        assert!(error.contains("[[http_access]]"), "{error}");
+        let digest = "0".repeat(64);
+        let token = |role: &str| {
+            format!(
+                "{far}\n[[http_access]]\nname = 'a'\nrole = '{role}'\ntoken_sha256 = '{digest}'"
+            )
+        };
+        assert!(config(&token("read-only")).is_ok());
+        let error = file(&token("root")).unwrap_err().to_string();
+        assert!(error.contains("read-only"), "{error}");
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub mod config;
 mod facts;
 mod fault;
 mod handover_file;
+mod http;
 mod identity;
 mod inspect;
 mod lease;

@@ -11,7 +11,7 @@ use super::moves::{self, Moves};
 use super::paths::Paths;
 use super::registry::{RaftTransport, Registry, RegistryError, RegistryOptions};
 use super::{
-    Member, Node, adapters, lease, lineage, nbd, participant, peer_server, schedule, sweep,
+    Member, Node, adapters, http, lease, lineage, nbd, participant, peer_server, schedule, sweep,
 };
 use crate::control::network::Service;
 use crate::data::owner::Owner;
@@ -92,6 +92,7 @@ fn start_control() -> Result<(Handle, oneshot::Sender<()>), ServeError> {
 
 async fn run(config: Config, control: Handle) -> Result<(), ServeError> {
     let nbd_listeners = nbd_listeners(&config)?;
+    let http_listener = http::listen(&config)?;
     let tls = config.nbd_tls.load()?;
     let mut environment = Environment::real(&config.state);
     if let Some(skew) = config.clock_skew {
@@ -102,6 +103,7 @@ async fn run(config: Config, control: Handle) -> Result<(), ServeError> {
     node.audit
         .get_or_init(|| AuditLog::start(node.config.state.join(AUDIT_FILE)));
     tokio::task::spawn_local(adapters::run(Rc::clone(node)));
+    http::start(node, http_listener);
     let (stop, stopped) = Shutdown::new();
     tokio::task::spawn_local(async move {
         stop_signal().await;

@@ -68,6 +68,9 @@ struct Serve {
     /// Accept in TLS only clients with a certificate that an authority in ca-cert.pem of the directory signed.
     #[arg(long)]
     nbd_tls_verify_peer: bool,
+    /// HTTP on this address (port 10810 unless given), besides the unix socket http.sock in the state directory: administration, metrics, health. No loopback address without tokens in the configuration.
+    #[arg(long, value_name = "ADDR[:PORT]")]
+    http: Option<String>,
     /// Configuration file (TOML); options given here win over it.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -111,6 +114,7 @@ fn run(arguments: Serve) -> anyhow::Result<()> {
         nbd_tls_psk: arguments.nbd_tls_psk,
         nbd_tls: arguments.nbd_tls,
         nbd_tls_certificates: arguments.nbd_tls_certificates,
+        http_listen: arguments.http,
         nbd_tls_verify_peer: arguments.nbd_tls_verify_peer.then_some(true),
         ..ConfigFile::default()
     };
