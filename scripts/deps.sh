@@ -30,7 +30,7 @@ packages_of() {
             'jq jq' 'python3 python3' 'shellcheck shellcheck' 'ceph-common rbd' \
             'qemu-system-x86 qemu-system-x86_64' 'busybox-static busybox' 'cpio cpio' 'acl setfacl' \
             'libacl1-dev /usr/include/acl/libacl.h' 'stress-ng stress-ng' 'sqlite3 sqlite3' \
-            'postgresql pg_lsclusters' 'iproute2 ip' ;;
+            'postgresql pg_lsclusters' 'iproute2 ip' 'curl curl' 'prometheus promtool' ;;
         bench) printf '%s\n' 'fio fio' 'nbdkit nbdkit' 'qemu-utils qemu-nbd' 'python3 python3' 'fuse2fs fuse2fs' ;;
         *)
             echo "deps.sh: unknown set '$1'; the sets are build, run, test, bench" >&2
@@ -132,4 +132,8 @@ done
 "${as_root[@]}" apt-get update -q </dev/null
 [ ${#others[@]} -eq 0 ] || install "${others[@]}"
 [ ${#qemu[@]} -eq 0 ] || install "${release[@]}" "${qemu[@]}"
+# Only promtool is wanted of it, and Debian starts what it installs.
+if [[ " ${missing[*]} " == *" prometheus "* ]] && [ -d /run/systemd/system ]; then
+    "${as_root[@]}" systemctl disable --now prometheus
+fi
 echo "deps.sh: installed: ${missing[*]}"

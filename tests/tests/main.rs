@@ -36,6 +36,10 @@ mod holds;
 mod hostile_clients;
 #[path = "system/hostile_peers.rs"]
 mod hostile_peers;
+#[path = "system/http.rs"]
+mod http;
+#[path = "system/http_access.rs"]
+mod http_access;
 #[path = "system/kernel.rs"]
 mod kernel;
 #[path = "system/leases.rs"]
