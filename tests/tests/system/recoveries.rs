@@ -2,7 +2,7 @@
 
 use blockd::admin::{AdminReply, AdminRequest};
 use blockd::client::{Client, ClientOptions};
-use blockd_tests::{Cluster, MIB, Ran, Random, binary, run, try_run};
+use blockd_tests::{Cluster, MIB, Ran, Random, Server, binary, run, try_run};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
@@ -35,21 +35,20 @@ fn images(cluster: &Cluster, names: &[&str], round: &str) -> BTreeMap<String, Pa
     found
 }
 
+/// Servers publish their addresses by themselves, so the facts may be of a later revision than asked for.
+fn facts_revision(server: &Server) -> Option<u64> {
+    let text = fs::read_to_string(server.state.join("facts")).ok()?;
+    let head: serde_json::Value = serde_json::from_str(text.lines().nth(1)?).ok()?;
+    head["revision"].as_u64()
+}
+
 fn wait_facts(cluster: &Cluster) {
     let deadline = Instant::now() + Duration::from_secs(30);
     let AdminReply::Cluster(status) = cluster.admin(AdminRequest::ClusterStatus).unwrap() else {
         panic!()
     };
-    let wanted = format!("\"revision\":{},", status.revision);
     for server in &cluster.servers {
-        let current = || {
-            fs::read_to_string(server.state.join("facts")).is_ok_and(|text| {
-                text.lines()
-                    .nth(1)
-                    .is_some_and(|head| head.contains(&wanted))
-            })
-        };
-        while !current() {
+        while facts_revision(server) < Some(status.revision.0) {
             assert!(
                 Instant::now() < deadline,
                 "no facts at revision {}",
