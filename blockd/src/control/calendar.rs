@@ -36,9 +36,8 @@ impl Date {
     }
 }
 
-/// A point in time as `2026-11-21 13:11:01 UTC`.
-#[must_use]
-pub fn utc(unix_ms: u64) -> String {
+/// Day and time of day in UTC, `2026-11-21` and `13:11:01`.
+fn day_and_time(unix_ms: u64) -> (String, String) {
     let Date {
         year,
         month,
@@ -47,22 +46,24 @@ pub fn utc(unix_ms: u64) -> String {
         minute,
         second,
     } = Date::of(unix_ms / 1000);
-    format!("{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
+    (
+        format!("{year}-{month:02}-{day:02}"),
+        format!("{hour:02}:{minute:02}:{second:02}"),
+    )
+}
+
+/// A point in time as `2026-11-21 13:11:01 UTC`.
+#[must_use]
+pub fn utc(unix_ms: u64) -> String {
+    let (day, time) = day_and_time(unix_ms);
+    format!("{day} {time} UTC")
 }
 
 /// A point in time as `2026-11-21T13:11:01.999Z`.
 #[must_use]
 pub fn rfc3339(unix_ms: u64) -> String {
-    let Date {
-        year,
-        month,
-        day,
-        hour,
-        minute,
-        second,
-    } = Date::of(unix_ms / 1000);
-    let ms = unix_ms % 1000;
-    format!("{year}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{ms:03}Z")
+    let (day, time) = day_and_time(unix_ms);
+    format!("{day}T{time}.{:03}Z", unix_ms % 1000)
 }
 
 #[cfg(test)]

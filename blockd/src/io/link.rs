@@ -549,7 +549,7 @@ impl Peers {
         tokio::spawn(async move {
             let limit = Duration::from_millis(PEER_HELLO_MS);
             if let Ok(Ok(_)) = timeout(limit, network.connect(&first)).await {
-                lock(&slot.link).take();
+                lock(&slot.link).take_if(|link| !link.owner.shared.by_first_path);
             }
         });
     }

@@ -23,20 +23,15 @@ pub(super) async fn run(node: Rc<Node>) {
             None => sleep(retry).await,
         }
     };
-    let adapters = &node.config.adapters;
+    let adapters = node.config.adapters.iter();
+    let wanted = adapters.map(|at| (*at, mask_bits(at.ip()))).collect();
     let mut states = member.registry.watch();
     loop {
         states.borrow_and_update();
-        let wanted = adapters.iter().map(|at| (*at, mask_bits(at.ip())));
-        match publish(&member, &wanted.collect()).await {
-            Ok(()) => {}
-            Err(error) => {
-                tracing::warn!(%error, "the addresses of this server are not published yet");
-                sleep(retry).await;
-                continue;
-            }
-        }
-        if states.changed().await.is_err() {
+        if let Err(error) = publish(&member, &wanted).await {
+            tracing::warn!(%error, "the addresses of this server are not published yet");
+            sleep(retry).await;
+        } else if states.changed().await.is_err() {
             return;
         }
     }

@@ -18,8 +18,8 @@ use crate::io::wire::{
     self, Frame, Kind, Payload, Run, Status, encode_extents, encode_layers, encode_runs, flags,
 };
 use crate::limits::{
-    FORWARD_DEADLINE_MS, FORWARD_RETRY_MS, NODE_ADDRESSES_MAX, PEER_CONNECTIONS, PEER_HELLO_MS,
-    REQUEST_PART_BYTES, SPAN_MAX_MS,
+    FORWARD_DEADLINE_MS, FORWARD_RETRY_MS, PEER_CONNECTIONS, PEER_HELLO_MS, REQUEST_PART_BYTES,
+    SPAN_MAX_MS,
 };
 use crate::planted::{Plant, planted};
 use serde::{Deserialize, Serialize};
@@ -30,7 +30,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
 
 /// Space used, in the payload of a reply to `Kind::Usage`.
@@ -61,28 +61,28 @@ type Spans = Rc<RefCell<HashMap<(VolumeId, u64), Option<Rc<Executing>>>>>;
 
 /// Accepts peer connections for ever, at all addresses of the server.
 pub(crate) fn accept_all(node: &Rc<Node>, listeners: Vec<Box<dyn Listen>>) {
-    let open = Rc::new(());
+    let free = Arc::new(Semaphore::new(PEER_CONNECTIONS));
     for listener in listeners {
-        tokio::task::spawn_local(accept(Rc::clone(node), listener, Rc::clone(&open)));
+        tokio::task::spawn_local(accept(Rc::clone(node), listener, Arc::clone(&free)));
     }
 }
 
-/// `open` is shared by all connections that there are.
-async fn accept(node: Rc<Node>, mut listener: Box<dyn Listen>, open: Rc<()>) {
+async fn accept(node: Rc<Node>, mut listener: Box<dyn Listen>, free: Arc<Semaphore>) {
     loop {
         match listener.accept().await {
-            Ok((stream, from))
-                if Rc::strong_count(&open) <= PEER_CONNECTIONS + NODE_ADDRESSES_MAX =>
-            {
-                let (node, open) = (Rc::clone(&node), Rc::clone(&open));
+            Ok((stream, from)) => {
+                let Ok(permit) = Arc::clone(&free).try_acquire_owned() else {
+                    tracing::warn!(%from, "peer connection refused: too many are open");
+                    continue;
+                };
+                let node = Rc::clone(&node);
                 tokio::task::spawn_local(async move {
                     if let Err(error) = connection(node, stream, from).await {
                         tracing::debug!(%from, %error, "peer connection ended");
                     }
-                    drop(open);
+                    drop(permit);
                 });
             }
-            Ok((_, from)) => tracing::warn!(%from, "peer connection refused: too many are open"),
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a peer connection");
                 sleep(Duration::from_millis(100)).await;

@@ -106,13 +106,13 @@ impl RegistryState {
     /// Changes whenever a node, an address, a subnetwork or a network does.
     #[must_use]
     pub fn networks_version(&self) -> (usize, Revision) {
-        let is_part = |key: &Key| {
-            let parts = matches!(key, Key::Node(_) | Key::Address(_));
-            parts || matches!(key, Key::Subnetwork(_) | Key::Network(_))
-        };
-        let parts = self.objects().filter(|(key, _, _)| is_part(key));
-        parts.fold((0, Revision(0)), |(count, newest), (_, revision, _)| {
-            (count + 1, newest.max(revision))
+        let nodes = self.nodes().map(|record| Key::Node(record.number));
+        let addresses = self.addresses().map(|record| Key::Address(record.address));
+        let subnetworks = self.subnetworks().map(|r| Key::Subnetwork(r.prefix));
+        let networks = self.networks().map(|r| Key::Network(r.name.clone()));
+        let parts = nodes.chain(addresses).chain(subnetworks).chain(networks);
+        parts.fold((0, Revision(0)), |(count, newest), key| {
+            (count + 1, newest.max(self.revision_of(&key)))
         })
     }
 
@@ -170,54 +170,73 @@ pub fn publish_addresses(
     let mut ids = (0..).map(|n| UniqueId(first_id.wrapping_add(n)));
     let mut new_id = || ids.next().unwrap_or_default();
     let mut transaction = reading(state, &[Key::Node(node)]);
-    let gone = state.addresses().filter(|record| record.node == node);
-    for record in gone.filter(|record| !wanted.contains_key(&record.address)) {
-        transaction = transaction.remove(Key::Address(record.address));
+    let ours = state.addresses().filter(|record| record.node == node);
+    for gone in ours.filter(|record| !wanted.contains_key(&record.address)) {
+        transaction = transaction.remove(Key::Address(gone.address));
     }
-    let mut subnetworks = BTreeSet::new();
     for (address, mask_bits) in wanted {
         let key = Key::Address(*address);
-        let known = match state.get(&key) {
-            Some(Object::Address(known)) if known.node != node => {
-                return Err(ChangeError::AddressTaken(*address, known.node));
-            }
-            Some(Object::Address(known)) => Some(known),
-            _ => None,
-        };
+        let known = known_address(state, &key, node)?;
         let record = AddressRecord {
             id: known.map_or_else(&mut new_id, |known| known.id),
             address: *address,
             mask_bits: *mask_bits,
             node,
         };
-        subnetworks.insert(record.prefix());
         if known != Some(&record) {
             transaction = transaction
                 .expect(key.clone(), state.revision_of(&key))
                 .put(key, Object::Address(record));
         }
     }
-    let unknown: Vec<Prefix> = subnetworks
-        .into_iter()
-        .filter(|prefix| state.subnetwork(*prefix).is_none())
-        .collect();
-    if !unknown.is_empty() {
-        transaction = match state.network(DEFAULT_NETWORK) {
-            Some(_) => mapped_to(state, transaction, DEFAULT_NETWORK)?,
-            None => new_network(transaction, DEFAULT_NETWORK, new_id(), &[]),
-        };
+    let prefixes = wanted.iter().map(|(at, bits)| Prefix::of(at.ip(), *bits));
+    let unknown = prefixes.filter(|prefix| state.subnetwork(*prefix).is_none());
+    Ok((
+        define_unknown(state, transaction, &unknown.collect(), new_id)?,
+        (),
+    ))
+}
+
+/// What is known of an address, which must not be another node's.
+fn known_address<'a>(
+    state: &'a RegistryState,
+    key: &Key,
+    node: NodeNo,
+) -> Result<Option<&'a AddressRecord>, ChangeError> {
+    match state.get(key) {
+        Some(Object::Address(known)) if known.node != node => {
+            Err(ChangeError::AddressTaken(known.address, known.node))
+        }
+        Some(Object::Address(known)) => Ok(Some(known)),
+        _ => Ok(None),
     }
-    for prefix in unknown {
+}
+
+/// Defines subnetworks, mapped to the default network.
+fn define_unknown(
+    state: &RegistryState,
+    mut transaction: Transaction,
+    prefixes: &BTreeSet<Prefix>,
+    mut new_id: impl FnMut() -> UniqueId,
+) -> Result<Transaction, ChangeError> {
+    if prefixes.is_empty() {
+        return Ok(transaction);
+    }
+    transaction = match state.network(DEFAULT_NETWORK) {
+        Some(_) => mapped_to(state, transaction, DEFAULT_NETWORK)?,
+        None => new_network(transaction, DEFAULT_NETWORK, new_id(), &[]),
+    };
+    for prefix in prefixes {
         let record = SubnetworkRecord {
             id: new_id(),
-            prefix,
-            name: default_name(prefix),
+            prefix: *prefix,
+            name: default_name(*prefix),
             network: DEFAULT_NETWORK.to_owned(),
         };
-        let key = Key::Subnetwork(prefix);
+        let key = Key::Subnetwork(*prefix);
         transaction = new_object(transaction, key, Object::Subnetwork(record));
     }
-    Ok((transaction, ()))
+    Ok(transaction)
 }
 
 /// An object that is not there yet.
