@@ -9,7 +9,7 @@ Usage: scripts/bench.sh [--quick] [--json FILE] [--rounds N] [--seconds N] [--on
        scripts/bench.sh nbd [--rows A,B] [--rounds N] [--seconds N] [--size-mib N] [--dir DIR]
        scripts/bench.sh moves [--rounds N] [--size-mib N] [--dir DIR]
        scripts/bench.sh grow [--rounds N] [--seconds N] [--size-mib N] [--dir DIR]
-       scripts/bench.sh mount [--quick] [--rows A,B] [--only A,B] [--rounds N] [--many N] [--json FILE]
+       scripts/bench.sh mount [--quick] [--rows A,B] [--only A,B] [--rounds N] [--many N] [--options O] [--json FILE]
 
 Installs what is missing, builds release and compares over unix sockets with fio's nbd engine:
   ours1     one blockd                    ours3      three, pages spread, all IO through the first
@@ -39,7 +39,7 @@ a core by a control group, and prints the requests a second with each number of 
 
 With `mount` (as root) it measures our own ext4 as a mount of a volume on one local server, against the
 kernel's ext4 on a loop file, fuse2fs and, for streams, NBD: small files, streams, fsyncs, a tree, a directory of --many
-entries (rows small, streams, fsyncs, tree, large).
+entries (rows small, streams, fsyncs, tree, large). --options are those of the mount, as low_latency.
 EOF
 }
 
